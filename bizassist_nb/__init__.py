@@ -1,0 +1,51 @@
+"""Fine-tune a 4-bit language model into a business and product assistant, inside a notebook, and see whether it helped.
+
+`%load_ext bizassist_nb` brings the magics; `import bizassist_nb` brings the same things as Python.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from bizassist_nb.assistant.assistant import Assistant as Assistant
+    from bizassist_nb.assistant.comparison import Comparison as Comparison
+    from bizassist_nb.errors import BizassistError as BizassistError
+    from bizassist_nb.runs import Run as Run
+    from bizassist_nb.runs import open_run as open_run
+    from bizassist_nb.settings import Settings as Settings
+    from bizassist_nb.training.launch import finetune as finetune
+
+__version__ = "0.1.0"
+
+# Loaded when first used: neither `import bizassist_nb` nor `%load_ext` pays for torch.
+_HOMES = {
+    "Assistant": "bizassist_nb.assistant.assistant",
+    "BizassistError": "bizassist_nb.errors",
+    "Comparison": "bizassist_nb.assistant.comparison",
+    "Run": "bizassist_nb.runs",
+    "Settings": "bizassist_nb.settings",
+    "finetune": "bizassist_nb.training.launch",
+    "open_run": "bizassist_nb.runs",
+}
+__all__ = ["Assistant", "BizassistError", "Comparison", "Run", "Settings", "finetune", "open_run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def load_ipython_extension(shell: "InteractiveShell") -> None:
+    """Register the magics with IPython (`%load_ext bizassist_nb`)."""
+    from bizassist_nb.notebook.magics import BizassistMagics, as_meant
+
+    shell.register_magics(BizassistMagics)
+    if as_meant not in shell.input_transformers_cleanup:
+        shell.input_transformers_cleanup.insert(0, as_meant)

@@ -1,0 +1,169 @@
+"""The command line: `bizassist`, or `python -m bizassist_nb`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from bizassist_nb import __version__
+from bizassist_nb.errors import BizassistError, SettingsError
+from bizassist_nb.runs import ENDED, Run, list_runs, open_run
+from bizassist_nb.settings import Settings, reference
+
+DEMO: Final = 'data = "sample"\nsubset = 96\nheld_out = 24\nmax_length = 512\nlearning_rate = 1e-3\n'
+"""Settings of the demo: a few minutes on two CPU cores."""
+
+DEMO_QUESTION: Final = "We can build only one of three features this quarter. How should we decide?"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for an error of the user's to put right, 130 after an interrupt."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run_command(options)
+    except BizassistError as error:
+        print(f"bizassist: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bizassist", description="Fine-tune a small assistant and see whether it helped."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    finetune = commands.add_parser(
+        "finetune",
+        help="train a run from a TOML file of settings",
+        epilog="settings, with their defaults:\n"
+        + "\n".join(f"  {name} = {default}\n      {text}" for name, default, text in reference()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    finetune.add_argument("file", nargs="?", metavar="FILE.toml", help="settings; the defaults without one")
+    finetune.add_argument("--name", help="name of the run; made from the data's name without one")
+    finetune.add_argument("--resume", action="store_true", help="go on with the run of that name")
+    finetune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, after the file's")
+    finetune.set_defaults(run_command=_finetune)
+
+    ask = commands.add_parser("ask", help="ask base and tuned a question")
+    ask.add_argument("run", metavar="RUN")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--max-new-tokens", type=int, default=256)
+    ask.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    ask.add_argument("--seed", type=int, default=0)
+    ask.set_defaults(run_command=_ask)
+
+    evaluate = commands.add_parser("evaluate", help="score base and tuned on the held-out rows anew")
+    evaluate.add_argument("run", metavar="RUN")
+    evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the sentence")
+    evaluate.set_defaults(run_command=_evaluate)
+
+    export = commands.add_parser("export", help="write the merged 16-bit model, or upload the adapter to the hub")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--to", choices=["merged", "hub"], required=True)
+    export.add_argument("--repo", metavar="OWNER/NAME", help="hub repository, with --to hub")
+    export.add_argument("--private", action="store_true", help="make the repository private, with --to hub")
+    export.set_defaults(run_command=_export)
+
+    for name, text, command in (
+        ("runs", "a table of the runs there are", _runs),
+        ("doctor", "what this machine has, and what follows from it", _doctor),
+    ):
+        commands.add_parser(name, help=text).set_defaults(run_command=command)
+    demo = commands.add_parser("demo", help="fine-tune the embedded model on a CPU and ask it a question")
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting other than the demo's")
+    demo.set_defaults(run_command=_demo)
+    for subparser in commands.choices.values():
+        subparser.add_argument("--runs-dir", default="runs", help="folder of the runs (default: runs)")
+    return parser
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    _train(_settings(options, _read(options.file) if options.file else ""), options.name, resume=options.resume)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from bizassist_nb.assistant.assistant import Assistant
+
+    run = _train(_settings(options, DEMO), None, resume=False)
+    if run.status == "finished":
+        first, last = run.steps[:5], run.steps[-5:]
+        means = [sum(step.loss for step in steps) / len(steps) for steps in (first, last)]
+        print(f"\ntraining loss: {means[0]:.3f} over the first five steps, {means[1]:.3f} over the last five\n")
+        print(Assistant(run).ask(DEMO_QUESTION, max_new_tokens=200))
+        print(f"\nAsk more: bizassist ask {run.name} 'your question'; the loss curve is {run.path / 'loss.png'}")
+
+
+def _settings(options: argparse.Namespace, text: str) -> Settings:
+    overrides = [f"runs_dir={json.dumps(options.runs_dir)}"] if options.runs_dir != "runs" else []
+    return Settings.from_toml(text, [*overrides, *options.set])
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{name} cannot be read: {error}"]) from error
+
+
+def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
+    from bizassist_nb.report import headline, run_text
+    from bizassist_nb.training.launch import finetune
+
+    shown = ""
+
+    def show(run: Run) -> None:
+        nonlocal shown
+        line = headline(run)
+        if line != shown:
+            print(run_text(run) if run.status in ENDED else line, flush=True)
+            shown = line
+
+    return finetune(settings, name, resume=resume, show=show)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from bizassist_nb.assistant.assistant import Assistant
+
+    run = open_run(options.run, options.runs_dir)
+    sampling = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
+    print(Assistant(run).ask(options.question, **sampling))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from bizassist_nb.training.evaluation import evaluate
+
+    result = evaluate(open_run(options.run, options.runs_dir))
+    print(json.dumps(result, indent=1) if options.json else result["sentence"])
+
+
+def _export(options: argparse.Namespace) -> None:
+    run = open_run(options.run, options.runs_dir)
+    if options.to == "merged":
+        print(run.merge())
+        return
+    from bizassist_nb.export.hub import upload
+
+    print(upload(run, options.repo, private=options.private))
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from bizassist_nb.report import runs_text
+
+    print(runs_text(list_runs(options.runs_dir)))
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from bizassist_nb import doctor
+
+    print(doctor.as_text(doctor.report()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

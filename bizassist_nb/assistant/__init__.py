@@ -1,0 +1,1 @@
+"""Base and tuned, answering together from one copy of the weights."""

@@ -1,0 +1,1 @@
+"""From a source of rows to input ids and labels: rows, chat messages, tokens."""

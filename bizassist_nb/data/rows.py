@@ -1,0 +1,317 @@
+"""Rows to learn from: read from any of the accepted sources, checked one by one, and split.
+
+Nothing is dropped silently: a row that cannot be used is listed with its number and the reason.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from bizassist_nb.errors import DataError, brief
+from bizassist_nb.settings import ROLES, user_path
+
+DOLLY: Final = "databricks/databricks-dolly-15k"
+DOLLY_FILE: Final = "databricks-dolly-15k.jsonl"
+DOLLY_SHA256: Final = "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec"
+"""Of the file as published on the hub."""
+
+SUFFIXES: Final = (".jsonl", ".json", ".csv", ".parquet")
+
+# Column names recognised without being told, by role, in order of preference.
+_ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
+    "instruction": ("instruction", "prompt", "question", "input", "query"),
+    "context": ("context", "input"),
+    "response": ("response", "completion", "answer", "output"),
+    "category": ("category", "topic"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One usable row: a question with its answer."""
+
+    number: int
+    """Its place in the source, counted from 1."""
+    instruction: str
+    response: str
+    context: str = ""
+    category: str = ""
+    system: str | None = None
+    """The row's own system message, which goes before `Settings.system_prompt`."""
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier turns, as (question, answer)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A row that cannot be used, and why."""
+
+    number: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What a source holds."""
+
+    source: str
+    """Where the rows came from, in words."""
+    fingerprint: str
+    """SHA-256 of the file, or of the rows of a hub data set."""
+    rows: tuple[Row, ...]
+    rejected: tuple[Rejected, ...]
+
+
+def read_table(data: str, columns: Mapping[str, str] | None = None) -> Table:
+    """Read all rows of a source (`Settings.data`), with `Settings.columns` where names are not recognised.
+
+    Raises:
+        DataError: if the source is missing, unreachable, empty, of an unknown kind, or holds no usable row.
+    """
+    source, fingerprint, records = _open(data)
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    for number, record in records:
+        try:
+            rows.append(_row(number, record, columns or {}))
+        except _BadRowError as problem:
+            reason = str(problem).encode("utf-8", "backslashreplace").decode()  # names in it may hold half characters
+            rejected.append(Rejected(number, reason))
+    if not rows and not rejected:
+        raise DataError(f"{source} holds no rows")
+    if not rows:
+        first = "; ".join(f"row {bad.number}: {bad.reason}" for bad in rejected[:3])
+        raise DataError(f"{source} holds no usable row among {len(rejected):,}: {first}")
+    return Table(source, fingerprint, tuple(rows), tuple(rejected))
+
+
+def split(rows: Iterable[Row], *, subset: int, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows), drawn by a seeded shuffle; no instruction is in both.
+
+    Raises:
+        DataError: if there are too few rows.
+    """
+    shuffled = list(rows)
+    random.Random(seed).shuffle(shuffled)
+    training = shuffled[:subset]
+    trained = {_folded(row.instruction) for row in training}
+    held = [row for row in shuffled[subset:] if _folded(row.instruction) not in trained][:held_out]
+    if len(training) < subset or len(held) < held_out:
+        first: dict[str, int] = {}
+        firsts = [first.setdefault(_folded(row.instruction), place) for place, row in enumerate(shuffled)]
+        # A row can be held out behind the first n if its instruction first occurs there; the largest such n:
+        most = sorted(firsts, reverse=True)[held_out - 1] if held_out <= len(firsts) else 0
+        advice = f"set subset to at most {most:,}" if most > 0 else f"set held_out below {len(shuffled):,}"
+        raise DataError(
+            f"the data has {len(shuffled):,} usable rows; subset = {subset:,} and held_out = {held_out:,} "
+            f"(with instructions of their own) need more: {advice}, or a smaller held_out"
+        )
+    return training, held
+
+
+class _BadRowError(Exception):
+    """Why a row cannot be used."""
+
+
+_Records = Iterator[tuple[int, Any]]
+"""(number from 1, the record or the _BadRowError that stands for it)."""
+
+
+def _open(data: str) -> tuple[str, str, _Records]:
+    """(source in words, fingerprint, records)."""
+    if data == "dolly":
+        path = _dolly_file()
+        return f"Databricks Dolly 15k ({path})", DOLLY_SHA256, _jsonl(path)
+    if data == "sample":
+        with resources.as_file(resources.files("bizassist_nb.data") / "samples" / "business.jsonl") as path:
+            return "the sample rows of this package", _sha256(path), iter(list(_jsonl(path)))
+    path = user_path(data)
+    if path.suffix.lower() in SUFFIXES:
+        return str(path), *_open_file(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not path.exists():
+        return _open_hub(data)
+    raise DataError(
+        f'data = "{data}" is neither "dolly" nor "sample", nor a path ending in {", ".join(SUFFIXES)}, '
+        'nor a hub id like "owner/name"'
+    )
+
+
+def _dolly_file() -> Path:
+    """The published file: the one BIZASSIST_DOLLY names, else the hub's, checked by its fingerprint."""
+    if local := os.environ.get("BIZASSIST_DOLLY"):
+        path = Path(local)
+        if not path.is_file():
+            raise DataError(f"BIZASSIST_DOLLY names {local}, which is not a file; correct it or unset it")
+    else:
+        path = _download_dolly()
+    if _sha256(path) != DOLLY_SHA256:
+        raise DataError(f"{path} is not {DOLLY_FILE} as published (its SHA-256 is another); fetch it again")
+    return path
+
+
+def _download_dolly() -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(DOLLY, DOLLY_FILE, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise DataError(
+            f'the hub, where "dolly" comes from, cannot be reached ({type(error).__name__}). Check the network, '
+            f'or fetch {DOLLY_FILE} elsewhere and set BIZASSIST_DOLLY to its path, or use data = "sample"'
+        ) from error
+
+
+def _open_hub(name: str) -> tuple[str, str, _Records]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        dataset = datasets.load_dataset(name, split="train")
+    except (HfHubHTTPError, datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
+        raise DataError(
+            f'the hub data set "{name}" cannot be loaded ({brief(error)}). '
+            "Check its name, that it has a split named train, and the network"
+        ) from error
+    records = [dict(record) for record in dataset]
+    digest = hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{name} on the hub", digest, enumerate(records, 1)
+
+
+def _open_file(path: Path) -> tuple[str, _Records]:
+    if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises where a name is too long
+        raise DataError(f"there is no file {path} (looked in {path.absolute().parent})")
+    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    return _sha256(path), readers[path.suffix.lower()](path)
+
+
+def _jsonl(path: Path) -> _Records:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                yield number, _BadRowError(f"is not UTF-8 (byte {error.start + 1} of the line)")
+            except (ValueError, RecursionError) as error:
+                yield number, _BadRowError(f"is not JSON ({error})")
+
+
+def _json(path: Path) -> _Records:
+    try:
+        records = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON in UTF-8: {error}") from error
+    if not isinstance(records, list):
+        raise DataError(f"{path} has to hold a JSON list of rows; it holds a {type(records).__name__}")
+    return enumerate(records, 1)
+
+
+def _csv(path: Path) -> _Records:
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 kB
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            records: list[Any] = list(csv.DictReader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not CSV in UTF-8 with a line of column names: {error}") from error
+    return enumerate(records, 1)
+
+
+def _parquet(path: Path) -> _Records:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file: {error}") from error
+    return enumerate(records, 1)
+
+
+def _row(number: int, record: Any, columns: Mapping[str, str]) -> Row:
+    if isinstance(record, _BadRowError):
+        raise record
+    if isinstance(record, dict) and None in record:  # csv.DictReader's key for what is left over
+        raise _BadRowError(
+            f"has {len(record[None])} cells more than there are columns; quote texts with commas in them"
+        )
+    if not isinstance(record, dict):
+        raise _BadRowError(f"is a {type(record).__name__}, not an object with named columns")
+    if "messages" in record and not columns:
+        return _conversation(number, record)
+    names = {role: _column(role, record, columns) for role in ROLES}
+    if names["context"] == names["instruction"]:  # "input" is a context only beside an instruction
+        names["context"] = None
+    for role in ("instruction", "response"):
+        if names[role] is None:
+            raise _BadRowError(
+                f"has no {role} column; its columns are {', '.join(map(str, record)) or 'none'} "
+                f"(recognised: {', '.join(_ALIASES[role])}, or messages; others with columns = {{ {role} = ... }})"
+            )
+    texts = {role: _text(name, record[name]) for role, name in names.items() if name is not None}
+    for role in ("instruction", "response"):
+        if not texts[role]:
+            raise _BadRowError(f"{names[role]} is empty")
+    return Row(
+        number=number,
+        instruction=texts["instruction"],
+        response=texts["response"],
+        context=texts.get("context", ""),
+        category=texts.get("category", ""),
+    )
+
+
+def _column(role: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
+    if role in columns:
+        if columns[role] not in record:
+            raise _BadRowError(
+                f"has no column {columns[role]!r} (named in columns); it has {', '.join(map(str, record))}"
+            )
+        return columns[role]
+    return next((name for name in _ALIASES[role] if name in record), None)
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise _BadRowError(f"{name} is not text but a {type(value).__name__}")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise _BadRowError(f"{name} holds half of a character (a lone surrogate)")
+    return value.strip()
+
+
+def _conversation(number: int, record: Mapping[str, Any]) -> Row:
+    """A row of `messages`: an optional system message, then user and assistant in turn; the last answer is learned."""
+    messages = record["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+    ):
+        raise _BadRowError("messages is not a list of objects with role and content")
+    turns = [(message["role"], _text("content", message["content"])) for message in messages]
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
+        raise _BadRowError("messages are not user and assistant in turn, ending with the assistant")
+    if not all(content for _, content in turns):
+        raise _BadRowError("a message is empty")
+    pairs = [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
+    category = _text("category", record.get("category"))
+    return Row(number, *pairs[-1], category=category, system=system, history=tuple(pairs[:-1]))
+
+
+def _folded(instruction: str) -> str:
+    return " ".join(instruction.split()).casefold()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

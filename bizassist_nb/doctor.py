@@ -1,0 +1,68 @@
+"""What this machine has and what follows for fine-tuning on it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from typing import Final
+
+from bizassist_nb.errors import BizassistError
+
+_PACKAGES: Final = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "unsloth",
+    "ipywidgets",
+)
+
+
+def report() -> list[tuple[str, str]]:
+    """(what, finding) line by line; loads torch, but no model."""
+    from bizassist_nb import __version__, models
+    from bizassist_nb.training import engines
+
+    lines = [("bizassist-nb", f"{__version__} on Python {platform.python_version()}, {platform.system()}")]
+    lines += [(package, _version(package)) for package in _PACKAGES]
+    lines.append(("device", _device()))
+    engine = engines.choose("auto")
+    lines.append(("engine", f"{engine.name}: {engine.reason}"))
+    try:
+        base = models.resolve("auto")
+        lines.append(("model", f"{base.name}: {base.reason}"))
+    except BizassistError as error:
+        lines.append(("model", str(error)))
+    lines.append(("dolly", os.environ.get("BIZASSIST_DOLLY") or "from the hub (BIZASSIST_DOLLY is not set)"))
+    lines.append(("free disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"))
+    return lines
+
+
+def as_text(lines: list[tuple[str, str]]) -> str:
+    """The report for a terminal."""
+    width = max(len(what) for what, _ in lines)
+    return "\n".join(f"{what:{width}}  {finding}" for what, finding in lines)
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    return importlib.metadata.version(package)
+
+
+def _device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+    free, total = torch.cuda.mem_get_info(0)
+    major, minor = torch.cuda.get_device_capability(0)
+    arithmetic = "bfloat16" if (major, minor) >= (8, 0) else "float16 (it has no bfloat16)"
+    name = torch.cuda.get_device_name(0)
+    return (
+        f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, compute capability {major}.{minor}: {arithmetic}"
+    )

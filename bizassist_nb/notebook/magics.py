@@ -1,0 +1,167 @@
+"""`%%finetune`, `%%ask` and `%bizassist`: they parse their line, make one call, and return what it gave."""
+
+import re
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic_arguments import MagicArgumentParser
+
+from bizassist_nb.errors import RunError
+from bizassist_nb.runs import Run, list_runs, open_run
+from bizassist_nb.settings import Settings
+
+
+def _finetune_parser() -> MagicArgumentParser:
+    parser = MagicArgumentParser("%%finetune", description="Fine-tune; the cell's body is settings in TOML.")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="name of the run; made from the data's name without one"
+    )
+    parser.add_argument(
+        "--background", action="store_true", help="return at once; look at the run with %%bizassist runs"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run of that name from its last checkpoint"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, after the body's")
+    return parser
+
+
+def _ask_parser() -> MagicArgumentParser:
+    parser = MagicArgumentParser(
+        "%%ask", description="Ask base and tuned; the question is the body, or the line's rest."
+    )
+    parser.add_argument("--run", metavar="NAME", help="the run whose tuned model answers; the newest without this")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--base", action="store_true", help="ask the base alone")
+    one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length of an answer at most")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token each time"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the drawing, with a temperature")
+    parser.add_argument("--runs-dir", metavar="DIR", help="folder of the runs; the last one used without this")
+    parser.add_argument("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
+    parser.add_argument("question", nargs="...", help="the question, in a line magic")
+    return parser
+
+
+@magics_class
+class BizassistMagics(Magics):
+    """The magics; remembers the run and the folder used last."""
+
+    _run: Run | None = None
+    _runs_dir = "runs"
+
+    @cell_magic
+    def finetune(self, line: str, cell: str) -> Run:
+        """Train with a live view; an interrupt stops cleanly with a checkpoint, a second one ends the run at once."""
+        from bizassist_nb.assistant.bases import release
+        from bizassist_nb.training.launch import finetune, start
+
+        options = _parse(_finetune_parser(), line)
+        settings = Settings.from_toml(cell, options.set)
+        if options.resume and options.name is None:
+            raise UsageError("%%finetune --resume: which run? %%finetune NAME --resume")
+        self._runs_dir = settings.runs_dir
+        release()
+        if options.background:
+            self._run = start(settings, options.name, resume=options.resume)
+            return self._run
+        from bizassist_nb.notebook.views import TrainingView
+
+        view = TrainingView()
+        try:
+            self._run = finetune(settings, options.name, resume=options.resume, show=view)
+        finally:
+            view.finish()
+        return self._run
+
+    @no_var_expand  # a question is text: {braces} and $ in it are the asker's
+    @line_cell_magic
+    def ask(self, line: str, cell: str | None = None) -> Any:
+        """Stream the answers of base and tuned into adjacent columns."""
+        options = _parse(_ask_parser(), line)
+        question = " ".join(options.question) if cell is None else cell
+        if cell is not None and options.question:
+            raise UsageError(
+                f"%%ask: {' '.join(options.question)!r} is not an option; the question goes in the cell's body"
+            )
+        run = self._chosen(options)
+        from bizassist_nb.assistant.assistant import Assistant
+        from bizassist_nb.notebook.views import AnswerView
+
+        view = AnswerView()
+        try:
+            view.wait("Loading the model, once for this kernel …")
+            sampling = {
+                "max_new_tokens": options.max_new_tokens,
+                "temperature": options.temperature,
+                "seed": options.seed,
+            }
+            comparison = None
+            for comparison in Assistant(run).stream(question, who=_who(options), **sampling):
+                view(comparison)
+        finally:
+            view.finish()
+        if options.out:
+            self.shell.user_ns[options.out] = comparison  # type: ignore[union-attr] # a registered Magics has its shell
+        return comparison
+
+    @line_magic
+    def bizassist(self, line: str) -> Any:
+        """`%bizassist runs` gives a table of runs, `%bizassist doctor` a report on this machine."""
+        from bizassist_nb.notebook.tables import doctor_table, runs_table
+
+        words = line.split()
+        if words == ["doctor"]:
+            return doctor_table()
+        if words[:1] == ["runs"] and len(words) <= 2:
+            return runs_table(list_runs(words[1] if len(words) == 2 else self._runs_dir))
+        raise UsageError("%bizassist runs [DIR] or %bizassist doctor")
+
+    def _chosen(self, options: Any) -> Run | None:
+        """The run to ask: the one named, else the one trained here last, else the newest with an adapter."""
+        folder = options.runs_dir or self._runs_dir
+        if options.run:
+            return open_run(options.run, folder)
+        if self._run and self._run.adapter and not options.runs_dir:
+            return self._run
+        trained = [run for run in list_runs(folder) if run.adapter]
+        if not trained and options.tuned:
+            raise RunError(f"there is no tuned model in {folder} yet; make one with %%finetune")
+        return trained[-1] if trained else None
+
+
+_QUESTION = re.compile(r"(\s*)(\w+\s*=\s*)?%ask\s+(.*\?)\s*")
+
+
+def as_meant(lines: list[str]) -> list[str]:
+    """An input transformer for two things that IPython takes otherwise than they are meant.
+
+    It refuses a cell magic without a body, which `%%finetune` may be; and it takes a line that ends in a question mark,
+    as the question of an `%ask` does, for a call for help on the last word.
+    """
+    if lines and lines[0].startswith("%%"):
+        empty = lines[0].startswith("%%finetune") and not "".join(lines[1:]).strip()
+        return [lines[0].rstrip("\n") + "\n", "\n"] if empty else lines
+    return [_ask_line(line) for line in lines]
+
+
+def _ask_line(line: str) -> str:
+    found = _QUESTION.fullmatch(line)
+    if not found:
+        return line
+    indent, target, rest = found.groups(default="")
+    return f"{indent}{target}get_ipython().run_line_magic('ask', {rest!r})\n"
+
+
+def _parse(parser: MagicArgumentParser, line: str) -> Any:
+    # By white space, not as a shell would: "What's next?" is a question, not an unclosed quotation.
+    return parser.parse_args(line.split())
+
+
+def _who(options: Any) -> tuple[str, ...]:
+    if options.base:
+        return ("base",)
+    return ("tuned",) if options.tuned else ("base", "tuned")

@@ -1,0 +1,36 @@
+"""Tables that a line magic returns: HTML in a notebook, text elsewhere."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from bizassist_nb import doctor, render
+from bizassist_nb.report import runs_rows, runs_text
+from bizassist_nb.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The same in HTML and as text."""
+
+    html: str
+    text: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+    def __repr__(self) -> str:
+        """The text."""
+        return self.text
+
+
+def runs_table(runs: Iterable[Run]) -> Shown:
+    """The runs there are."""
+    runs = list(runs)
+    head, rows = runs_rows(runs)
+    return Shown(render.table(rows, head) if rows else "<p>no runs yet</p>", runs_text(runs))
+
+
+def doctor_table() -> Shown:
+    """What this machine has."""
+    lines = doctor.report()
+    return Shown(render.table(lines), doctor.as_text(lines))

@@ -1,0 +1,237 @@
+"""A run in words and tables: what the cell, the panel, the terminal and the model card say about it."""
+
+import dataclasses
+import html
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from bizassist_nb import render
+from bizassist_nb.data.tokens import MaskedText
+from bizassist_nb.runs import ENDED, Run
+
+_RECENT = 20
+"""Steps over which speed is taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    step: int
+    total: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return self.step / self.total
+
+
+def progress(run: Run) -> Progress | None:
+    """How far training is, its speed over the last steps; None before the first step."""
+    steps, total = run.steps, run.total_steps
+    if not steps or not total:
+        return None
+    recent = steps[-_RECENT:]
+    seconds = sum(step.seconds for step in recent) or 1e-9
+    return Progress(
+        step=steps[-1].step,
+        total=total,
+        loss=steps[-1].loss,
+        tokens_per_second=sum(step.tokens for step in recent) / seconds,
+        seconds_left=(total - steps[-1].step) * seconds / len(recent),
+    )
+
+
+def headline(run: Run) -> str:
+    """Name, status and where it stands, in one line."""
+    status, now = run.status, progress(run)
+    line = f"{run.name}: {_status_words(run)}"
+    if now is None:
+        return line
+    line += f" · step {now.step}/{now.total} · loss {now.loss:.3f}"
+    if held_out := run.held_out:
+        line += f" · held-out loss {held_out[-1][1]:.3f}"
+    line += f" · {now.tokens_per_second:,.0f} tokens/s"
+    return line if status in ENDED or not now.seconds_left else f"{line} · {_duration(now.seconds_left)} left"
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """(what, how it was resolved) for everything decided so far, as label and text."""
+    found: list[tuple[str, str]] = []
+    if model := run.last("model"):
+        found.append(("model", f"{model['name']} ({model['reason']})"))
+    if engine := run.last("engine"):
+        found.append(("engine", f"{engine['name']} ({engine['reason']})"))
+    if data := run.last("data"):
+        found.append(("data", _data_words(data)))
+    if counted := run.last("parameters"):
+        share = counted["trainable"] / counted["total"]
+        found.append(("trainable parameters", f"{counted['trainable']:,} of {counted['total']:,} ({share:.2%})"))
+    return found
+
+
+def rejected(run: Run) -> list[tuple[str, str]]:
+    """(row number, reason) of the rows that could not be used."""
+    data = run.last("data")
+    return [(str(bad["number"]), bad["reason"]) for bad in data["rejected_rows"]] if data else []
+
+
+def masked_row(run: Run) -> tuple[int, MaskedText] | None:
+    """(number, text) of a training row of median length, with what is learned marked."""
+    data = run.last("data")
+    if not data:
+        return None
+    return data["shown"]["number"], MaskedText(tuple((text, learned) for text, learned in data["shown"]["runs"]))
+
+
+def settings_rows(run: Run) -> list[tuple[str, str]]:
+    """(name, value) of the settings a person looks for first, then of all that differ from their defaults."""
+    settings = run.settings
+    names = [
+        "model",
+        "data",
+        "subset",
+        "held_out",
+        "rank",
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "max_length",
+        "seed",
+    ]
+    names += [name for name in settings.changed() if name not in names]
+    return [(name, str(getattr(settings, name))) for name in names]
+
+
+def how_to_go_on(run: Run) -> str | None:
+    """What to type next, where that is not plain."""
+    if run.status not in ("stopped", "lost", "failed"):
+        return None
+    saved = run.last("checkpoint")
+    if not saved:
+        return f"it had no checkpoint yet; begin anew with: %%finetune {run.name}"
+    return f"the checkpoint at step {saved['step']} is kept; go on with: %%finetune {run.name} --resume"
+
+
+def run_text(run: Run) -> str:
+    """The run for a terminal."""
+    lines = [headline(run), *(f"  {label}: {text}" for label, text in facts(run))]
+    lines += [f"  row {number} is not used: {reason}" for number, reason in rejected(run)]
+    if run.evaluation:
+        lines.append(f"  {run.evaluation['sentence']}")
+    if hint := how_to_go_on(run):
+        lines.append(f"  {hint}")
+    return "\n".join(lines)
+
+
+def run_html(run: Run) -> str:
+    """The run for a notebook, static: it needs neither kernel nor widgets to be seen again."""
+    parts = [f"<p><b>{html.escape(headline(run))}</b></p>"]
+    if now := progress(run):
+        parts.append(_bar(now.share))
+    if run.evaluation:
+        parts.append(f"<p>{html.escape(run.evaluation['sentence'])}</p>")
+    if hint := how_to_go_on(run):
+        parts.append(f"<p>{html.escape(hint)}</p>")
+    if error := run.error:
+        parts.append(f"<pre>{html.escape(error)}</pre>")
+    parts.append(render.table([*facts(run), ("settings", "; ".join(f"{k} = {v}" for k, v in settings_rows(run)))]))
+    if masked := masked_row(run):
+        number, text = masked
+        parts.append(f"<details><summary>row {number} as the model reads it; what is learned is marked</summary>")
+        parts.append(f"{text._repr_html_()}</details>")
+    if bad := rejected(run):
+        parts.append(f"<details><summary>rows that cannot be used</summary>{render.table(bad)}</details>")
+    return "".join(parts)
+
+
+def runs_rows(runs: Iterable[Run]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) of a table of runs."""
+    head = [
+        "run",
+        "status",
+        "model",
+        "data",
+        "rows",
+        "rank",
+        "steps",
+        "held-out loss: base",
+        "tuned",
+        "verdict",
+        "began",
+    ]
+    return head, [_run_row(run) for run in runs]
+
+
+def runs_text(runs: Iterable[Run]) -> str:
+    """The table of runs for a terminal."""
+    head, rows = runs_rows(runs)
+    if not rows:
+        return "no runs yet"
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in [head, *rows]
+    )
+
+
+def _run_row(run: Run) -> list[str]:
+    settings, scores = run.settings, run.evaluation
+    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.events[0]["time"])) if run.events else ""
+    losses = [f"{scores[who]['loss']:.3f}" for who in ("base", "tuned")] if scores else ["", ""]
+    return [
+        run.name,
+        run.status,
+        str(run.environment.get("model", settings.model)),
+        settings.data,
+        str(settings.subset),
+        str(settings.rank),
+        f"{len(run.steps)}/{run.total_steps or '?'}",
+        *losses,
+        scores["verdict"] if scores else "",
+        began,
+    ]
+
+
+def _status_words(run: Run) -> str:
+    scored = "tuned" if run.steps else "base"
+    return {
+        "starting": "starting",
+        "loading": "reading the rows and loading the model",
+        "scoring": f"scoring {scored} on the held-out rows",
+        "saving": "saving",
+        "lost": "lost (its process is gone)",
+    }.get(run.status, run.status)
+
+
+def _data_words(data: dict[str, Any]) -> str:
+    training = data["training"]
+    words = (
+        f"{data['source']}: {training['rows']:,} rows to train on ({training['tokens']:,} tokens, "
+        f"{training['trained_tokens']:,} of them learned; a row has {training['median']} in the middle, "
+        f"{training['longest']} at most), {data['held_out']['rows']} held out"
+    )
+    if training["truncated"]:
+        words += (
+            f"; {training['truncated']} rows ({training['truncated'] / training['rows']:.1%}) are cut at max_length"
+        )
+    if data["rejected"]:
+        words += f"; {data['rejected']} rows cannot be used"
+    return words
+
+
+def _bar(share: float) -> str:
+    return (
+        f'<div style="width: 100%; max-width: 640px; background: #8884"><div style="width: {share:.1%}; height: 8px; '
+        f'background: #0072B2" role="progressbar" aria-label="training" aria-valuenow="{share:.0%}"></div></div>'
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,309 @@
+"""The run directory: what a run is, was and has done, readable by anyone while its worker writes it.
+
+runs/NAME/  settings.toml     as asked for
+            environment.json  versions, device, resolved model and engine, fingerprint of the data
+            events.jsonl      append-only, one JSON object a line: "time" (seconds since 1970), "event", its fields
+            checkpoints/      optimizer, scheduler, random state and adapter, to resume from
+            adapter/          LoRA weights with the tokenizer and its chat template
+            merged/           16-bit model, once asked for
+            evaluation.json   held-out losses of base and tuned, row by row, and the verdict
+            loss.png  README.md  worker.log  worker.lock
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, cast
+
+from bizassist_nb.errors import RunError
+from bizassist_nb.settings import Settings, user_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Status = Literal["starting", "loading", "scoring", "training", "saving", "finished", "stopped", "failed", "lost"]
+ENDED: Final[frozenset[Status]] = frozenset({"finished", "stopped", "failed", "lost"})
+
+_NAME: Final = re.compile(r"\w[\w.-]{0,62}\w|\w")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One optimizer step."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    """Mean over the step's trained tokens, in nats."""
+    learning_rate: float
+    gradient_norm: float | None
+    """Before clipping; None where it overflowed in float16 and the step was skipped."""
+    tokens: int
+    """Input tokens of the step, without padding."""
+    seconds: float
+    """From the end of the step before, or from the start of training."""
+
+
+class Journal:
+    """The writing end of events.jsonl: one flushed line an event."""
+
+    def __init__(self, directory: Path):
+        """Open for appending; a last line that a killed writer left half-written is closed first."""
+        path = directory / "events.jsonl"
+        self._file: IO[bytes] = path.open("ab")
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write(b"\n")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event; floats that JSON has no number for are refused with ValueError."""
+        line = json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False, allow_nan=False)
+        self._file.write(line.encode("utf-8", "replace") + b"\n")
+        self._file.flush()
+
+
+class Run:
+    """A run, read from its directory; what is shown is what is on disk now.
+
+    Raises:
+        RunError: where the directory holds no run.
+    """
+
+    def __init__(self, path: Path):
+        """Look at the run in `path`."""
+        self.path = path
+        if not (path / "settings.toml").is_file():
+            raise RunError(f"{path} holds no run (it has no settings.toml)")
+        self._events: list[dict[str, Any]] = []
+        self._offset = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the run and of its folder."""
+        return self.path.name
+
+    @property
+    def settings(self) -> Settings:
+        """The settings it was started with."""
+        return Settings.from_toml((self.path / "settings.toml").read_text("utf-8"))
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, resolved model and engine, data fingerprint; empty until the worker has written it."""
+        return _read_json(self.path / "environment.json") or {}
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """Held-out scores of base and tuned and the verdict (see `bizassist_nb.verdict`); None before both exist."""
+        return _read_json(self.path / "evaluation.json")
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the trained adapter, if it has been saved."""
+        folder = self.path / "adapter"
+        return folder if (folder / "adapter_config.json").is_file() else None
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All events so far. A line still being written is left for later, one that a kill cut off is passed over."""
+        path = self.path / "events.jsonl"
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(self._offset)
+                fresh = file.read()
+            whole, newline, _ = fresh.rpartition(b"\n")
+            self._offset += len(whole) + len(newline)
+            self._events += [event for line in whole.splitlines() if (event := _parse_event(line)) is not None]
+        return self._events
+
+    def last(self, kind: str) -> dict[str, Any] | None:
+        """The newest event of that kind."""
+        return next((event for event in reversed(self.events) if event["event"] == kind), None)
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps that count: where a run was resumed, those done again replace those done before."""
+        steps: dict[int, Step] = {}
+        names = [field.name for field in dataclasses.fields(Step)]
+        for event in self.events:
+            if event["event"] == "resumed":
+                steps = {number: step for number, step in steps.items() if number <= event["step"]}
+            elif event["event"] == "step":
+                steps[event["step"]] = Step(**{name: event[name] for name in names})
+        return list(steps.values())
+
+    @property
+    def held_out(self) -> list[tuple[int, float]]:
+        """(step, held-out loss in nats an answer token), the base's at step 0 first."""
+        return sorted({e["step"]: e["loss"] for e in self.events if e["event"] == "evaluation"}.items())
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run, once the rows have been read."""
+        plan = self.last("plan")
+        return plan["steps"] if plan else None
+
+    @property
+    def status(self) -> Status:
+        """What it is doing; "lost" if its worker went away without a word."""
+        alive = is_locked(self.path)
+        state = self.last("state")  # read after the lock: what a worker wrote before it ended is then seen
+        status = cast("Status", state["state"] if state else "starting")
+        return status if alive or status in ENDED else "lost"
+
+    @property
+    def error(self) -> str | None:
+        """Why it failed or was lost, with the last lines of its log; None if it did neither."""
+        status = self.status
+        if status not in ("failed", "lost"):
+            return None
+        event = self.last("error") if status == "failed" else None
+        reason = event["message"] if event else "its process ended without a word (killed, or out of memory)"
+        if event and event["expected"]:
+            return str(reason)
+        log = "\n".join(f"    {line}" for line in self.log(12))
+        return f"{reason}\nThe end of {self.path / 'worker.log'}:\n{log}"
+
+    def log(self, lines: int) -> list[str]:
+        """The last lines that the worker's libraries printed."""
+        path = self.path / "worker.log"
+        return path.read_text("utf-8", errors="replace").splitlines()[-lines:] if path.is_file() else []
+
+    def stop(self) -> None:
+        """Ask the worker to finish its step, save a checkpoint and end; nothing happens if it has ended."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the worker at once, and every process it started."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # The lock is held by that very process as long as it lives, so the number cannot be another's by now.
+        if is_locked(self.path):
+            send = os.killpg if number is signal.SIGKILL else os.kill
+            send(int((self.path / "worker.lock").read_text()), number)
+
+    def plot(self) -> "Figure":
+        """The loss curve as a matplotlib Figure."""
+        from bizassist_nb.plots import loss_figure
+
+        return loss_figure(self)
+
+    def merge(self) -> Path:
+        """Merge the adapter into the weights it was trained on; the folder of the 16-bit model."""
+        from bizassist_nb.export.merge import merge
+
+        return merge(self)
+
+    def __repr__(self) -> str:
+        """Name and status."""
+        return f"<Run {self.name}: {self.status}>"
+
+    def _repr_html_(self) -> str:
+        from bizassist_nb.report import run_html
+
+        return run_html(self)
+
+
+def check_name(name: str) -> str:
+    """The name, if it is fit to be a folder's.
+
+    Raises:
+        RunError: if it is not.
+    """
+    if not _NAME.fullmatch(name) or len(name.encode()) > 255:  # bytes a folder's name may have
+        raise RunError(
+            f"{name!r} cannot be the name of a run: take up to 64 letters, digits, '.', '-' and '_', "
+            "beginning and ending with a letter, digit or '_'"
+        )
+    return name
+
+
+def open_run(name: str, runs_dir: str | Path = "runs") -> Run:
+    """The run of that name.
+
+    Raises:
+        RunError: if there is none; the message lists those there are.
+    """
+    path = user_path(runs_dir) / check_name(name)
+    if not (path / "settings.toml").is_file():
+        known = ", ".join(run.name for run in list_runs(runs_dir)) or "none yet"
+        raise RunError(f"there is no run {name!r} in {Path(runs_dir).absolute()}; the runs there: {known}")
+    return Run(path)
+
+
+def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
+    """All runs in that folder, oldest first."""
+    folder = user_path(runs_dir)
+    found = [path.parent for path in folder.glob("*/settings.toml")]
+    return [Run(path) for path in sorted(found, key=lambda path: (path / "settings.toml").stat().st_mtime)]
+
+
+def take_lock(path: Path, patience: float = 0.2) -> int:
+    """Lock the run for one worker and give the lock's file descriptor, to be inherited by it.
+
+    The lock (flock) belongs to the open file, so it lasts as long as any process holds this descriptor, and no longer.
+    `patience` is how many seconds to wait: readers hold it for a moment, a worker that has ended until it is gone.
+
+    Raises:
+        RunError: if a worker holds it.
+    """
+    descriptor = os.open(path / "worker.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    end = time.monotonic() + patience
+    while not _try_lock(descriptor, fcntl.LOCK_EX):
+        if time.monotonic() > end:
+            os.close(descriptor)
+            break
+        time.sleep(0.01)
+    else:
+        return descriptor
+    raise RunError(f"the run {path.name!r} is being trained by another process; wait for it or stop it")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a worker lives that holds the run's lock."""
+    try:
+        descriptor = os.open(path / "worker.lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _try_lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a file beside `path`, then put it in place: readers see the old one or the new one."""
+    beside = path.with_name(f".{path.name}.part")
+    write(beside)
+    beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8", "replace"))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return cast("dict[str, Any]", json.loads(path.read_text("utf-8"))) if path.is_file() else None
+
+
+def _parse_event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:  # also the half of a character that a cut leaves
+        return None
+    return event if isinstance(event, dict) and "event" in event else None

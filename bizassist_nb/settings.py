@@ -1,0 +1,257 @@
+"""The settings of a run: one frozen dataclass whose fields say what they mean, in which unit and range.
+
+The text of a field is written once, here; the command line's help, the widgets' tooltips and the
+reference in the documentation are made from it.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import tomli_w
+
+from bizassist_nb.errors import SettingsError
+
+ROLES: Final = ("instruction", "context", "response", "category")
+"""What the columns of a data set are for; `Settings.columns` maps these to the data's own names."""
+
+_AUTO: Final = "auto"
+
+
+def _field(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+    auto: bool = False,
+) -> Any:
+    """A field with its help text, its range (inclusive) or its choices, and whether "auto" is a value of it."""
+    metadata = {"text": text, "least": least, "most": most, "choices": choices, "auto": auto}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides what a run does.
+
+    Raises:
+        SettingsError: naming every field at fault with its value and what is allowed.
+    """
+
+    model: str = _field(
+        _AUTO,
+        'base model: "mistral-7b", "smollm2-135m" (the embedded one), a hub id or a local folder; '
+        '"auto" takes mistral-7b where a CUDA GPU has room for it, else smollm2-135m',
+    )
+    data: str = _field(
+        "dolly",
+        'rows to learn from: "dolly" (Databricks Dolly 15k), "sample" (120 rows that ship with the package), '
+        "a hub data set's id, or the path of a .jsonl, .json, .csv or .parquet file",
+    )
+    columns: Mapping[str, str] = _field(
+        dict,
+        "which column of the data is the instruction, context, response or category, where the names are not "
+        'recognised: { instruction = "question", response = "answer" }',
+    )
+    subset: int = _field(1000, "rows to train on, drawn by a seeded shuffle", least=1, most=10_000_000)
+    seed: int = _field(42, "seed of the shuffle, of the adapter's start and of training", least=0, most=2**32 - 1)
+    system_prompt: str = _field(
+        "You are an assistant for product development, business decisions and the use of AI in companies.",
+        'what the model is told before each question, in training and in chat; "" for nothing',
+    )
+    rank: int = _field(16, "LoRA rank: width of the adapter; more learns more and takes more memory", least=1, most=512)
+    alpha: int = _field(16, "LoRA alpha: the adapter's output is multiplied by alpha / rank", least=1, most=4096)
+    dropout: float = _field(0.0, "share of the adapter's inputs dropped in training", least=0.0, most=0.9)
+    epochs: int = _field(1, "times each training row is seen", least=1, most=1000)
+    learning_rate: float = _field(2e-4, "peak learning rate; it then falls linearly to 0", least=1e-8, most=1.0)
+    warmup_steps: int | str = _field(
+        _AUTO,
+        'steps in which the learning rate rises to its peak; "auto" is 8 % of all steps, at most 20',
+        least=0,
+        most=1_000_000,
+        auto=True,
+    )
+    max_length: int = _field(2048, "tokens a row may have; the end of a longer answer is cut", least=16, most=1_048_576)
+    batch_size: int = _field(4, "examples a step learns from", least=1, most=4096)
+    micro_batch: int | str = _field(
+        _AUTO,
+        "examples that go through the model at once; a divisor of batch_size, smaller takes less memory",
+        least=1,
+        most=4096,
+        auto=True,
+    )
+    train_on: str = _field(
+        "response", 'tokens that are learned: the "response" with its end token, or "all"', choices=("response", "all")
+    )
+    held_out: int = _field(64, "rows kept out of training, on which base and tuned are scored", least=2, most=100_000)
+    checkpoint_minutes: float = _field(10.0, "minutes between checkpoints", least=0.0, most=1440.0)
+    engine: str = _field(
+        _AUTO,
+        'what trains: "unsloth", or plain "transformers" with PEFT; "auto" takes unsloth where it is '
+        "installed and works on this device",
+        choices=(_AUTO, "unsloth", "transformers"),
+    )
+    gpus: int | str = _field(_AUTO, 'GPUs to train on; "auto" is one if there is one', least=1, most=1, auto=True)
+    runs_dir: str = _field("runs", "folder in which each run has its own folder")
+
+    def __post_init__(self) -> None:
+        """Check every field, and what only holds between fields."""
+        problems = [
+            problem for field in dataclasses.fields(self) for problem in _problems(field, getattr(self, field.name))
+        ]
+        sound = not any(problem.startswith(("batch_size ", "micro_batch ")) for problem in problems)
+        if sound and isinstance(self.micro_batch, int) and self.batch_size % self.micro_batch:
+            problems.append(
+                f"micro_batch = {self.micro_batch}: has to divide batch_size = {self.batch_size}; "
+                f"it can be {_listed(d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0)}"
+            )
+        if problems:
+            raise SettingsError(problems)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Settings":
+        """Settings from field names and values, defaults elsewhere; SettingsError names all problems at once."""
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        problems = [_unknown(key, known) for key in values if key not in known]
+        usable = {key: value for key, value in values.items() if key in known}
+        try:
+            settings = cls(**usable)
+        except SettingsError as error:
+            raise SettingsError([*problems, *error.problems]) from None
+        if problems:
+            raise SettingsError(problems)
+        return settings
+
+    @classmethod
+    def from_toml(cls, text: str, overrides: Iterable[str] = ()) -> "Settings":
+        """Settings from a TOML text, with `key=value` overrides applied after it.
+
+        The value of an override is TOML too; one that is not (`data=rows.csv`) is taken as the text it is.
+        """
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(
+                [f'this is not TOML: {error}. Each line is a key and a value: data = "dolly"']
+            ) from error
+        for override in overrides:
+            for key, value in _parse_override(override).items():
+                old = values.get(key)
+                values[key] = old | value if isinstance(old, dict) and isinstance(value, dict) else value
+        return cls.from_mapping(values)
+
+    def to_toml(self) -> str:
+        """All fields as TOML; `Settings.from_toml` gives back equal settings."""
+        return tomli_w.dumps(dataclasses.asdict(self))
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        plain = Settings()
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(plain, field.name)
+        }
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a step is made of; "auto" is the whole batch at once."""
+        return 1 if isinstance(self.micro_batch, str) else self.batch_size // self.micro_batch
+
+    def run_path(self, name: str) -> Path:
+        """Where the run of that name lives."""
+        return user_path(self.runs_dir) / name
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a person writes it, ~ included; a ~name that is nobody's stays as it is."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises for such a name
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """(name, default, text with the allowed range) of every field, for help texts and the documentation."""
+    plain = Settings()
+    return [
+        (field.name, _shown(getattr(plain, field.name)), f"{field.metadata['text']} [{_allowed(field)}]")
+        for field in dataclasses.fields(Settings)
+    ]
+
+
+def _problems(field: "dataclasses.Field[Any]", value: Any) -> list[str]:
+    if _fits(field, value):
+        return []
+    return [f"{field.name} = {_shown(value)}: has to be {_allowed(field)}"]
+
+
+def _fits(field: "dataclasses.Field[Any]", value: Any) -> bool:
+    limits = field.metadata
+    if field.name == "columns":
+        return isinstance(value, Mapping) and all(
+            key in ROLES and isinstance(name, str) and name and _is_text(name) for key, name in value.items()
+        )
+    if limits["choices"]:
+        return value in limits["choices"]
+    if limits["least"] is None:
+        return isinstance(value, str) and _is_text(value) and (bool(value.strip()) or field.name == "system_prompt")
+    if limits["auto"] and value == _AUTO:
+        return True
+    kinds = (int, float) if field.type is float else (int,)
+    return isinstance(value, kinds) and not isinstance(value, bool) and limits["least"] <= value <= limits["most"]
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can stand in a UTF-8 file: no NUL, no lone surrogates."""
+    return not any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value)
+
+
+def _allowed(field: "dataclasses.Field[Any]") -> str:
+    limits = field.metadata
+    if field.name == "columns":
+        return f"a table of column names, its keys among {_listed(ROLES)}"
+    if limits["choices"]:
+        return " or ".join(_shown(choice) for choice in limits["choices"])
+    if limits["least"] is None:
+        return "a text" if field.name == "system_prompt" else "a text that is not empty"
+    kind = "a number" if field.type is float else "a whole number"
+    return f"{kind} from {limits['least']:g} to {limits['most']:,}" + (' or "auto"' if limits["auto"] else "")
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"{key}: there is no such setting; " + (
+        f"did you mean {near[0]}?" if near else f"there are {_listed(known)}"
+    )
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, value = (part.strip() for part in override.partition("="))
+    if not equals or not key:
+        raise SettingsError([f"{override!r}: an override is KEY=VALUE, for example rank=32"])
+    try:
+        return tomllib.loads(f"{key} = {value}")
+    except tomllib.TOMLDecodeError:
+        head, dot, rest = key.partition(".")
+        return {head: {rest: value}} if dot else {key: value}
+
+
+def _shown(value: Any) -> str:
+    """The value as it would stand in TOML."""
+    if isinstance(value, str):
+        shown = json.dumps(value if len(value) <= 80 else value[:79] + "…", ensure_ascii=False)
+        return shown.encode("utf-8", "backslashreplace").decode()  # a lone surrogate could not be printed
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_shown(item)}" for key, item in value.items()) + " }" if value else "{}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _listed(items: Iterable[Any]) -> str:
+    return ", ".join(str(item) for item in items)

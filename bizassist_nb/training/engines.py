@@ -1,0 +1,103 @@
+"""What trains: Unsloth, or plain transformers with PEFT. Both give a 4-bit base with a fresh LoRA adapter on it."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+from typing import Any, Final
+
+from bizassist_nb import models
+from bizassist_nb.errors import EngineError
+from bizassist_nb.settings import Settings
+
+_UNSLOTH_ON_CPU: Final = "2026.10.9"
+"""The first release whose CPU backend was tested; earlier ones refuse to be imported without a GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """The engine chosen."""
+
+    name: str
+    """"unsloth" or "transformers"."""
+    reason: str
+
+
+def choose(engine: str) -> Engine:
+    """The engine for `Settings.engine` on this device.
+
+    Raises:
+        EngineError: if the one asked for is not installed or cannot run here.
+    """
+    problem = _unsloth_problem()
+    if engine == "transformers":
+        return Engine("transformers", "asked for")
+    if engine == "unsloth" and problem:
+        raise EngineError(
+            f'engine = "unsloth" cannot be used: {problem}. '
+            'Run: pip install "bizassist-nb[unsloth]", or set engine = "auto"'
+        )
+    if engine == "unsloth":
+        return Engine("unsloth", "asked for")
+    if problem:
+        return Engine("transformers", problem)
+    return Engine("unsloth", "it is installed and works on this device")
+
+
+def _unsloth_problem() -> str | None:
+    """Why Unsloth cannot be used here, without importing it (which patches other libraries for good)."""
+    import torch
+    from packaging.version import Version
+
+    if importlib.util.find_spec("unsloth") is None:
+        return "unsloth is not installed"
+    version = importlib.metadata.version("unsloth")
+    if not torch.cuda.is_available() and Version(version) < Version(_UNSLOTH_ON_CPU):
+        return f"unsloth {version} needs a GPU (from {_UNSLOTH_ON_CPU} on it trains on a CPU too)"
+    return None
+
+
+def load(engine: Engine, base: models.Base, settings: Settings) -> Any:
+    """The base in 4 bits with a fresh adapter of `settings.rank`, ready to train; Unsloth is imported already."""
+    import torch
+
+    torch.manual_seed(settings.seed)  # the adapter's A matrices are drawn at random; its B matrices are zero
+    if engine.name == "unsloth":
+        return _load_unsloth(base, settings)
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(models.TARGETS),
+    )
+    return get_peft_model(models.load_nf4(base.source), config)
+
+
+def _load_unsloth(base: models.Base, settings: Settings) -> Any:
+    import torch
+    from unsloth import FastLanguageModel
+
+    try:
+        model, _ = FastLanguageModel.from_pretrained(
+            base.source,
+            max_seq_length=settings.max_length,
+            load_in_4bit=True,
+            dtype=models.compute_dtype(),
+            use_safetensors=True,
+            trust_remote_code=False,
+            use_exact_model_name=True,  # else it takes weights of its own for many names, not those asked and merged
+        )
+    except (OSError, ValueError) as error:
+        raise models.unreachable("model", base.source, error) from error
+    models.without_packing(model)
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(models.TARGETS),
+        use_gradient_checkpointing="unsloth" if torch.cuda.is_available() else False,
+        random_state=settings.seed,
+    )

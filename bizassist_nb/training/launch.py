@@ -1,0 +1,157 @@
+"""Starting a worker process for a run, and following it to its end."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+from bizassist_nb.errors import RunError
+from bizassist_nb.runs import ENDED, Journal, Run, check_name, is_locked, take_lock
+from bizassist_nb.settings import Settings
+
+_POLL = 0.25
+"""Seconds between looks at a run that is being followed."""
+
+
+def finetune(
+    settings: Settings, name: str | None = None, *, resume: bool = False, show: Callable[[Run], None] = lambda _: None
+) -> Run:
+    """Train a run to its end in a process of its own, calling `show` all the while, and give it back.
+
+    The first interrupt (Ctrl-C, ■) stops the run after its step, with a checkpoint; the second ends it at once.
+
+    Raises:
+        RunError: if the name cannot be used, or the run failed, with the reason.
+    """
+    with _Interrupts() as interrupts:
+        run = start(settings, name, resume=resume)
+        interrupts.go_to(run)
+        ended = False
+        while not ended:
+            ended = run.status in ENDED and not is_locked(run.path)  # it still has to leave once it has said its last
+            show(run)
+            if not ended:
+                time.sleep(_POLL)
+    if interrupts.count < 2 and run.error:
+        raise RunError(f"run {run.name!r} {run.status}: {run.error}")
+    return run
+
+
+def start(settings: Settings, name: str | None = None, *, resume: bool = False) -> Run:
+    """Start training in the background. A name is made up if none is given; `resume` goes on with the run of that name.
+
+    Raises:
+        RunError: if the name cannot be used: taken, busy, or nothing there to resume.
+    """
+    path = settings.run_path(check_name(name) if name is not None else _free_name(settings))
+    run = _resumed(path, settings) if resume else _created(path, settings)
+    lock = take_lock(run.path, patience=20 if run.status in ENDED else 0.2)
+    # A stop that arrives while the worker is still importing must wait until it listens; masks are inherited.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        Journal(run.path).write("state", state="starting")
+        with (run.path / "worker.log").open("ab") as log:
+            worker = subprocess.Popen(  # noqa: S603 - no shell, our own module
+                [sys.executable, "-m", "bizassist_nb.training.worker", str(run.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # closing the notebook or interrupting the kernel leaves it alone
+                pass_fds=(lock,),
+                env=_environment(run.path),
+            )
+        os.truncate(lock, 0)
+        os.write(lock, str(worker.pid).encode())
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(lock)  # the worker holds it now
+    return run
+
+
+class _Interrupts:
+    """Passes interrupts on to a run, by a handler: a KeyboardInterrupt could strike while another is dealt with."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._run: Run | None = None
+
+    def __enter__(self) -> Self:
+        # Other threads get no interrupts, and may not set a handler.
+        self._ours = threading.current_thread() is threading.main_thread()
+        if self._ours:
+            self._before = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
+
+    def go_to(self, run: Run) -> None:
+        """From now on this is the run they are for; one that came before it was there goes to it, too."""
+        self._run = run
+        if self.count:
+            run.stop()
+
+    def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self._run:
+            (self._run.stop if self.count == 1 else self._run.kill)()
+
+
+def _created(path: Path, settings: Settings) -> Run:
+    if (path / "settings.toml").is_file():
+        run = Run(path)
+        if run.status not in ENDED or run.steps:
+            raise RunError(
+                f"there is a run {path.name!r} already ({run.status}, {len(run.steps)} steps); "
+                "take another name, or go on with it with --resume"
+            )
+        shutil.rmtree(path)  # it ended before its first step: there is nothing in it to keep
+    elif path.exists():
+        raise RunError(f"{path} exists and holds no run; take another name")
+    path.mkdir(parents=True)
+    (path / "settings.toml").write_text(settings.to_toml(), "utf-8")
+    return Run(path)
+
+
+def _resumed(path: Path, settings: Settings) -> Run:
+    if not (path / "settings.toml").is_file():
+        raise RunError(f"there is no run {path.name!r} in {path.parent.absolute()} to resume")
+    run = Run(path)
+    if run.status == "finished":
+        raise RunError(f"the run {path.name!r} has finished; there is nothing to resume")
+    ours, asked = run.settings.changed(), settings.changed()
+    differing = sorted(key for key in ours | asked if ours.get(key) != asked.get(key) and key != "runs_dir")
+    if differing and asked.keys() - {"runs_dir"}:
+        raise RunError(
+            f"the run {path.name!r} was started with other settings ({', '.join(differing)}); resume it with none, "
+            "or give a new name to start anew"
+        )
+    return run
+
+
+def _free_name(settings: Settings) -> str:
+    stem = Path(settings.data).stem.replace(" ", "-") or "run"
+    number = 1
+    while settings.run_path(f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
+
+
+def _environment(run_path: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        # One GPU (Settings.gpus): where the Trainer sees more, it quietly gives one of them the batches of all.
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+        "TOKENIZERS_PARALLELISM": "false",
+        "UNSLOTH_DISABLE_STATISTICS": "1",  # it reports to its makers otherwise
+        "UNSLOTH_COMPILE_LOCATION": str(run_path.absolute() / ".unsloth"),  # else a folder in the working directory
+    }

@@ -1,0 +1,107 @@
+"""A real Jupyter kernel for tests."""
+
+import contextlib
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.manager import KernelManager
+
+
+@dataclass
+class Cell:
+    """What came of a cell."""
+
+    status: str = ""
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    """As a front end would keep them: clear_output empties the list."""
+    shown: list[dict[str, Any]] = field(default_factory=list)
+    """All that was ever displayed."""
+    updates: list[str] = field(default_factory=list)
+    """Values that widgets were given, in order."""
+
+    @property
+    def text(self) -> str:
+        """All plain text, of streams, values and errors."""
+        return "\n".join(_texts(output) for output in self.outputs)
+
+    def mime(self, kind: str) -> list[str]:
+        """The outputs' contents of that type."""
+        return [output["data"][kind] for output in self.outputs if kind in output.get("data", {})]
+
+
+def _texts(output: dict[str, Any]) -> str:
+    if "traceback" in output:
+        return "\n".join(output["traceback"])
+    return output.get("text") or output["data"].get("text/plain", "")
+
+
+class Kernel:
+    """Runs code as a front end does."""
+
+    def __init__(self, manager: KernelManager) -> None:
+        self.manager = manager
+        self.client = manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+
+    def start(self, code: str) -> str:
+        """Send a cell; its message id, for `finish`."""
+        return self.client.execute(code)
+
+    def finish(self, message: str, timeout: float = 240) -> Cell:
+        """Collect a cell's outputs until it is idle."""
+        cell = Cell()
+        end = time.monotonic() + timeout
+        while True:
+            reply = self.client.get_iopub_msg(timeout=max(0.1, end - time.monotonic()))
+            if reply["parent_header"].get("msg_id") != message:
+                continue
+            kind, content = reply["msg_type"], reply["content"]
+            if kind == "status" and content["execution_state"] == "idle":
+                break
+            if kind == "clear_output":
+                cell.outputs.clear()
+            elif kind in ("stream", "display_data", "execute_result", "error"):
+                cell.outputs.append(content)
+                cell.shown.append(content)
+            elif kind == "comm_msg" and "value" in content["data"].get("state", {}):
+                cell.updates.append(content["data"]["state"]["value"])
+        while True:  # the reply says whether a front end would go on to the next cell
+            answer = self.client.get_shell_msg(timeout=60)
+            if answer["parent_header"].get("msg_id") == message:
+                cell.status = answer["content"]["status"]
+                return cell
+
+    def run(self, code: str, timeout: float = 240) -> Cell:
+        """Run a cell to its end."""
+        return self.finish(self.start(code), timeout)
+
+    def interrupt(self) -> None:
+        """Press ■."""
+        self.manager.interrupt_kernel()
+
+
+@contextlib.contextmanager
+def kernel(folder: Path) -> Iterator[Kernel]:
+    """A fresh kernel of this environment, working in `folder`."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(cwd=str(folder))
+    running = Kernel(manager)
+    try:
+        yield running
+    finally:
+        running.client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def wait_until(condition, timeout: float = 120) -> None:
+    """Poll until the condition holds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            raise queue.Empty("the condition was never met")
+        time.sleep(0.05)

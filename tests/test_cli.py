@@ -1,0 +1,101 @@
+"""The command line, in this process where it can be and in one of its own where it must."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from live_kernel import wait_until
+
+from bizassist_nb.__main__ import main
+from bizassist_nb.runs import Run, open_run
+
+
+@pytest.fixture
+def file(tiny, tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text(
+        f'model = "{tiny}"\ndata = "sample"\nsubset = 99\nheld_out = 4\nmax_length = 512\nengine = "transformers"\n'
+    )
+    return path
+
+
+def test_finetune_trains_from_a_file_with_overrides(file, tmp_path, capsys):
+    arguments = ["finetune", str(file), "--name", "one", "--set", "subset=8", "--runs-dir", str(tmp_path / "r")]
+    assert main(arguments) == 0
+    run = open_run("one", tmp_path / "r")
+    assert (run.status, run.settings.subset, len(run.steps)) == ("finished", 8, 2)
+    out = capsys.readouterr().out
+    assert "one: training" in out
+    assert run.evaluation["sentence"] in out
+    assert main(["runs", "--runs-dir", str(tmp_path / "r")]) == 0
+    assert "one" in capsys.readouterr().out
+    assert main(arguments) == 1
+    assert "there is a run 'one' already" in capsys.readouterr().err
+
+
+def test_ask_evaluate_and_doctor(trained, capsys):
+    where = ["--runs-dir", str(trained.path.parent)]
+    assert main(["ask", "trained", "How should we price?", "--max-new-tokens", "5", *where]) == 0
+    out = capsys.readouterr().out
+    assert "--- base, cut short ---" in out
+    assert "--- tuned (trained), cut short ---" in out
+    assert main(["evaluate", "trained", "--json", *where]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "helped"
+    assert main(["doctor"]) == 0
+    assert "Mistral-7B takes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ask", "nosuch", "Hi?"], "there is no run 'nosuch'"),
+        (["evaluate", "nosuch"], "there is no run 'nosuch'"),
+        (["export", "nosuch", "--to", "merged"], "there is no run 'nosuch'"),
+        (["finetune", "nosuch.toml"], "nosuch.toml cannot be read"),
+        (["finetune", "--set", "rnak=3"], "did you mean rank?"),
+        (["finetune", "--set", "rank"], "KEY=VALUE"),
+        (["finetune", "--name", "a/b"], "cannot be the name of a run"),
+    ],
+)
+def test_errors_are_one_message_on_stderr(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_every_setting(capsys):
+    from bizassist_nb.settings import reference
+
+    with pytest.raises(SystemExit) as ended:
+        main(["finetune", "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for name, _, text in reference():
+        assert f"  {name} = " in out
+        assert text in out
+
+
+def test_demo_shows_loss_verdict_and_both_answers(tiny, tmp_path, capsys):
+    changes = [f"model={tiny}", "subset=8", "held_out=4", "engine=transformers"]
+    settings = [part for change in changes for part in ("--set", change)]
+    assert main(["demo", *settings, "--runs-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for text in ("training loss:", "95 % interval", "--- base, cut short ---", "--- tuned (sample-1), cut short ---"):
+        assert text in out
+
+
+def test_ctrl_c_stops_cleanly(file, tmp_path):
+    command = [sys.executable, "-m", "bizassist_nb", "finetune", str(file), "--name", "halted", "--set", "epochs=50"]
+    process = subprocess.Popen([*command, "--runs-dir", str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    path = tmp_path / "halted"
+    wait_until(lambda: (path / "settings.toml").exists() and Run(path).steps)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert Run(path).status == "stopped"
+    assert "--resume" in out

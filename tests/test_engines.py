@@ -1,0 +1,41 @@
+"""Which engine trains, and why."""
+
+import importlib.metadata
+import importlib.util
+
+import pytest
+
+from bizassist_nb.errors import EngineError
+from bizassist_nb.training import engines
+
+
+@pytest.fixture
+def without_unsloth(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "unsloth" else find(name))
+
+
+@pytest.fixture
+def old_unsloth(monkeypatch):
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2026.10.7" if name == "unsloth" else version(name))
+
+
+def test_auto_takes_unsloth_where_it_works():
+    assert engines.choose("auto").name == "unsloth"
+    assert engines.choose("transformers").name == "transformers"
+
+
+def test_auto_without_unsloth_says_so(without_unsloth):
+    assert engines.choose("auto") == engines.Engine("transformers", "unsloth is not installed")
+
+
+def test_auto_leaves_an_unsloth_alone_that_cannot_train_here(old_unsloth):
+    chosen = engines.choose("auto")
+    assert chosen.name == "transformers"
+    assert "unsloth 2026.10.7 needs a GPU" in chosen.reason
+
+
+def test_unsloth_asked_for_and_not_there_says_what_to_install(without_unsloth):
+    with pytest.raises(EngineError, match=r"not installed. Run: pip install \"bizassist-nb\[unsloth\]\""):
+        engines.choose("unsloth")

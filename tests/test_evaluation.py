@@ -1,0 +1,123 @@
+"""Scores of held-out answers, against a forward pass and a logarithm of its own."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bizassist_nb.data.rows import read_table
+from bizassist_nb.data.tokens import IGNORED, Example
+from bizassist_nb.training import evaluation
+from bizassist_nb.training.evaluation import score
+from bizassist_nb.verdict import mean_loss
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Torch's threads wait for each other by spinning, which beside other busy processes takes ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(embedded):
+    return AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+
+
+def some_examples(chat, train_on: str = "response") -> list[Example]:
+    """Sample rows cut to four lengths, and sorted neither by length nor by number, as a shuffle leaves them."""
+    rows = read_table("sample").rows
+    chosen = [
+        dataclasses.replace(rows[i], response=rows[i].response[:end])
+        for i, end in ((9, 140), (80, 40), (5, 200), (40, 90))
+    ]
+    found, _ = chat.examples(chosen, system_prompt="Be brief.", max_length=500, train_on=train_on)
+    assert len({len(example.input_ids) for example in found}) == 4
+    return found
+
+
+@pytest.fixture(params=["response", "all"])
+def examples(chat, request) -> list[Example]:
+    return some_examples(chat, request.param)
+
+
+@torch.inference_mode()
+def plain_nats(model, example: Example) -> float:
+    """Summed negative log-likelihood of the labels, from one unpadded pass over the row, in float64."""
+    logits = model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
+    nats = 0.0
+    for position, label in enumerate(example.labels[1:]):
+        if label != IGNORED:
+            nats -= float(logits[position].log_softmax(dim=0)[label])
+    return nats
+
+
+def test_scores_agree_with_a_plain_forward_pass(model, chat):
+    examples = some_examples(chat)
+    scores = score(model, examples, pad_id=chat.pad_id)
+    for example, scored in zip(examples, scores, strict=True):
+        assert scored.nats / scored.tokens == pytest.approx(plain_nats(model, example) / scored.tokens, abs=1e-5)
+    assert mean_loss(scores) < 5  # by chance it were 10.8: the model does know its language
+
+
+def test_scores_come_in_the_order_given_with_the_tokens_they_are_over(small, chat, examples):
+    scores = score(small, examples, pad_id=chat.pad_id)
+    assert [one.row for one in scores] == [example.number for example in examples]
+    assert [one.category for one in scores] == [example.category for example in examples]
+    for example, scored in zip(examples, scores, strict=True):
+        # The first token of a row is predicted by nothing.
+        assert scored.tokens == example.trained_tokens - (example.labels[0] != IGNORED)
+        assert scored.nats == pytest.approx(plain_nats(small, example), rel=1e-6)
+
+
+def test_batches_do_not_change_scores(model, chat):
+    examples = some_examples(chat)
+    together = [one.nats for one in score(model, examples, pad_id=chat.pad_id)]
+    one_by_one = [score(model, [example], pad_id=chat.pad_id)[0].nats for example in examples]
+    assert one_by_one == pytest.approx(together, rel=1e-5)
+
+
+def test_batches_hold_every_row_once_and_few_tokens(examples):
+    examples += [Example(i, [5] * size, [5] * size, truncated=False) for i, size in enumerate([9, 4000, 5000, 9])]
+    batches = evaluation._batches(examples, 4096)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(examples)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(examples[i].input_ids) for i in batch) <= 4096
+    assert len(batches) < len(examples)
+
+
+def test_what_the_row_is_padded_with_does_not_matter(small, chat, examples):
+    nats = [one.nats for one in score(small, examples, pad_id=chat.pad_id)]
+    assert [one.nats for one in score(small, examples, pad_id=777)] == pytest.approx(nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_leaves_the_model_in_the_mode_it_was_in(small, chat, examples, training):
+    small.train(training)
+    score(small, examples, pad_id=chat.pad_id)
+    assert small.training is training
+
+
+def test_a_stop_between_batches_ends_the_scoring_and_restores_the_mode(small, chat, examples, monkeypatch):
+    monkeypatch.setattr(evaluation, "_BATCH_LOGITS", 1)
+    seen = []
+
+    def stop_at_third():
+        seen.append(small.training)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    small.train()
+    with pytest.raises(KeyboardInterrupt):
+        score(small, examples, pad_id=chat.pad_id, between=stop_at_third)
+    assert seen == [False, False, False]
+    assert small.training
+    small.eval()

@@ -1,0 +1,85 @@
+"""What may import what, and what loading the package costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bizassist_nb
+
+PACKAGE = Path(bizassist_nb.__file__).parent
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "unsloth",
+    "bitsandbytes",
+    "matplotlib",
+    "ipywidgets",
+    "IPython",
+}
+# Modules that are about one of these from their first line on, and are only imported where they are used.
+MAY = {
+    "assistant/decoding.py": {"torch", "transformers", "peft"},
+    "training/trainer.py": {"torch", "transformers", "trl", "datasets"},
+    "plots.py": {"matplotlib"},
+    "notebook/magics.py": {"IPython"},
+    "notebook/views.py": {"IPython"},
+}
+
+
+def modules():
+    return sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+def imports(path, nodes):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("name", modules())
+def test_heavy_packages_are_imported_where_they_are_used(name):
+    tree = ast.parse((PACKAGE / name).read_text())
+    found = {module.partition(".")[0] for module in imports(name, tree.body)} & HEAVY
+    assert found <= MAY.get(name, set())
+
+
+@pytest.mark.parametrize("name", modules())
+def test_nothing_imports_the_front_ends(name):
+    if name.startswith("notebook/") or name == "__init__.py":
+        return
+    tree = ast.parse((PACKAGE / name).read_text())
+    assert not [module for module in imports(name, ast.walk(tree)) if module.startswith("bizassist_nb.notebook")]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_only_training_knows_trl_and_unsloth(name):
+    tree = ast.parse((PACKAGE / name).read_text())
+    found = {module.partition(".")[0] for module in imports(name, ast.walk(tree))} & {"trl", "unsloth"}
+    assert not found or name.startswith("training/")
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = f"import sys, bizassist_nb; print(sorted({HEAVY!r} & {{name.partition('.')[0] for name in sys.modules}}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_are_there():
+    for name in bizassist_nb.__all__:
+        assert getattr(bizassist_nb, name).__name__ == name
+
+
+def test_settings_page_is_up_to_date():
+    root = PACKAGE.parent
+    namespace = {"__name__": "page", "__file__": str(root / "docs" / "settings.py")}
+    exec((root / "docs" / "settings.py").read_text(), namespace)  # noqa: S102 - our own script
+    assert (root / "docs" / "settings.md").read_text("utf-8") == namespace["text"]()

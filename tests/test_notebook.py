@@ -1,0 +1,236 @@
+"""The extension, magics and views in a real kernel. These also run under Colab's front-end versions."""
+
+import json
+import re
+
+import nbformat
+import pytest
+from live_kernel import kernel, wait_until
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
+
+from bizassist_nb.runs import Run
+
+pytestmark = pytest.mark.notebook
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("notebook")
+
+
+@pytest.fixture(scope="module")
+def live(place):
+    with kernel(place) as running:
+        assert running.run("%load_ext bizassist_nb").status == "ok"
+        yield running
+
+
+@pytest.fixture(scope="module")
+def quick(tiny):
+    """Settings of a run that takes a moment: the tiny random model."""
+    return (
+        f'model = "{tiny}"\ndata = "sample"\nsubset = 12\nheld_out = 4\nmax_length = 512\nengine = "transformers"\n'
+        'system_prompt = ""\n'
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(live, quick):
+    """The cell of a finished run named "trained"."""
+    return live.run(f"%%finetune trained\n{quick}")
+
+
+def test_load_ext_imports_nothing_heavy(place):
+    with kernel(place) as fresh:
+        code = (
+            "import sys\nbefore = set(sys.modules)\n%load_ext bizassist_nb\n"
+            "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+            "print(sorted(new & {'torch', 'transformers', 'matplotlib', 'numpy', 'ipywidgets', 'datasets', 'peft'}))"
+        )
+        assert fresh.run(code).text.strip() == "[]"
+
+
+def test_finetune_ends_with_static_output_only(trained, place):
+    assert trained.status == "ok"
+    assert not trained.mime(WIDGET)
+    assert len(trained.mime("image/png")) == 1
+    (summary,) = trained.mime("text/html")
+    assert "trained: finished · step 3/3" in summary
+    assert "95 % interval" in summary
+    assert Run(place / "runs" / "trained").status == "finished"
+
+
+def test_finetune_shows_settings_progress_and_plot_while_it_trains(trained):
+    assert any(WIDGET in output.get("data", {}) for output in trained.shown)
+    seen = "\n".join(trained.updates)
+    for text in (
+        "subset = 12",
+        "asked for",
+        "12 rows to train on",
+        "tokens/s",
+        "held-out loss",
+        "data:image/png;base64",
+    ):
+        assert text in seen, text
+
+
+def test_finetune_gives_a_run(trained, live):
+    cell = live.run(
+        "from bizassist_nb import open_run\nrun = open_run('trained')\nrun.name, run.status, len(run.steps)"
+    )
+    assert cell.text == "('trained', 'finished', 3)"
+    assert live.run("run.plot()").mime("image/png")
+
+
+def test_interrupt_stops_with_a_checkpoint_and_resume_finishes(live, quick, place):
+    message = live.start(f"%%finetune halted\n{quick}epochs = 100")
+    path = place / "runs" / "halted"
+    wait_until(lambda: (path / "settings.toml").exists() and len(Run(path).steps) >= 3)
+    live.interrupt()
+    cell = live.finish(message)
+    assert cell.status == "ok"
+    stopped = Run(path)
+    done = len(stopped.steps)
+    assert stopped.status == "stopped"
+    assert 3 <= done < 300
+    assert f"the checkpoint at step {done} is kept; go on with: %%finetune halted --resume" in cell.mime("text/html")[0]
+    assert stopped.adapter
+    message = live.start("%%finetune halted --resume\n")
+    wait_until(lambda: len(stopped.steps) > done)
+    live.interrupt()
+    assert live.finish(message).status == "ok"
+    assert stopped.last("resumed")["step"] == done
+    assert [step.step for step in stopped.steps] == list(range(1, len(stopped.steps) + 1))
+
+
+def test_second_interrupt_ends_the_run_at_once(live, quick, place):
+    message = live.start(f"%%finetune killed\n{quick}epochs = 100")
+    path = place / "runs" / "killed"
+    wait_until(lambda: (path / "settings.toml").exists() and Run(path).status == "loading")
+    live.interrupt()
+    live.interrupt()
+    live.finish(message)
+    wait_until(lambda: Run(path).status in ("lost", "stopped"))
+
+
+def test_background_returns_at_once(live, quick, place):
+    cell = live.run(f"%%finetune aside --background\n{quick}")
+    assert cell.status == "ok"
+    run = Run(place / "runs" / "aside")
+    assert run.status not in ("finished", "failed", "lost")
+    wait_until(lambda: run.status == "finished")
+
+
+def test_ask_leaves_both_answers_as_static_columns(trained, live):
+    cell = live.run("%%ask --run trained --max-new-tokens 8 -o answer\nWhat's a <b>price</b>?")
+    assert cell.status == "ok"
+    (html,) = cell.mime("text/html")
+    assert not cell.mime(WIDGET)
+    assert "base" in html
+    assert "tuned (trained), cut short" in html
+    assert "What&#x27;s a &lt;b&gt;price&lt;/b&gt;?" in html
+    assert live.run("answer.question, answer.run").text == repr(("What's a <b>price</b>?", "trained"))
+
+
+@pytest.mark.parametrize(
+    ("option", "asked"), [("--base", "['base']"), ("--tuned", "['tuned']"), ("", "['base', 'tuned']")]
+)
+def test_ask_as_a_line_asks_whom_it_is_told(trained, live, option, asked):
+    cell = live.run(f"%ask --run trained --max-new-tokens 4 {option} What's {{next}} for $us?")
+    assert "Question: What's {next} for $us?" in cell.text
+    assert live.run("list(_.answers)").text == asked
+
+
+def test_base_alone_does_not_claim_that_there_is_no_run(trained, live):
+    cell = live.run("%ask --base --max-new-tokens 4 Why?")
+    assert "--- base, cut short ---" in cell.text
+    assert "no run yet" not in cell.text
+
+
+def test_ask_line_can_be_assigned(trained, live):
+    live.run("first = %ask --run trained --max-new-tokens 4 --base Why?")
+    assert live.run("first.question").text == "'Why?'"
+
+
+def test_ask_without_a_run_asks_the_base_alone_and_says_so(live, tmp_path):
+    cell = live.run(f"%ask --runs-dir {tmp_path} --max-new-tokens 4 Hello?")
+    assert "There is no run yet, so only the base answers" in cell.text
+    assert live.run("list(_.answers)").text == "['base']"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("%ask --run nosuch Hello?", ["there is no run 'nosuch'", "trained"]),
+        ("%%ask --run trained\n   ", ["question is empty"]),
+        ("%ask --run trained --max-new-tokens 0 Hello?", ["max_new_tokens = 0"]),
+        ("%%finetune trained\n", ["there is a run 'trained' already", "--resume"]),
+        ("%%finetune trained --resume\n", ["has finished"]),
+        ("%%finetune nosuch --resume\n", ["no run 'nosuch'"]),
+        ("%%finetune ../up\n", ["'../up' cannot be the name of a run"]),
+        ("%%finetune x\nsubset = \n", ["not TOML", "line 1"]),
+        ("%%finetune x\nrnak = 8\nsubset = 0\n", ["did you mean rank?", "subset = 0: has to be a whole number from 1"]),
+        ('%%finetune missing\ndata = "nosuch.csv"\n', ["there is no file nosuch.csv"]),
+        (
+            '%%finetune untrained\nmodel = "./nosuch"\ndata = "sample"\nsubset = 9\nheld_out = 2\n',
+            ["./nosuch", "folder"],
+        ),
+        ('%%finetune unreachable\ndata = "owner/none"\n', ["owner/none", "cannot be loaded"]),
+        ('%%finetune many\ndata = "sample"\nsubset = 118\nheld_out = 64\n', ["120 usable rows", "at most 56"]),
+    ],
+)
+def test_what_is_wrong_is_said_without_a_traceback_of_ours(trained, live, code, words):
+    cell = live.run(code)
+    assert cell.status == "error"
+    for word in words:
+        assert word in cell.text
+    assert "Traceback" not in cell.text
+    assert "bizassist_nb/" not in cell.text
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["%%finetune --bakground\n", "%%ask --run\nHi", "%%ask hello\nHi", "%bizassist what", "%%finetune --resume\n"],
+)
+def test_wrong_arguments_are_a_usage_error(live, code):
+    cell = live.run(code)
+    assert cell.status == "error"
+    assert "UsageError" in cell.text or "error:" in cell.text
+    assert "Traceback" not in cell.text
+
+
+def test_a_name_is_free_again_when_its_run_never_took_a_step(live, quick):
+    assert live.run('%%finetune again\ndata = "nosuch.csv"\n').status == "error"
+    assert live.run(f"%%finetune again\n{quick}").status == "ok"
+
+
+def test_a_worker_that_dies_at_start_shows_its_last_words(live, quick, tmp_path):
+    (tmp_path / "trl.py").write_text('import os\nprint("trl went up in smoke", flush=True)\nos._exit(3)\n')
+    live.run(f"import os; os.environ['PYTHONPATH'] = {str(tmp_path)!r}")
+    cell = live.run(f"%%finetune dead\n{quick}")
+    live.run("del os.environ['PYTHONPATH']")
+    assert cell.status == "error"
+    assert "ended without a word" in cell.text
+    assert "trl went up in smoke" in cell.text
+
+
+def test_tables(trained, live):
+    runs = live.run("%bizassist runs")
+    assert re.search(r"trained +finished", runs.text)
+    assert runs.mime("text/html")
+    assert "bitsandbytes" in live.run("%bizassist doctor").text
+
+
+def test_a_saved_notebook_shows_everything_without_a_kernel(place, quick):
+    notebook = nbformat.v4.new_notebook()
+    for code in ("%load_ext bizassist_nb", f"%%finetune saved\n{quick}", "%%ask --max-new-tokens 4\nHow?"):
+        notebook.cells.append(nbformat.v4.new_code_cell(code))
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(place)}}).execute()
+    kept = json.dumps([cell["outputs"] for cell in notebook.cells])
+    assert WIDGET not in kept
+    page, _ = HTMLExporter().from_notebook_node(notebook)
+    for text in ("saved: finished", "95 % interval", "data:image/png;base64,", "tuned (saved)"):
+        assert text in page

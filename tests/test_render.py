@@ -1,0 +1,227 @@
+"""What is shown as HTML: nothing in it may run, be fetched, or break out of its place."""
+
+from html.parser import HTMLParser
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bizassist_nb import render
+from bizassist_nb.assistant.comparison import Comparison, comparison_html
+from bizassist_nb.report import run_html
+from bizassist_nb.runs import Journal, Run, write_json
+from bizassist_nb.settings import Settings
+
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=x>&lt;"
+
+
+FETCHING = {
+    "script", "style", "link", "base", "meta", "img", "svg", "math", "picture", "audio", "video", "iframe", "object",
+    "embed", "form", "input", "button", "textarea",
+}  # fmt: skip
+
+
+class Seen(HTMLParser):
+    """The tags, attributes and text of an HTML text, as a browser's parser meets them."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.other: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_comment(self, data):
+        self.other.append(data)
+
+    handle_decl = handle_pi = unknown_decl = handle_comment
+
+    @property
+    def schemes(self) -> set[str]:
+        """Of all links, as a browser reads them; "" of relative ones."""
+        return {urlsplit(value or "").scheme for name, value in self.attributes if name == "href"}
+
+
+def check_harmless(html: str) -> Seen:
+    seen = Seen(html)
+    assert set(seen.tags) <= render._TAGS - FETCHING
+    assert {name for name, _ in seen.attributes} <= {"href", "rel"}
+    assert seen.schemes <= {"http", "https", "mailto", ""}
+    assert not seen.other
+    return seen
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<SCRIPT SRC=//x.y/z.js></SCRIPT >",
+    "<scr<script>ipt>alert(1)</scr</script>ipt>",
+    "</p></td></table><script>alert(1)</script>",
+    "<p onclick=alert(1) onmouseover='alert(1)'>text</p>",
+    "<b/onclick=alert(1)>b",
+    '<img src=x onerror="alert(1)">',
+    "<img src='http://tracker.example/pixel.gif'>",
+    "![pixel](http://tracker.example/pixel.gif)",
+    "![pixel](javascript:alert(1))",
+    "![pixel][x]\n\n[x]: http://tracker.example/pixel.gif",
+    "[x](javascript:alert(1))",
+    "[x](JaVaScRiPt:alert(1))",
+    "[x](&#106;avascript:alert(1))",
+    "[x](java\tscript:alert(1))",
+    "[x](\x01javascript:alert(1))",
+    "[x](vbscript:msgbox(1))",
+    "[x](data:text/html;base64,PHNjcmlwdD5hbGVydCgxKTwvc2NyaXB0Pg==)",
+    "[x](data:image/svg+xml;base64,PHN2Zz4=)",
+    "[x](data:image/png;base64,AAAA)",
+    "[x](file:///etc/passwd)",
+    "[x](ftp://a.b/c) [y](//a.b/c)",
+    "[x][y]\n\n[y]: javascript:alert(1)",
+    "<javascript:alert(1)>",
+    '[x](http://a.b "title\\" onmouseover=alert(1)")',
+    "[x](http://a.b/'onmouseover=alert(1)//)",
+    '<a href="javascript:alert(1)">x</a>',
+    "<svg onload=alert(1)><animate attributeName=href values=javascript:alert(1) /></svg>",
+    "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 onerror=alert(1)&gt;'>",
+    '<iframe srcdoc="<script>alert(1)</script>"></iframe>',
+    "<object data=javascript:alert(1)></object><embed src=javascript:alert(1)>",
+    "<style>body { background: url(http://tracker.example) }</style>",
+    '<div style="position:fixed; inset:0; background:url(http://tracker.example)">over all</div>',
+    "<link rel=stylesheet href=http://tracker.example><base href=//x><meta http-equiv=refresh content=0>",
+    "<form action=http://x><input name=password><button>Send</button></form>",
+    "<!-- comment --><?php x ?><!DOCTYPE html><![CDATA[x]]>",
+    "<!--><script>alert(1)</script>-->",
+    "```<script>\nalert(1)\n```\n\n`<script>`",
+    '```"><script>alert(1)</script>\ncode\n```',
+    "| a | b |\n|---|:-:|\n| <script> | ![x](y) |",
+    "&lt;script&gt;alert(1)&lt;/script&gt; &#60;script&#62;",
+    "**bold *both [link](  <unclosed",
+    "[[[[[[](((((",
+    "<",
+    "",
+    "\0<script\0>alert(1)</script>\0",
+    "\u202e<script>\u202dalert(1)\u2066\u2067\u2069",
+    "\ufeff\u200b\u2028\u2029<script>",
+    "＜script＞ ‹script› ʺ",
+    "<script " * 20,
+    *(part * (100_000 // len(part)) for part in ("a", "<b>", "<", ">", "*", "[", "`", "- ", "> ", "![](", "&#", "|\n")),
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:24]))
+def test_hostile_markdown_becomes_harmless_html(text):
+    check_harmless(render.markdown(text))
+
+
+MARKS = st.sampled_from([*"<>\"'`*[]()!&;:/\\|#-= \n\t\0ab", "script", "javascript:", "data:", "on", "x=y"])
+
+
+@settings(deadline=None)
+@given(st.lists(MARKS).map("".join))
+def test_markdown_of_any_marks_is_harmless(text):
+    check_harmless(render.markdown(text))
+
+
+def test_markdown_is_rendered():
+    html = render.markdown(
+        "# Plan\n\n1. **first** and `x < y`\n2. ~~old~~ *new*\n\n> said\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
+        "[link](https://a.b/c?d=1&e=2) [mail](mailto:a@b.c)\n\n```python\nif a < b:\n```"
+    )
+    seen = check_harmless(html)
+    assert {"h1", "ol", "li", "strong", "code", "s", "em", "blockquote", "table", "td", "a", "pre"} <= set(seen.tags)
+    assert ("href", "https://a.b/c?d=1&e=2") in seen.attributes
+    assert "x < y" in seen.text
+    assert "if a < b:" in seen.text
+
+
+def test_html_in_markdown_is_shown_as_the_text_it_is():
+    assert check_harmless(render.markdown(SCRIPT.replace("&lt;", ""))).text.strip().startswith("<script>alert(1)</scri")
+
+
+def no_tags_but(html: str, *tags: str) -> Seen:
+    seen = Seen(html)
+    assert set(seen.tags) <= set(tags)
+    assert not {name for name, _ in seen.attributes if name.startswith("on") or name in ("src", "href")}
+    return seen
+
+
+def test_plain_text_is_shown_as_it_is():
+    text = f"{SCRIPT}\n  two\n**no bold**"
+    assert no_tags_but(render.plain(text), "div").text == text
+
+
+def test_table_escapes_its_texts():
+    seen = no_tags_but(render.table([[SCRIPT, "b"], ["c", SCRIPT]], [SCRIPT, "head"]), "table", "tr", "th", "td")
+    assert seen.text == f"{SCRIPT}head{SCRIPT}bc{SCRIPT}"
+    assert seen.tags.count("th") == 4
+    assert seen.tags.count("td") == 8
+
+
+def test_columns_escape_their_heads_and_keep_their_bodies():
+    html = render.columns([SCRIPT, "tuned"], ["<p>one</p>", render.plain(SCRIPT)])
+    seen = no_tags_but(html, "table", "tr", "th", "td", "p", "div")
+    assert seen.text == f"{SCRIPT}tunedone{SCRIPT}"
+
+
+FRAME = {"b", "i", "div", "table", "tr", "th", "td"}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("text", [SCRIPT, *HOSTILE[:50]], ids=lambda text: ascii(text[:24]))
+def test_comparison_of_hostile_answers_is_harmless(text, finished):
+    comparison = Comparison(question=text, base=text, tuned=text, run="run<script>", note=text)
+    html = comparison_html(comparison, finished=finished)
+    seen = Seen(html)
+    assert set(seen.tags) <= FRAME | render._TAGS
+    assert {name for name, _ in seen.attributes} <= {"style", "href", "rel"}
+    assert seen.schemes <= {"http", "https", "mailto", ""}
+    assert not seen.other
+    # Nothing in the text closes the frame: one table of two columns, and no cell more than it has.
+    frame = Seen(html.replace(render.markdown(text), ""))
+    assert [frame.tags.count(tag) for tag in ("table", "tr", "th", "td")] == [2, 4, 4, 4]
+    assert "tuned (run<script>)" in seen.text
+    if finished:
+        assert comparison._repr_html_() == html
+
+
+def test_comparison_shows_only_the_answers_there_are():
+    assert Seen(Comparison("q ", "one", None)._repr_html_()).text == "q baseone\n"
+    assert Seen(Comparison("q ", None, "two", run="r")._repr_html_()).text == "q tuned (r)two\n"
+    assert Seen(Comparison("q ", "one", "two", cut=("tuned",), note=" why")._repr_html_()).text == (
+        "q basetuned, cut shortone\ntwo\n why"
+    )
+
+
+def test_run_escapes_all_it_shows(tmp_path):
+    settings = Settings(data=SCRIPT, model=SCRIPT, system_prompt=SCRIPT, columns={"context": SCRIPT})
+    (tmp_path / "settings.toml").write_text(settings.to_toml(), "utf-8")
+    journal = Journal(tmp_path)
+    counted = {"rows": 2, "tokens": 9, "trained_tokens": 5, "median": 4, "longest": 5, "truncated": 1}
+    bad = [{"number": 3, "reason": SCRIPT}]
+    for what in ("model", "engine"):
+        journal.write(what, name=SCRIPT, reason=SCRIPT)
+    found = {"rejected": 1, "rejected_rows": bad, "shown": {"number": 1, "runs": [[SCRIPT, False], [SCRIPT, True]]}}
+    journal.write("data", source=SCRIPT, training=counted, held_out=counted, **found)
+    journal.write("plan", steps=2)
+    journal.write("step", step=1, loss=1.0, learning_rate=0.1, gradient_norm=None, tokens=1, seconds=1.0)
+    journal.write("error", message=SCRIPT, expected=False)
+    journal.write("state", state="failed")
+    (tmp_path / "worker.log").write_text(SCRIPT)
+    write_json(tmp_path / "evaluation.json", {"sentence": SCRIPT})
+    html = run_html(Run(tmp_path))
+    seen = no_tags_but(html, "p", "b", "div", "pre", "table", "tr", "td", "details", "summary", "mark")
+    # Model and engine with a reason each, source, rejected row, the row shown twice, error, log, sentence, and three of
+    # the settings; the fourth, columns, stands there as Python writes it.
+    assert seen.text.count(SCRIPT) == 14
+    assert Run(tmp_path)._repr_html_() == html

@@ -1,0 +1,334 @@
+"""The run directory: the journal and its readers, status, names, and the lock."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bizassist_nb.errors import RunError
+from bizassist_nb.runs import Journal, Run, check_name, is_locked, list_runs, open_run, take_lock, write_json
+from bizassist_nb.settings import Settings
+
+STEP = {"loss": 2.0, "learning_rate": 1e-4, "gradient_norm": 0.5, "tokens": 100, "seconds": 1.0}
+
+
+def make_run(folder, name="r", **fields) -> Run:
+    path = folder / name
+    path.mkdir()
+    (path / "settings.toml").write_text(Settings(**fields).to_toml(), "utf-8")
+    return Run(path)
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def journal(run) -> Journal:
+    return Journal(run.path)
+
+
+@pytest.fixture
+def lock(run):
+    """The run's lock, held as a worker holds it."""
+    descriptor = take_lock(run.path)
+    yield descriptor
+    os.close(descriptor)
+
+
+def kinds(run: Run) -> list[str]:
+    return [event["event"] for event in run.events]
+
+
+def test_a_folder_without_settings_is_no_run(tmp_path):
+    with pytest.raises(RunError, match=r"holds no run \(it has no settings.toml\)"):
+        Run(tmp_path)
+
+
+def test_settings_are_those_it_was_started_with(tmp_path):
+    asked = {"rank": 4, "system_prompt": "é\n\"'", "columns": {"context": "c"}}
+    assert make_run(tmp_path, **asked).settings == Settings(**asked)
+
+
+def test_a_run_without_events_knows_nothing_yet(run):
+    assert (run.events, run.steps, run.held_out, run.total_steps, run.evaluation) == ([], [], [], None, None)
+    assert (run.environment, run.adapter, run.last("step"), run.log(5)) == ({}, None, None, [])
+
+
+def test_journal_is_read_while_it_is_written(run, journal):
+    for count in range(1, 4):
+        journal.write("step", step=count, **STEP)
+        assert [step.step for step in run.steps] == list(range(1, count + 1))
+        assert [step.step for step in Run(run.path).steps] == list(range(1, count + 1))
+
+
+def test_half_written_line_is_left_until_it_is_complete(run, journal):
+    journal.write("one")
+    line = json.dumps({"time": 0, "event": "twö", "text": "🦜"}, ensure_ascii=False).encode()
+    with (run.path / "events.jsonl").open("ab", buffering=0) as file:
+        for byte in line:
+            file.write(bytes([byte]))
+            assert kinds(run) == ["one"]
+        file.write(b"\n")
+    assert kinds(run) == ["one", "twö"]
+    assert run.events[1]["text"] == "🦜"
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"time": 1, "event": "step", "lo', b'{"event": "\xf0\x9f', b"{", b'"event"', b"[1]"]
+)
+def test_torn_line_is_passed_over_and_the_next_journal_begins_a_new_one(run, journal, torn):
+    journal.write("before")
+    with (run.path / "events.jsonl").open("ab") as file:
+        file.write(torn)
+    assert kinds(run) == ["before"]
+    Journal(run.path).write("after")
+    assert kinds(run) == ["before", "after"]
+    assert kinds(Run(run.path)) == ["before", "after"]
+
+
+def test_a_new_journal_adds_nothing_to_whole_lines(run, journal):
+    journal.write("one")
+    before = (run.path / "events.jsonl").read_bytes()
+    Journal(run.path)
+    assert (run.path / "events.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_lacks_are_refused_and_leave_the_journal_whole(run, journal, number):
+    with pytest.raises(ValueError, match="JSON"):
+        journal.write("step", loss=number)
+    journal.write("next")
+    assert kinds(run) == ["next"]
+
+
+def test_an_error_about_half_a_character_can_be_journalled(run, journal):
+    # File names that are not UTF-8 come as lone surrogates (PEP 383), and so into messages.
+    journal.write("error", message=os.fsdecode(b"no file \xff.jsonl"), expected=True)
+    assert kinds(run) == ["error"]
+    assert b"no file" in run.events[0]["message"].encode()  # and can be shown
+
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | finite | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+fields = st.dictionaries(st.text().filter(lambda name: name not in ("event", "self")), values, max_size=4)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.text(), fields), max_size=6), st.integers(0, 10_000))
+def test_events_come_back_equal_and_any_cut_gives_the_first_of_them(tmp_path_factory, written, cut):
+    run = make_run(tmp_path_factory.mktemp("runs"))
+    journal = Journal(run.path)
+    for kind, more in written:
+        journal.write(kind, **more)
+    read = Run(run.path).events
+    assert [event["event"] for event in read] == [kind for kind, _ in written]
+    for event, (_, more) in zip(read, written, strict=True):
+        assert {key: event[key] for key in more} == more
+    file = run.path / "events.jsonl"
+    whole = file.read_bytes()
+    cut %= len(whole) + 1
+    file.write_bytes(whole[:cut])
+    assert run.events == read[: whole[:cut].count(b"\n")]
+    # A reader that was there at the cut reads on from it; a new journal goes on behind what was cut off.
+    file.write_bytes(whole)
+    assert run.events == read
+    file.write_bytes(whole[:cut])
+    Journal(run.path).write("next")
+    again = Run(run.path).events
+    assert again.pop()["event"] == "next"
+    assert again == read[: len(again)]
+    assert len(again) - whole[:cut].count(b"\n") in (0, 1)
+
+
+def test_steps_after_a_resume_replace_those_done_before(run, journal):
+    for step in range(1, 6):
+        journal.write("step", step=step, **{**STEP, "loss": 1.0})
+    journal.write("resumed", step=3)
+    assert [step.step for step in run.steps] == [1, 2, 3]
+    journal.write("step", step=4, **{**STEP, "loss": 9.0, "gradient_norm": None})
+    assert [(step.step, step.loss, step.gradient_norm) for step in run.steps] == [
+        (1, 1.0, 0.5),
+        (2, 1.0, 0.5),
+        (3, 1.0, 0.5),
+        (4, 9.0, None),
+    ]
+    journal.write("resumed", step=0)
+    assert run.steps == []
+
+
+def test_newest_plan_and_evaluations_count(run, journal):
+    for steps in (10, 20):
+        journal.write("plan", steps=steps)
+    for step, loss in ((0, 3.0), (20, 2.5), (0, 2.9)):
+        journal.write("evaluation", step=step, loss=loss)
+    assert run.total_steps == 20
+    assert run.held_out == [(0, 2.9), (20, 2.5)]
+
+
+STATES = ["starting", "loading", "scoring", "training", "saving"]
+
+
+@pytest.mark.usefixtures("lock")
+@pytest.mark.parametrize("state", [*STATES, "finished", "stopped", "failed"])
+def test_status_of_a_locked_run_is_its_last_state(run, journal, state):
+    assert run.status == "starting"
+    journal.write("state", state="loading")
+    journal.write("state", state=state)
+    journal.write("step", step=1, **STEP)
+    assert run.status == state
+
+
+@pytest.mark.parametrize("state", [None, *STATES])
+def test_a_run_whose_worker_went_away_without_a_word_is_lost(run, journal, state):
+    descriptor = take_lock(run.path)
+    if state:
+        journal.write("state", state=state)
+    assert run.status == (state or "starting")
+    os.close(descriptor)
+    (run.path / "worker.log").write_bytes(b"first\n" + b"line\n" * 11 + b"Killed \xff\n")
+    assert run.status == "lost"
+    assert run.error.startswith("its process ended without a word")
+    assert run.error.endswith("    Killed \ufffd")
+    assert "first" not in run.error
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped", "failed"])
+def test_a_run_that_ended_with_a_word_keeps_its_status(run, journal, state):
+    journal.write("state", state=state)
+    assert run.status == state
+
+
+def test_error_is_the_message_and_for_a_surprise_the_end_of_the_log(run, journal):
+    (run.path / "worker.log").write_text("Traceback\nKeyError: 'x'\n")
+    journal.write("error", message="no rows", expected=True)
+    assert run.error.startswith("its process ended")  # lost: it did not say that it failed
+    journal.write("state", state="failed")
+    assert run.error == "no rows"
+    journal.write("error", message="KeyError: 'x'", expected=False)
+    assert run.error.startswith("KeyError: 'x'\nThe end of ")
+    assert run.error.endswith("    Traceback\n    KeyError: 'x'")
+    journal.write("state", state="stopped")
+    assert run.error is None
+
+
+def test_taken_lock_is_refused_and_free_again_after_its_holder(run):
+    assert not is_locked(run.path)
+    first = take_lock(run.path)
+    assert is_locked(run.path)
+    with pytest.raises(RunError, match="'r' is being trained by another process"):
+        take_lock(run.path)
+    os.close(first)
+    assert not is_locked(run.path)
+    os.close(take_lock(run.path))
+
+
+def test_looking_at_the_lock_does_not_take_it(run, lock):
+    for _ in range(3):
+        assert is_locked(run.path)
+    os.close(os.dup(lock))  # closing one of several descriptors gives the lock up only with flock's cousin, lockf
+    assert is_locked(run.path)
+
+
+def test_stop_and_kill_send_nothing_where_nobody_holds_the_lock(run):
+    # The number in the lock file may be another process's by now: here that of a cat.
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as cat:
+        (run.path / "worker.lock").write_text(str(cat.pid))
+        run.stop()
+        run.kill()
+        assert cat.communicate(b"alive")[0] == b"alive"
+
+
+@pytest.mark.parametrize("name", ["a", "_", "run-1", "Lauf.2", "Größe_3", "a..b", "x" * 64])
+def test_fit_names_are_taken(name):
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "/",
+        "a\\b",
+        "-a",
+        ".a",
+        "a.",
+        "a-",
+        " a",
+        "a b",
+        "a\n",
+        "a\0",
+        "~",
+        "a:b",
+        "x" * 65,
+    ],
+)
+def test_names_unfit_for_a_folder_are_refused(name, tmp_path):
+    with pytest.raises(RunError, match="cannot be the name of a run: take up to 64 letters"):
+        check_name(name)
+    with pytest.raises(RunError, match="cannot be the name of a run"):
+        open_run(name, tmp_path)
+
+
+@pytest.mark.parametrize("letter", ["é", "漢", "𐐀"])
+def test_a_name_of_wide_letters_is_refused_or_fits_a_folder(letter, tmp_path):
+    try:
+        name = check_name(letter * 64)
+    except RunError:
+        return
+    (tmp_path / name).mkdir()
+
+
+def test_open_run_lists_the_runs_there_are(tmp_path):
+    with pytest.raises(RunError, match=f"there is no run 'b' in {tmp_path}; the runs there: none yet"):
+        open_run("b", tmp_path)
+    for name in ("one", "two"):
+        make_run(tmp_path, name)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(RunError, match=r"there is no run 'b' in .*; the runs there: (one, two|two, one)$"):
+        open_run("b", tmp_path)
+    assert open_run("two", str(tmp_path)).name == "two"
+
+
+def test_runs_are_listed_oldest_first(tmp_path):
+    ages = {"b": 30, "d": 10, "a": 20, "c": 40}
+    for name, age in ages.items():
+        os.utime(make_run(tmp_path, name).path / "settings.toml", (10**9 - age, 10**9 - age))
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    assert [run.name for run in list_runs(tmp_path)] == ["c", "b", "a", "d"]
+    assert list_runs(tmp_path / "nowhere") == []
+
+
+def test_readers_of_a_file_that_is_replaced_see_the_old_or_the_new_one(run):
+    write_json(run.path / "evaluation.json", {"verdict": "helped"})
+    with (run.path / "evaluation.json").open() as old:
+        write_json(run.path / "evaluation.json", {"verdict": "hurt"})
+        assert json.load(old) == {"verdict": "helped"}
+    assert run.evaluation == {"verdict": "hurt"}
+    with pytest.raises(TypeError):
+        write_json(run.path / "evaluation.json", {"verdict": object()})
+    assert run.evaluation == {"verdict": "hurt"}
+
+
+def test_adapter_is_there_once_it_is_saved(run):
+    (run.path / "adapter").mkdir()
+    assert run.adapter is None
+    (run.path / "adapter" / "adapter_config.json").write_text("{}")
+    assert run.adapter == run.path / "adapter"
+
+
+def test_repr_is_name_and_status(run):
+    assert repr(run) == "<Run r: lost>"

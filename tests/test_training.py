@@ -1,0 +1,209 @@
+"""Training for real, on a CPU: both engines, the worker's run directory, stopping and resuming, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from live_kernel import wait_until
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from bizassist_nb import Settings, finetune
+from bizassist_nb.data.rows import Row, split
+from bizassist_nb.errors import RunError
+from bizassist_nb.runs import Run
+from bizassist_nb.training import launch
+from bizassist_nb.training.evaluation import evaluate
+
+
+def quick(tiny, tmp_path, **changes):
+    values = {
+        "model": str(tiny), "data": "sample", "subset": 12, "held_out": 4, "max_length": 512, "engine": "transformers",
+        "runs_dir": str(tmp_path),
+    }  # fmt: skip
+    return Settings(**(values | changes))
+
+
+@pytest.mark.parametrize("engine", ["transformers", "unsloth"])
+def test_adapter_moves_and_no_base_weight_does(engine, tiny, tmp_path):
+    command = [sys.executable, str(Path(__file__).with_name("train_once.py")), engine, str(tiny), str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["adapter"] == found["moved"] == 2 * 7 * 2
+    assert found["four_bit"] == 2 * 7
+    assert found["base_moved"] == []
+    assert len(found["losses"]) == 2
+
+
+def test_engines_give_the_same_losses(tiny, tmp_path):
+    runs = [finetune(quick(tiny, tmp_path, engine=engine), engine) for engine in ("transformers", "unsloth")]
+    ours, theirs = ([step.loss for step in run.steps] for run in runs)
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_run_directory_holds_everything(trained):
+    path = trained.path
+    assert trained.status == "finished"
+    for name in ("settings.toml", "environment.json", "events.jsonl", "evaluation.json", "README.md", "worker.log"):
+        assert (path / name).stat().st_size, name
+    assert (path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    adapter = {file.name for file in (path / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"} <= adapter
+    assert trained.environment["model"] == "smollm2-135m"
+    assert trained.environment["engine"] == "unsloth"
+    assert {"torch", "trl", "peft", "unsloth", "bizassist-nb"} <= trained.environment["versions"].keys()
+    parameters = trained.last("parameters")
+    assert (parameters["trainable"], parameters["total"]) == (4_884_480, 139_399_488)
+    assert "trainable parameters: 4,884,480 of 139,399,488" in (path / "worker.log").read_text()
+    assert [step.step for step in trained.steps] == list(range(1, trained.total_steps + 1))
+    assert sum(step.tokens for step in trained.steps) == trained.last("data")["training"]["tokens"]
+
+
+def test_tuned_is_better_on_held_out_rows(trained):
+    found = trained.evaluation
+    assert found["tuned"]["loss"] < found["base"]["loss"] - 2 * found["standard_error"]
+    assert found["verdict"] == "helped"
+    assert trained.held_out[0] == (0, pytest.approx(found["base"]["loss"]))
+    assert trained.held_out[-1][1] == pytest.approx(found["tuned"]["loss"])
+
+
+def test_card_says_what_came_of_it(trained):
+    card = (trained.path / "README.md").read_text()
+    assert trained.evaluation["sentence"] in card
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
+    assert "| rank | 16 |" in card
+
+
+def test_scoring_anew_gives_the_same(trained):
+    before = trained.evaluation
+    found = evaluate(trained)
+    for who in ("base", "tuned"):
+        assert found[who]["loss"] == pytest.approx(before[who]["loss"], abs=1e-4)
+
+
+def test_bad_rows_are_listed_and_the_rest_is_used(tiny, tmp_path, rows_file):
+    rows = [{"instruction": f"Question {i}?", "response": f"Answer {i}."} for i in range(100)]
+    rows[3] = {"instruction": "Only a question"}
+    rows[50]["response"] = "  "
+    rows[99]["instruction"] = 7
+    run = finetune(quick(tiny, tmp_path, data=str(rows_file(rows)), subset=90, held_out=7, batch_size=30), "bad-rows")
+    data = run.last("data")
+    assert (data["usable"], data["rejected"]) == (97, 3)
+    assert [bad["number"] for bad in data["rejected_rows"]] == [4, 51, 100]
+    assert "row 4 is not used" in (run.path / "worker.log").read_text()
+
+
+def test_every_row_too_long_fails_and_says_what_to_raise(tiny, tmp_path):
+    with pytest.raises(RunError, match="raise max_length"):
+        finetune(quick(tiny, tmp_path, max_length=16), "long")
+
+
+def test_a_tokenizer_without_a_template_fails_and_says_so(tiny, tmp_path):
+    import shutil
+
+    bare = shutil.copytree(tiny, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(RunError, match="has no chat template"):
+        finetune(quick(bare, tmp_path), "bare-run")
+
+
+def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
+    settings = quick(tiny, tmp_path, epochs=10)
+    whole = finetune(settings, "whole")
+    halted = launch.start(settings, "halted")
+    wait_until(lambda: len(halted.steps) >= 5)
+    halted.stop()
+    wait_until(lambda: halted.status == "stopped")
+    done = len(halted.steps)
+    assert 5 <= done < 30
+    resumed = finetune(settings, "halted", resume=True)
+    assert resumed.status == "finished"
+    assert resumed.last("resumed")["step"] == done
+    assert [step.loss for step in resumed.steps] == [step.loss for step in whole.steps]
+    weights = [run.adapter / "adapter_model.safetensors" for run in (whole, resumed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_killed_run_is_lost_and_resumes_from_its_last_checkpoint(tiny, tmp_path):
+    settings = quick(tiny, tmp_path, epochs=20, checkpoint_minutes=0.0)
+    run = launch.start(settings, "killed")
+    wait_until(lambda: (saved := run.last("checkpoint")) is not None and saved["step"] >= 4)
+    run.kill()
+    wait_until(lambda: run.status == "lost")
+    assert "ended without a word" in run.error
+    step = run.last("checkpoint")["step"]
+    launch.start(settings, "killed", resume=True)
+    wait_until(lambda: len(run.steps) > step)
+    run.stop()
+    wait_until(lambda: run.status == "stopped")
+    assert run.last("resumed")["step"] >= step
+
+
+def test_two_workers_cannot_train_one_run(tiny, tmp_path):
+    settings = quick(tiny, tmp_path)
+    run = launch.start(settings, "one")
+    with pytest.raises(RunError, match="being trained by another process"):
+        launch.start(settings, "one", resume=True)
+    run.kill()
+
+
+def test_resume_refuses_other_settings_and_names_them(tiny, tmp_path):
+    run = launch.start(quick(tiny, tmp_path), "one")
+    run.kill()
+    wait_until(lambda: run.status == "lost")
+    with pytest.raises(RunError, match="other settings \\(rank\\)"):
+        launch.start(quick(tiny, tmp_path, rank=8), "one", resume=True)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tiny, tmp_path, rows_file):
+    """A model in which one token's embedding is broken, and a training row with that token in the fifth step."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    config = AutoConfig.from_pretrained(tiny)
+    config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(config)
+    (broken,) = tokenizer.encode("~", add_special_tokens=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[broken] = float("nan")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [{"instruction": f"Question {i}?", "response": "Answer."} for i in range(12)]
+    training, _ = split([Row(i + 1, **row) for i, row in enumerate(rows)], subset=8, held_out=2, seed=42)
+    rows[training[4].number - 1]["response"] = "~"
+    changes = {"data": str(rows_file(rows)), "subset": 8, "held_out": 2, "batch_size": 1, "checkpoint_minutes": 0.0}
+    with pytest.raises(RunError, match="the loss became nan at step 5") as caught:
+        finetune(quick(folder, tmp_path, **changes), "nan")
+    assert "lower learning_rate than 0.0002" in str(caught.value)
+    run = Run(tmp_path / "nan")
+    assert (run.status, len(run.steps)) == ("failed", 4)
+    assert run.last("checkpoint")["step"] == 4
+
+
+def test_a_base_that_scores_no_number_is_refused(tiny, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    with pytest.raises(RunError, match="held-out loss of base is nan"):
+        finetune(quick(folder, tmp_path), "nan")
+
+
+def test_learning_on_all_tokens_counts_them_all(tiny, tmp_path):
+    data = finetune(quick(tiny, tmp_path, train_on="all", subset=4, held_out=2), "all").last("data")
+    assert data["training"]["trained_tokens"] == data["training"]["tokens"]
+    assert data["held_out"]["trained_tokens"] < data["held_out"]["tokens"]  # what is scored is the answer
+
+
+def test_the_report_shows_a_row_with_its_mask(trained):
+    html = trained._repr_html_()
+    shown = trained.last("data")["shown"]
+    learned = [text for text, learned in shown["runs"] if learned]
+    assert len(learned) == 1
+    assert learned[0].endswith("<|im_end|>")
+    assert f"row {shown['number']} as the model reads it" in html
+    assert "&lt;|im_start|&gt;assistant\n<mark>" in html
