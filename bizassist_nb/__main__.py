@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--max-new-tokens", type=int, default=256)
     ask.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     ask.add_argument("--seed", type=int, default=0)
+    ask.add_argument("--strength", type=float, default=1.0, help="of the adapter, 0 (as the base) to 1.5")
     ask.set_defaults(run_command=_ask)
 
     evaluate = commands.add_parser("evaluate", help="score base and tuned on the held-out rows anew")
@@ -132,8 +133,8 @@ def _ask(options: argparse.Namespace) -> None:
     from bizassist_nb.assistant.assistant import Assistant
 
     run = open_run(options.run, options.runs_dir)
-    sampling = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "seed": options.seed}
-    print(Assistant(run).ask(options.question, **sampling))
+    how = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "seed", "strength")}
+    print(Assistant(run).ask(options.question, **how))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

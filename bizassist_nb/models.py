@@ -26,6 +26,9 @@ _MISTRAL_ROOM: Final = 7.0
 # Every linear layer of a decoder block, as in the QLoRA paper (arXiv:2305.14314, section 4).
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# When it is imported, bitsandbytes 0.50 warns of a CPU kernel on the hub, which is not wanted here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 @dataclasses.dataclass(frozen=True)
 class Base:
@@ -202,17 +205,14 @@ def load_nf4(source: str | Path) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the progress bar of loading shards, and bitsandbytes' word on a CPU kernel that is not wanted here."""
+    """Without the progress bar of loading shards."""
     from transformers.utils import logging as transformers_logging
 
-    logger = logging.getLogger("bitsandbytes")
-    level, bar = logger.level, transformers_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
         if bar:
             transformers_logging.enable_progress_bar()
 

@@ -45,8 +45,14 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
 
 
 def columns(heads: Sequence[str], bodies: Sequence[str]) -> str:
-    """Columns side by side with plain heads and HTML bodies; a table, which code hosts' previews keep."""
+    """Columns side by side with plain heads and HTML bodies."""
+    return grid(heads, [bodies])
+
+
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of HTML bodies in columns of one width under plain heads; a table, which code hosts' previews keep."""
     width = 100 // len(heads)
     top = "".join(f'<th style="text-align: left; width: {width}%">{html.escape(head)}</th>' for head in heads)
-    bottom = "".join(f'<td style="text-align: left; vertical-align: top">{body}</td>' for body in bodies)
-    return f'<table style="width: 100%; table-layout: fixed"><tr>{top}</tr><tr>{bottom}</tr></table>'
+    cell = '<td style="text-align: left; vertical-align: top">{}</td>'
+    lines = "".join(f"<tr>{''.join(map(cell.format, row))}</tr>" for row in rows)
+    return f'<table style="width: 100%; table-layout: fixed"><tr>{top}</tr>{lines}</table>'

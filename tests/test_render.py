@@ -1,14 +1,17 @@
 """What is shown as HTML: nothing in it may run, be fetched, or break out of its place."""
 
+import re
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 
 from bizassist_nb import render
-from bizassist_nb.assistant.comparison import Comparison, comparison_html
+from bizassist_nb.assistant.comparison import Comparison, Comparisons, comparison_html
+from bizassist_nb.assistant.differences import marked
 from bizassist_nb.report import run_html
 from bizassist_nb.runs import Journal, Run, write_json
 from bizassist_nb.settings import Settings
@@ -180,7 +183,7 @@ FRAME = {"b", "i", "div", "table", "tr", "th", "td"}
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("text", [SCRIPT, *HOSTILE[:50]], ids=lambda text: ascii(text[:24]))
 def test_comparison_of_hostile_answers_is_harmless(text, finished):
-    comparison = Comparison(question=text, base=text, tuned=text, run="run<script>", note=text)
+    comparison = Comparison(text, {"base": text, "tuned": text}, ("run<script>",), note=text)
     html = comparison_html(comparison, finished=finished)
     seen = Seen(html)
     assert set(seen.tags) <= FRAME | render._TAGS
@@ -196,11 +199,46 @@ def test_comparison_of_hostile_answers_is_harmless(text, finished):
 
 
 def test_comparison_shows_only_the_answers_there_are():
-    assert Seen(Comparison("q ", "one", None)._repr_html_()).text == "q baseone\n"
-    assert Seen(Comparison("q ", None, "two", run="r")._repr_html_()).text == "q tuned (r)two\n"
-    assert Seen(Comparison("q ", "one", "two", cut=("tuned",), note=" why")._repr_html_()).text == (
+    assert Seen(Comparison("q ", {"base": "one"})._repr_html_()).text == "q baseone\n"
+    assert Seen(Comparison("q ", {"tuned": "two"}, ("r",))._repr_html_()).text == "q tuned (r)two\n"
+    assert Seen(Comparison("q ", {"base": "one", "tuned": "two"}, cut=("tuned",), note=" why")._repr_html_()).text == (
         "q basetuned, cut shortone\ntwo\n why"
     )
+
+
+def test_words_that_differ_are_marked_in_both_answers():
+    answers = {"base": "Start *with* a price of 5 & ask", "tuned": "Start *with* a test of 5 & ask **them**"}
+    page = Comparison("q", answers)._repr_html_()
+    assert re.findall(r"<mark[^>]*>(.*?)</mark>", page) == ["price", "test", "them"]
+    assert Seen(page).text == "qbasetunedStart with a price of 5 & ask\nStart with a test of 5 & ask them\n"
+
+
+@pytest.mark.parametrize("other", ["nothing alike", "", "word " * 1501])
+def test_answers_without_a_word_in_common_and_long_ones_are_not_marked(other):
+    assert "<mark" not in Comparison("q", {"base": "Start with a price", "tuned": other})._repr_html_()
+
+
+@pytest.mark.parametrize("text", [SCRIPT, *HOSTILE[:50]], ids=lambda text: ascii(text[:24]))
+def test_marks_only_add_marks(text):
+    first, second = render.markdown(f"same {text} one"), render.markdown(f"same two {text}")
+    for page, page_marked in zip((first, second), marked(first, second), strict=True):
+        assert re.sub(r"</?mark[^>]*>", "", page_marked) == page
+
+
+def test_markdown_of_a_comparison_is_inert():
+    text = "a ``` fence\n````\n<script>alert(1)</script> [x](javascript:alert(1))"
+    html = MarkdownIt().render(Comparison(text, {"base": text, "tuned": "b"})._repr_markdown_())
+    assert Seen(html).text.count(text) == 2
+    assert set(Seen(html).tags) == {"pre", "code", "p", "strong"}
+
+
+def test_comparisons_are_columns_for_a_data_frame():
+    each = Comparisons(Comparison(f"q{n}", {"base": f"b{n}", "tuned": f"t{n}"}, ("r",)) for n in range(2))
+    columns = each.to_dict()
+    assert columns["question"] == ["q0", "q1"]
+    assert columns["tuned"] == ["t0", "t1"]
+    assert {len(values) for values in columns.values()} == {2}
+    assert [Seen(each._repr_html_()).tags.count(tag) for tag in ("table", "tr", "td")] == [1, 3, 6]
 
 
 def test_run_escapes_all_it_shows(tmp_path):

@@ -1,35 +1,56 @@
-"""The assistant: asks base and tuned the same question, in one batch, and gives both answers."""
+"""The assistant: asks base and tuned the same question, in one batch, and gives all answers."""
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from bizassist_nb.assistant.bases import LoadedBase, loaded_base
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
-from bizassist_nb.data.chat import conversation
+from bizassist_nb.assistant.conversation import Conversation
+from bizassist_nb.data.chat import conversation as messages
 from bizassist_nb.errors import BizassistError
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
+
+if TYPE_CHECKING:
+    from bizassist_nb.assistant.decoding import Sampling
+
+STRONGEST: Final = 1.5
+"""Strength of an adapter at most; far beyond 1 a model only babbles."""
 
 
 class QuestionError(BizassistError):
     """A question that cannot be answered as it is."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One row of the batch: who answers."""
+
+    name: str
+    run: Run | None
+    """None for the base."""
+
+
 class Assistant:
-    """Answers questions as the base and as a run's tuned model, from one copy of the weights.
+    """Answers questions as the base and as the tuned models of any number of runs, from one copy of the weights.
 
     Raises:
-        ModelError: if the base or the run's adapter cannot be loaded.
+        ModelError: if the runs were made on different bases, or the base or an adapter cannot be loaded.
     """
 
-    def __init__(self, run: Run | None = None):
-        """The assistant of a run; without one, the base that `model = "auto"` stands for, alone."""
-        self.run = run
-        self._settings = run.settings if run else Settings()
-        self._loaded: LoadedBase | None = None
+    def __init__(self, *runs: Run):
+        """The assistant of these runs; without one, the base that `model = "auto"` stands for, alone."""
+        self.runs = tuple({run.path: run for run in runs}.values())
+        self._settings = runs[0].settings if runs else Settings()
+        bases = {run.name: _base_of(run) for run in self.runs}
+        if len(set(bases.values())) > 1:
+            made = ", ".join(f"{name} on {base}" for name, base in bases.items())
+            raise QuestionError(f"only runs on the same base can answer together; these are {made}")
+        self._model = next(iter(bases.values()), "auto")
 
     def ask(self, question: str, **options: Any) -> Comparison:
-        """Both answers, whole; options as for `stream`."""
+        """All answers, whole; options as for `stream`."""
         return list(self.stream(question, **options))[-1]
 
     def stream(
@@ -37,70 +58,147 @@ class Assistant:
         question: str,
         *,
         who: tuple[str, ...] = (BASE, TUNED),
+        strength: float = 1.0,
+        conversation: Conversation | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
     ) -> Iterator[Comparison]:
-        """The comparison as it grows, after every step of both; the last one is whole. May be closed at any time.
+        """The comparison as it grows, after every token; the last one is whole. May be closed at any time.
+
+        `who` is "base", "tuned" or both. `strength`, from 0 to 1.5, is what the tuned rows' adapters are multiplied by:
+        0 is exactly the base, 1 exactly what was trained. Everyone goes on from what they said themselves in
+        `conversation`, and what they answer now is added to it, also if the stream is closed before the end.
 
         Raises:
-            QuestionError: for an empty question, or one that leaves no room for an answer.
-            ModelError: if the model or the adapter cannot be loaded.
+            QuestionError: for an empty question, one that leaves no room for an answer, or settings out of range.
+            ModelError: if the model or an adapter cannot be loaded.
         """
-        from tokenizers.decoders import DecodeStream
+        from bizassist_nb.assistant.decoding import Sampling
 
-        from bizassist_nb.assistant.decoding import Sampling, decode
-
-        _check(question, max_new_tokens, temperature)
-        loaded = self._load()
-        if self.run is None:
-            who = (BASE,)
-        adapter = loaded.adapter(self.run) if self.run and TUNED in who else None
-        loaded.use([adapter] if adapter else [])
-        prompt = loaded.chat.prompt(conversation(self._settings.system_prompt, [], question.strip()))
-        room = loaded.model.config.max_position_embeddings - len(prompt)
-        if room < max_new_tokens:
-            raise QuestionError(
-                f"the question has {len(prompt):,} tokens with its template and the model reads "
-                f"{loaded.model.config.max_position_embeddings:,} at most, answer included: shorten it, or set "
-                f"max_new_tokens below {max_new_tokens:,}"
-            )
-        texts = dict.fromkeys(who, "")
-        streams = [DecodeStream(skip_special_tokens=True) for _ in who]  # gives whole characters only
-        backend = loaded.chat.tokenizer.backend_tokenizer
-        tokens = decode(
-            loaded.model,
-            [prompt] * len(who),
-            strengths={adapter: [float(name == TUNED) for name in who]} if adapter else {},
-            stop_ids=loaded.chat.stop_ids,
-            pad_id=loaded.chat.pad_id,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=temperature, seed=seed),
+        sampling = Sampling(
+            temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed
         )
-        yield self._comparison(question, texts)
-        lengths = dict.fromkeys(who, 0)
-        for row, token in tokens:
-            texts[who[row]] += streams[row].step(backend, token) or ""
-            lengths[who[row]] += 1
-            yield self._comparison(question, texts)
+        _check(question, max_new_tokens, strength, sampling)
+        rows = self._rows(who)
+        loaded = loaded_base(self._model)
+        prompts, note = self._prompts(loaded, rows, question, conversation or Conversation(), max_new_tokens)
+        comparison = begun = Comparison(
+            question.strip(),
+            dict.fromkeys((row.name for row in rows), ""),
+            tuple(run.name for run in self.runs if any(row.run is run for row in rows)),
+            strength,
+            note=note,
+        )
+        yield comparison
+        try:
+            for comparison in self._answers(loaded, rows, prompts, begun, max_new_tokens, sampling):
+                yield comparison
+        finally:
+            if conversation is not None:
+                conversation.add(question, comparison.answers)
+
+    def _answers(
+        self,
+        loaded: LoadedBase,
+        rows: list[_Row],
+        prompts: list[list[int]],
+        begun: Comparison,
+        max_new_tokens: int,
+        sampling: "Sampling",
+    ) -> Iterator[Comparison]:
+        import torch
+
+        from bizassist_nb.assistant.decoding import texts
+
+        adapters = {run: loaded.adapter(run) for run in self.runs if any(row.run is run for row in rows)}
+        loaded.use(list(adapters.values()))
+        strengths = {
+            adapter: [begun.strength if row.run is run else 0.0 for row in rows] for run, adapter in adapters.items()
+        }
+        answers = dict(begun.answers)
+        lengths = dict.fromkeys(answers, 0)
+        try:
+            for number, text in texts(
+                loaded.model,
+                loaded.chat,
+                prompts,
+                strengths=strengths,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+            ):
+                name = rows[number].name
+                answers[name] += text
+                lengths[name] += 1
+                yield dataclasses.replace(begun, answers=dict(answers))
+        except torch.OutOfMemoryError as error:
+            loaded.forget_cache()
+            raise QuestionError(
+                f"the GPU ran out of memory at {max(map(len, prompts)):,} tokens of question for {len(rows)} answers; "
+                "clear the conversation, ask fewer at once, or wait for the training that shares the GPU"
+            ) from error
         cut = tuple(name for name, length in lengths.items() if length == max_new_tokens)
-        yield self._comparison(question, {name: text.strip() for name, text in texts.items()}, cut)
+        whole = {name: text.strip() for name, text in answers.items()}
+        yield dataclasses.replace(begun, answers=whole, cut=cut)
 
-    def _load(self) -> LoadedBase:
-        if self._loaded is None:
-            self._loaded = loaded_base(self.run.environment.get("model", self._settings.model) if self.run else "auto")
-        return self._loaded
+    def _rows(self, who: tuple[str, ...]) -> list[_Row]:
+        rows = [_Row(BASE, None)] if BASE in who or not self.runs else []
+        if TUNED in who:
+            one = len(self.runs) == 1
+            rows += [_Row(TUNED if one else f"{TUNED} ({run.name})", run) for run in self.runs]
+        return rows
 
-    def _comparison(self, question: str, texts: dict[str, str], cut: tuple[str, ...] = ()) -> Comparison:
-        note = None if self.run else "There is no run yet, so only the base answers; fine-tune one with %%finetune."
-        run = self.run.name if self.run else None
-        return Comparison(question.strip(), texts.get(BASE), texts.get(TUNED), run, cut, note)
+    def _prompts(
+        self, loaded: LoadedBase, rows: list[_Row], question: str, conversation: Conversation, max_new_tokens: int
+    ) -> tuple[list[list[int]], str | None]:
+        """Every row's input ids, and a note for the reader."""
+        notes = [] if self.runs else ["There is no run yet, so only the base answers; fine-tune one with %%finetune."]
+        prompts, dropped = [], 0
+        most = loaded.model.config.max_position_embeddings - max_new_tokens
+        for row in rows:
+            turns = conversation.turns(row.name)
+            prompt = self._prompt(loaded, row, turns, question)
+            while len(prompt) > most and turns:
+                turns = turns[1:]
+                prompt = self._prompt(loaded, row, turns, question)
+            if len(prompt) > most:
+                raise QuestionError(
+                    f"the question has {len(prompt):,} tokens with its template and the model reads "
+                    f"{most + max_new_tokens:,} at most, answer included: shorten it, or set max_new_tokens below "
+                    f"{max_new_tokens:,}"
+                )
+            dropped = max(dropped, len(conversation.turns(row.name)) - len(turns))
+            prompts.append(prompt)
+        if dropped:
+            notes.append(
+                f"The conversation has outgrown the {most + max_new_tokens:,} tokens that the model reads: "
+                f"{'the first question and its answer were' if dropped == 1 else f'the first {dropped} turns were'} "
+                "left out."
+            )
+        return prompts, " ".join(notes) or None
+
+    def _prompt(self, loaded: LoadedBase, row: _Row, turns: list[tuple[str, str]], question: str) -> list[int]:
+        settings = row.run.settings if row.run else self._settings
+        return loaded.chat.prompt(messages(settings.system_prompt, turns, question.strip()))
 
 
-def _check(question: str, max_new_tokens: int, temperature: float) -> None:
+def _base_of(run: Run) -> str:
+    return str(run.environment.get("model", run.settings.model))
+
+
+def _check(question: str, max_new_tokens: int, strength: float, sampling: "Sampling") -> None:
     if not question.strip():
         raise QuestionError("the question is empty; write it in the cell below %%ask, or after %ask")
-    if max_new_tokens < 1:
-        raise QuestionError(f"max_new_tokens = {max_new_tokens}: has to be 1 or more")
-    if not 0 <= temperature <= 5:
-        raise QuestionError(f"temperature = {temperature}: has to be from 0 (the likeliest token each time) to 5")
+    for name, value, least, most, meaning in (
+        ("max_new_tokens", max_new_tokens, 1, 100_000, ""),
+        ("strength", strength, 0, STRONGEST, " (0 is the base, 1 as trained)"),
+        ("temperature", sampling.temperature, 0, 5, " (0 takes the likeliest token each time)"),
+        ("top_p", sampling.top_p, 0.01, 1, " (1 leaves no token out)"),
+        ("top_k", sampling.top_k, 0, 1_000_000, " (0 leaves no token out)"),
+        ("repetition_penalty", sampling.repetition_penalty, 0.1, 5, " (1 is none)"),
+    ):
+        if not least <= value <= most:
+            raise QuestionError(f"{name} = {value}: has to be from {least:g} to {most:,g}{meaning}")

@@ -4,11 +4,15 @@ import gc
 import itertools
 import json
 import threading
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from bizassist_nb import models
 from bizassist_nb.errors import ModelError, brief
 from bizassist_nb.runs import Run
+
+_MOST_ADAPTERS: Final = 8
+"""Adapters beside a base; one of rank 16 for Mistral-7B takes 0.17 GB."""
 
 
 class LoadedBase:
@@ -16,10 +20,19 @@ class LoadedBase:
 
     def __init__(self, base: models.Base):
         """Load the base in 4 bits, as it was for training."""
+        import torch
+
         self.base = base
         self.chat = models.load_tokenizer(base.source)
-        self.model: Any = models.load_nf4(base.source)
-        self._adapters: dict[tuple[str, float], str] = {}
+        try:
+            self.model: Any = models.load_nf4(base.source)
+        except torch.OutOfMemoryError as error:
+            free = torch.cuda.mem_get_info()[0] / 2**30
+            raise ModelError(
+                f"{base.name} does not fit beside what is in GPU memory ({free:.1f} GiB are free): while a run is "
+                "being trained the assistant may have to wait; look at it with %bizassist runs, or stop it"
+            ) from error
+        self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
         self._count = itertools.count()
 
     def adapter(self, run: Run) -> str:
@@ -30,13 +43,20 @@ class LoadedBase:
         """
         if run.adapter is None:
             raise ModelError(
-                f"the run {run.name!r} has no adapter yet (it is {run.status}); the base alone can be asked with --base"
+                f"the run {run.name!r} has no adapter (it is {run.status}); the base alone can be asked with --base"
             )
-        key = (str(run.adapter.resolve()), (run.adapter / "adapter_model.safetensors").stat().st_mtime)
+        weights = run.adapter / "adapter_model.safetensors"
+        if not weights.is_file():
+            raise ModelError(f"the adapter of run {run.name!r} is damaged: {weights} is missing")
+        key = (str(run.adapter.resolve()), weights.stat().st_mtime_ns)
         if key not in self._adapters:
+            check_adapter(run.adapter, self.base, self.model)
             for old in [known for known in self._adapters if known[0] == key[0]]:
-                self.model.delete_adapter(self._adapters.pop(old))
+                self._remove(old)
+            while len(self._adapters) >= _MOST_ADAPTERS:
+                self._remove(next(iter(self._adapters)))
             self._adapters[key] = self._load(run, f"run{next(self._count)}")
+        self._adapters[key] = self._adapters.pop(key)
         return self._adapters[key]
 
     def _load(self, run: Run, name: str) -> str:
@@ -49,18 +69,67 @@ class LoadedBase:
                 self.model.load_adapter(run.adapter, adapter_name=name, torch_device=models.device())
             else:
                 self.model = PeftModel.from_pretrained(self.model, run.adapter, adapter_name=name)
-        except (SafetensorError, RuntimeError, ValueError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
-                f"the adapter of run {run.name!r} cannot be loaded onto {self.base.name} "
-                f"({brief(error)}); it is damaged or made for another base"
+                f"the adapter of run {run.name!r} cannot be loaded onto {self.base.name} ({brief(error)}); "
+                "it is damaged"
             ) from error
         self.model.eval()
         return name
+
+    def _remove(self, key: tuple[str, int]) -> None:
+        self.forget_cache()  # it may be that adapter's
+        self.model.delete_adapter(self._adapters.pop(key))
+
+    def forget(self, run: Run) -> None:
+        """Let go of the run's adapter and its memory; asked again, it is loaded anew."""
+        folder = str((run.path / "adapter").resolve())
+        for key in [known for known in self._adapters if known[0] == folder]:
+            self._remove(key)
+
+    def forget_cache(self) -> None:
+        """Let go of what is kept on a GPU between questions."""
+        from bizassist_nb.assistant import fused
+
+        fused.forget(self.model)
 
     def use(self, adapters: list[str]) -> None:
         """Have just these adapters take part in the forward pass."""
         if adapters:
             self.model.base_model.set_adapter(adapters, inference_mode=True)
+
+
+def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
+    """Refuse an adapter made for another base, by what it says of itself and by its shapes, before it is loaded.
+
+    Raises:
+        ModelError: with the base it names, or the first shape that differs.
+    """
+    from peft.tuners.lora import LoraLayer
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        made_for = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the adapter in {folder} is damaged ({brief(error)})") from error
+    other = f"the adapter in {folder} was made for another base than {base.name}"
+    if Path(str(made_for)).name != Path(base.source).name:
+        raise ModelError(f"{other}: for {made_for}")
+    inner = {
+        name.removeprefix("base_model.model."): layer.base_layer if isinstance(layer, LoraLayer) else layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "in_features")
+    }
+    for key, shape in shapes.items():
+        name, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+        if name not in inner:
+            raise ModelError(f"{other}: it has weights for {name}, which that base has not")
+        ours = inner[name].in_features if part.startswith("A") else inner[name].out_features
+        theirs = shape[1] if part.startswith("A") else shape[0]
+        if ours != theirs:
+            raise ModelError(f"{other}: its {name} is {theirs} wide there, {ours} here")
 
 
 def release() -> None:

@@ -1,9 +1,12 @@
-"""A question with the answers of base and tuned, and how the pair looks."""
+"""A question with the answers of base and tuned, and how they look."""
 
 import dataclasses
+import re
+from collections.abc import Iterable
 from typing import Any, Final
 
 from bizassist_nb import render
+from bizassist_nb.assistant.differences import marked
 
 BASE: Final = "base"
 TUNED: Final = "tuned"
@@ -14,33 +17,42 @@ class Comparison:
     """A question and the answers to it."""
 
     question: str
-    base: str | None
-    """None if the base was not asked."""
-    tuned: str | None
-    """None if the tuned model was not asked, or there is none."""
-    run: str | None = None
-    """Name of the run whose adapter answered."""
+    answers: dict[str, str]
+    """By who gave them, in the order of the columns: "base", "tuned"; with several runs "base", "tuned (NAME)" each."""
+    runs: tuple[str, ...] = ()
+    """Names of the runs whose adapters answered."""
+    strength: float = 1.0
+    """What the tuned answers' adapters were multiplied by."""
     cut: tuple[str, ...] = ()
     """Whose answer had not come to its end when it had max_new_tokens."""
     note: str | None = None
     """What the reader should know about how these answers came to be."""
 
     @property
-    def answers(self) -> dict[str, str]:
-        """The answers there are, by who gave them."""
-        return {who: text for who, text in ((BASE, self.base), (TUNED, self.tuned)) if text is not None}
+    def base(self) -> str | None:
+        """The base's answer; None if it was not asked."""
+        return self.answers.get(BASE)
+
+    @property
+    def tuned(self) -> str | None:
+        """The (first) tuned model's answer; None if none was asked, or there is none."""
+        return next((text for name, text in self.answers.items() if name != BASE), None)
 
     @property
     def heads(self) -> list[str]:
         """What stands above each answer."""
-        names = [who if who == BASE or not self.run else f"{who} ({self.run})" for who in self.answers]
-        return [
-            f"{name}, cut short" if who in self.cut else name for who, name in zip(self.answers, names, strict=True)
-        ]
+        return [self._head(name) for name in self.answers]
+
+    def _head(self, name: str) -> str:
+        head = f"{name} ({self.runs[0]})" if name == TUNED and self.runs else name
+        if name != BASE and self.strength != 1:
+            head += f", strength {self.strength:g}"
+        return f"{head}, cut short" if name in self.cut else head
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, for a data frame."""
-        return dataclasses.asdict(self)
+        """Question, each answer, and how they came to be, in one flat record: a row of a data frame."""
+        record = {"question": self.question, **self.answers}
+        return record | {"runs": list(self.runs), "strength": self.strength, "cut": list(self.cut), "note": self.note}
 
     def __repr__(self) -> str:
         """Question and answers as plain text."""
@@ -51,10 +63,61 @@ class Comparison:
     def _repr_html_(self) -> str:
         return comparison_html(self, finished=True)
 
+    def _repr_markdown_(self) -> str:
+        """For documents: question and answers as blocks of plain text, in which no Markdown of theirs takes effect."""
+        answers = zip(self.heads, self.answers.values(), strict=True)
+        return "\n\n".join(
+            [_block(self.question), *(f"**{_escaped(head)}**\n\n{_block(text)}" for head, text in answers)]
+        )
+
+
+class Comparisons(tuple[Comparison, ...]):
+    """Answers to several questions, one row each."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Columns by name, as `pandas.DataFrame` takes them."""
+        records = [comparison.to_dict() for comparison in self]
+        return {key: [record[key] for record in records] for key in (records[0] if records else ())}
+
+    def __repr__(self) -> str:
+        """All of them as plain text."""
+        return "\n\n".join(map(repr, self))
+
+    def _repr_html_(self) -> str:
+        rows = [[f"<b>{render.plain(each.question)}</b>", *_bodies(each, finished=True)] for each in self]
+        return render.grid(["question", *(self[0].heads if self else [])], rows)
+
 
 def comparison_html(comparison: Comparison, *, finished: bool) -> str:
-    """Answers in adjacent columns: rendered Markdown once finished, the text as it comes until then."""
-    shape = render.markdown if finished else render.plain
+    """Answers in adjacent columns: the text as it comes; once finished rendered, with the differing words marked."""
     note = f"<i>{render.plain(comparison.note)}</i>" if comparison.note else ""
-    body = render.columns(comparison.heads, [shape(text) for text in comparison.answers.values()])
+    body = render.columns(comparison.heads, _bodies(comparison, finished=finished))
     return f"<b>{render.plain(comparison.question)}</b>{body}{note}"
+
+
+def _bodies(comparison: Comparison, *, finished: bool) -> list[str]:
+    shape = render.markdown if finished else render.plain
+    bodies = [shape(text) for text in comparison.answers.values()]
+    if not finished or len(bodies) < 2:
+        return bodies
+    first = bodies[0]
+    if len(bodies) == 2:  # with more there is no one other whose words the first could lack
+        first, _ = marked(bodies[0], bodies[1])
+    return [first, *(marked(bodies[0], body)[1] for body in bodies[1:])]
+
+
+def _block(text: str) -> str:
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([^\w\s(),.-])", r"\\\1", text)
+
+
+def lines(text: str) -> Iterable[str]:
+    """The questions of a text that has one a line."""
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from tokenizers.decoders import DecodeStream
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -19,6 +20,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from bizassist_nb.assistant import fused
+from bizassist_nb.data.tokens import ChatTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,40 +53,125 @@ def decode(
     `strengths` maps each adapter's name to its strength in every row (1 is as trained). The model is only altered while
     a step is computed: between yields, and however the generator ends, it is as it was.
     """
+    choose = _Chooser(sampling, prompts)
     rows = list(range(len(prompts)))  # those still growing, as indices into prompts
+    if max_new_tokens < 1:
+        return
+    with _steps(model, prompts, strengths, pad_id, max_new_tokens) as (logits, steps):
+        for count in range(1, max_new_tokens + 1):
+            chosen = choose(rows, logits)
+            living = [i for i, token in enumerate(chosen) if token not in stop_ids]
+            for i in living:
+                yield rows[i], chosen[i]
+            if not living or count == max_new_tokens:
+                return
+            if len(living) < len(rows):
+                steps.keep(living)
+                rows = [rows[i] for i in living]
+            logits = steps([chosen[i] for i in living])
+
+
+def texts(
+    model: Any,
+    chat: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    strengths: Mapping[str, Sequence[float]],
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Iterator[tuple[int, str]]:
+    """`decode` as (row, text), one for every token: "" while a character is not yet whole."""
+    streams = [DecodeStream(skip_special_tokens=True) for _ in prompts]
+    backend = chat.tokenizer.backend_tokenizer
+    for row, token in decode(
+        model,
+        prompts,
+        strengths=strengths,
+        stop_ids=chat.stop_ids,
+        pad_id=chat.pad_id,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+    ):
+        yield row, streams[row].step(backend, token) or ""
+
+
+@contextmanager
+def _steps(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    strengths: Mapping[str, Sequence[float]],
+    pad_id: int,
+    max_new_tokens: int,
+) -> Iterator[tuple[torch.Tensor, "_ModuleSteps | _GraphSteps"]]:
+    """The logits (rows, vocabulary) after the prompts, and what computes those after each further token."""
     ids, mask = _left_padded(prompts, pad_id, model.device)
-    histories = [list(prompt) for prompt in prompts]
-    choosers = [_Chooser(sampling, row) for row in rows]
     cache = DynamicCache(config=model.config)
-    for _ in range(max_new_tokens):
-        with (
-            torch.inference_mode(),
-            scaled(model, {name: [values[row] for row in rows] for name, values in strengths.items()}),
-        ):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            output = model(
+    steps = _ModuleSteps(model, strengths, cache, mask)
+    logits = steps.forward(ids)
+    if not fused.fits(model):
+        yield logits, steps
+        return
+    graph = fused.take(model, list(strengths), len(prompts), ids.shape[1] + max_new_tokens)
+    try:
+        graph.begin(cache, mask, _scales(model, strengths))
+        del cache, steps  # copied: their memory is free for the answer
+        yield logits, _GraphSteps(graph)
+    finally:
+        fused.give_back(model, graph)
+
+
+class _ModuleSteps:
+    """Steps through the model's own modules: any model, any device. An answer that is over costs nothing more."""
+
+    def __init__(self, model: Any, strengths: Mapping[str, Sequence[float]], cache: DynamicCache, mask: torch.Tensor):
+        self._model, self._cache, self._mask = model, cache, mask
+        self._strengths = {name: list(values) for name, values in strengths.items()}
+
+    def keep(self, living: list[int]) -> None:
+        kept = torch.tensor(living, device=self._mask.device)
+        self._cache.batch_select_indices(kept)
+        self._mask = self._mask[kept]
+        self._strengths = {name: [values[i] for i in living] for name, values in self._strengths.items()}
+
+    def __call__(self, tokens: list[int]) -> torch.Tensor:
+        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        return self.forward(torch.tensor(tokens, device=self._mask.device)[:, None])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(), scaled(self._model, self._strengths):
+            output = self._model(
                 input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
+                attention_mask=self._mask,
+                position_ids=(self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-            logits = output.logits[:, -1].float()
-        chosen = [choosers[row](histories[row], logits[i]) for i, row in enumerate(rows)]
-        living = [i for i, token in enumerate(chosen) if token not in stop_ids]
-        for i in living:
-            histories[rows[i]].append(chosen[i])
-            yield rows[i], chosen[i]
-        if not living:
-            return
-        if len(living) < len(rows):  # an answer that is over costs nothing more
-            kept = torch.tensor(living, device=mask.device)
-            cache.batch_select_indices(kept)
-            mask = mask[kept]
-            rows = [rows[i] for i in living]
-        ids = torch.tensor([[chosen[i]] for i in living], device=mask.device)
-        mask = torch.cat([mask, mask.new_ones(len(living), 1)], dim=1)
+            logits: torch.Tensor = output.logits[:, -1]
+            return logits.float()
+
+
+class _GraphSteps:
+    """Steps by replaying a CUDA graph; its rows stay, those that are over are computed and not looked at."""
+
+    def __init__(self, graph: fused.FusedSteps):
+        self._graph = graph
+        self._living = list(range(graph.rows))
+
+    def keep(self, living: list[int]) -> None:
+        self._living = [self._living[i] for i in living]
+
+    def __call__(self, tokens: list[int]) -> torch.Tensor:
+        whole = [0] * self._graph.rows
+        for row, token in zip(self._living, tokens, strict=True):
+            whole[row] = token
+        return self._graph(whole)[self._living].float()
+
+
+def _scales(model: Any, strengths: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Strengths times each adapter's own scaling (alpha / rank)."""
+    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
+    return {name: [value * layer.scaling[name] for value in values] for name, values in strengths.items() if layer}
 
 
 @contextmanager
@@ -109,11 +198,12 @@ def scaled(model: Any, strengths: Mapping[str, Sequence[float]]) -> Iterator[Non
 
 
 class _Chooser:
-    """Takes one row's next token; each row draws from a random stream of its own, so none disturbs another."""
+    """Takes each row's next token; each draws from a random stream of its own, so none disturbs another."""
 
-    def __init__(self, sampling: Sampling, row: int) -> None:
+    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
         self._greedy = sampling.temperature == 0
-        self._generator = torch.Generator().manual_seed(sampling.seed + row)
+        self._histories = [list(prompt) for prompt in prompts]
+        self._generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
         self._processors = LogitsProcessorList()
         if sampling.repetition_penalty != 1:
             self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -124,13 +214,26 @@ class _Chooser:
             if sampling.top_p < 1:
                 self._processors.append(TopPLogitsWarper(sampling.top_p))
 
-    def __call__(self, history: list[int], logits: torch.Tensor) -> int:
-        """The token after `history`, from its logits of shape (vocabulary,)."""
+    def __call__(self, rows: list[int], logits: torch.Tensor) -> list[int]:
+        """The next token of each of these rows, from logits (rows, vocabulary)."""
         if self._processors:
-            logits = self._processors(torch.tensor([history], device=logits.device), logits[None])[0]
+            processed = [self._process(row, logits[i]) for i, row in enumerate(rows)]
+            logits = torch.stack(processed)
         if self._greedy:
-            return int(logits.argmax())
-        return int(torch.multinomial(logits.softmax(-1).cpu(), 1, generator=self._generator))
+            chosen = logits.argmax(-1).tolist()
+        else:
+            likely = logits.softmax(-1).cpu()
+            chosen = [
+                int(torch.multinomial(likely[i], 1, generator=self._generators[row])) for i, row in enumerate(rows)
+            ]
+        for row, token in zip(rows, chosen, strict=True):
+            self._histories[row].append(token)
+        return chosen
+
+    def _process(self, row: int, logits: torch.Tensor) -> torch.Tensor:
+        history = torch.tensor([self._histories[row]], device=logits.device)
+        processed: torch.Tensor = self._processors(history, logits[None])
+        return processed[0]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,13 @@ def _ask_parser() -> MagicArgumentParser:
     parser = MagicArgumentParser(
         "%%ask", description="Ask base and tuned; the question is the body, or the line's rest."
     )
-    parser.add_argument("--run", metavar="NAME", help="the run whose tuned model answers; the newest without this")
+    parser.add_argument(
+        "--run",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the run whose tuned model answers; the newest without this; may be given several times",
+    )
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--base", action="store_true", help="ask the base alone")
     one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
@@ -40,6 +46,14 @@ def _ask_parser() -> MagicArgumentParser:
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token each time"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the drawing, with a temperature")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="of the adapter, 0 (as the base) to 1.5; 1 is as trained",
+    )
+    parser.add_argument("--each", action="store_true", help="every line of the body is a question of its own")
     parser.add_argument("--runs-dir", metavar="DIR", help="folder of the runs; the last one used without this")
     parser.add_argument("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
     parser.add_argument("question", nargs="...", help="the question, in a line magic")
@@ -87,26 +101,23 @@ class BizassistMagics(Magics):
             raise UsageError(
                 f"%%ask: {' '.join(options.question)!r} is not an option; the question goes in the cell's body"
             )
-        run = self._chosen(options)
+        runs = self._chosen(options)
         from bizassist_nb.assistant.assistant import Assistant
+        from bizassist_nb.assistant.comparison import Comparisons, lines
         from bizassist_nb.notebook.views import AnswerView
 
         view = AnswerView()
         try:
             view.wait("Loading the model, once for this kernel …")
-            sampling = {
-                "max_new_tokens": options.max_new_tokens,
-                "temperature": options.temperature,
-                "seed": options.seed,
-            }
-            comparison = None
-            for comparison in Assistant(run).stream(question, who=_who(options), **sampling):
-                view(comparison)
+            assistant = Assistant(*runs)
+            questions = lines(question) if options.each else [question]
+            answered = Comparisons(view.follow(assistant.stream(each, **_answering(options))) for each in questions)
         finally:
             view.finish()
+        result = answered if options.each else answered[0]
         if options.out:
-            self.shell.user_ns[options.out] = comparison  # type: ignore[union-attr] # a registered Magics has its shell
-        return comparison
+            self.shell.user_ns[options.out] = result  # type: ignore[union-attr] # a registered Magics has its shell
+        return result
 
     @line_magic
     def bizassist(self, line: str) -> Any:
@@ -120,17 +131,17 @@ class BizassistMagics(Magics):
             return runs_table(list_runs(words[1] if len(words) == 2 else self._runs_dir))
         raise UsageError("%bizassist runs [DIR] or %bizassist doctor")
 
-    def _chosen(self, options: Any) -> Run | None:
-        """The run to ask: the one named, else the one trained here last, else the newest with an adapter."""
+    def _chosen(self, options: Any) -> list[Run]:
+        """The runs to ask: those named, else the one trained here last, else the newest with an adapter."""
         folder = options.runs_dir or self._runs_dir
         if options.run:
-            return open_run(options.run, folder)
+            return [open_run(name, folder) for name in options.run]
         if self._run and self._run.adapter and not options.runs_dir:
-            return self._run
+            return [self._run]
         trained = [run for run in list_runs(folder) if run.adapter]
         if not trained and options.tuned:
             raise RunError(f"there is no tuned model in {folder} yet; make one with %%finetune")
-        return trained[-1] if trained else None
+        return trained[-1:]
 
 
 _QUESTION = re.compile(r"(\s*)(\w+\s*=\s*)?%ask\s+(.*\?)\s*")
@@ -161,7 +172,13 @@ def _parse(parser: MagicArgumentParser, line: str) -> Any:
     return parser.parse_args(line.split())
 
 
-def _who(options: Any) -> tuple[str, ...]:
-    if options.base:
-        return ("base",)
-    return ("tuned",) if options.tuned else ("base", "tuned")
+def _answering(options: Any) -> dict[str, Any]:
+    """What `Assistant.stream` is told."""
+    who = ("base",) if options.base else ("tuned",) if options.tuned else ("base", "tuned")
+    return {
+        "who": who,
+        "strength": options.strength,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }

@@ -7,6 +7,7 @@ Only the cell's own loop writes to it: Colab drops what other threads send (goog
 import base64
 import html
 import time
+from collections.abc import Iterable
 from typing import Any, Final
 
 from IPython.display import clear_output, display
@@ -65,6 +66,14 @@ class AnswerView:
         if time.monotonic() - self._shown >= _TEXT_EVERY:
             self._live.show(comparison_html(comparison, finished=False))
             self._shown = time.monotonic()
+
+    def follow(self, stream: Iterable[Comparison]) -> Comparison:
+        """Show a stream of answers to its end; the whole one."""
+        comparison = None
+        for comparison in stream:
+            self(comparison)
+        assert comparison is not None  # a stream begins with empty answers
+        return comparison
 
     def wait(self, text: str) -> None:
         """Say what is being waited for."""
