@@ -194,11 +194,11 @@ class Run:
 
         return loss_figure(self)
 
-    def merge(self) -> Path:
-        """Merge the adapter into the weights it was trained on; the folder of the 16-bit model."""
+    def merge(self, base: Literal["trained", "original"] = "trained") -> Path:
+        """Merge the adapter into the weights it was trained on, or the 16-bit originals; the folder of the model."""
         from bizassist_nb.export.merge import merge
 
-        return merge(self)
+        return merge(self, base)
 
     def __repr__(self) -> str:
         """Name and status."""
