@@ -181,7 +181,7 @@ def load_nf4(source: str | Path) -> Any:
         else:  # stored with bfloat16 as a rule, which a T4 has not
             stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
             quantization = None
-        with _quietly():
+        with quietly():
             model = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -201,7 +201,7 @@ def load_nf4(source: str | Path) -> Any:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the progress bar of loading shards, and bitsandbytes' word on a CPU kernel that is not wanted here."""
     from transformers.utils import logging as transformers_logging
 

@@ -8,16 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from bizassist_nb import models
 from bizassist_nb.errors import ModelError, RunError, brief
 from bizassist_nb.export import parity
-from bizassist_nb.export.weights import INDEX, Weights
+from bizassist_nb.export.card import card
+from bizassist_nb.export.weights import INDEX, Weights, original
 from bizassist_nb.runs import Journal, Run, is_locked
-
-Base = Literal["trained", "original"]
-"""What is merged into: the NF4 weights that training saw, or the 16-bit weights they were made from."""
 
 _SHARD: Final = 2_000_000_000
 """Bytes in a file at most. That much memory is needed, and what one tensor takes in float32."""
@@ -25,7 +23,7 @@ _SPARE: Final = 100_000_000
 """Bytes beside the weights: tokenizer, configuration, and some for others on the disk."""
 
 
-def merge(run: Run, base: Base = "trained", *, show: Callable[[str], None] = lambda _: None) -> Path:
+def merge(run: Run, base: parity.Base = "trained", *, show: Callable[[str], None] = lambda _: None) -> Path:
     """Write `merged/`: the base's weights plus the adapter, as 16-bit safetensors with tokenizer and template.
 
     What was written is loaded again and compared with the tuned assistant (`bizassist_nb.export.parity`); a "merge"
@@ -50,17 +48,18 @@ def merge(run: Run, base: Base = "trained", *, show: Callable[[str], None] = lam
         size = write(run, base, part, show)
         written = time.monotonic() - started
         show("comparing the merged model with the tuned assistant")
-        found = parity.compare(run, part, conversations, parity.TOLERANCES[base])
+        found = parity.compare(run, part, conversations, base)
         Journal(run.path).write(
             "merge", base=base, bytes=size, seconds=time.monotonic() - started, write_seconds=written, parity=found
         )
         if not found["passed"]:
             raise RunError(f"the merged model is not the tuned one and was not kept: {'; '.join(found['failures'])}")
+        (part / "README.md").write_text(card(run, found), "utf-8")
         part.rename(target)
     return target
 
 
-def write(run: Run, base: Base, part: Path, show: Callable[[str], None] = lambda _: None) -> int:
+def write(run: Run, base: parity.Base, part: Path, show: Callable[[str], None] = lambda _: None) -> int:
     """Write the merged model into the empty folder `part`, unchecked; its size in bytes.
 
     Raises:
@@ -73,7 +72,7 @@ def write(run: Run, base: Base, part: Path, show: Callable[[str], None] = lambda
 
     assert run.adapter is not None
     source = models.resolve(run.environment["model"]).source
-    weights = _original(source) if base == "original" else Weights(source, nf4=True)
+    weights = original(source) if base == "original" else Weights(source, nf4=True)
     shapes = weights.shapes()
     adapter = Adapter(run.adapter, shapes)
     half = torch.float16 if models.compute_dtype() is torch.float16 else torch.bfloat16
@@ -136,19 +135,6 @@ class Adapter:
         if pair is None:
             return weight
         return weight.float().addmm(pair["B.weight"], pair["A.weight"], alpha=self._scaling)
-
-
-def _original(source: str) -> Weights:
-    """The 16-bit weights that the base was made from."""
-    if source.endswith("-bnb-4bit") and not Path(source).is_dir():  # Unsloth's names for them
-        source = source.removesuffix("-bnb-4bit").removesuffix("-unsloth")
-    weights = Weights(source, nf4=False)
-    if weights.stored_in_nf4:
-        raise ModelError(
-            f"{source} holds 4-bit weights only, and where the 16-bit ones are is not known; "
-            "merge without --base original"
-        )
-    return weights
 
 
 def _write_configs(source: str, chat: Any, dtype: Any, part: Path) -> None:

@@ -30,9 +30,9 @@ class Weights:
             weight: [name for name in self._files if name.startswith(f"{weight}.")] for weight in weights
         }  # the statistics stored beside each 4-bit weight
         parts = {part for found in self._parts.values() for part in found}
-        self._names = [name for name in self._files if name not in parts]
+        self.names = dict.fromkeys(name for name in self._files if name not in parts)
         self._quantised = _linear4bit(source) if nf4 and not weights else frozenset()
-        if lacking := self._quantised.difference(self._names):
+        if lacking := self._quantised.difference(self.names):
             raise ModelError(
                 f"{source} stores its weights under other names than the model has them ({min(lacking)} is not there), "
                 "so this base cannot be merged; the adapter works as it is (bizassist export RUN --to adapter)"
@@ -45,7 +45,7 @@ class Weights:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape once dequantised, in the order of the checkpoint."""
-        return {name: self._shape(name) for name in self._names}
+        return {name: self._shape(name) for name in self.names}
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self._parts:
@@ -125,6 +125,23 @@ def _linear4bit(source: str) -> frozenset[str]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
     quantiser = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
-    with models._quietly():
+    with models.quietly():
         quantiser.preprocess_model(model=model, device_map={"": models.device()})
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit))
+
+
+def original(source: str) -> Weights:
+    """The 16-bit weights that the base of that name was made from.
+
+    Raises:
+        ModelError: if it is not known where they are, or they cannot be reached.
+    """
+    if source.endswith("-bnb-4bit") and not Path(source).is_dir():  # as Unsloth names what it made of another's
+        source = source.removesuffix("-bnb-4bit").removesuffix("-unsloth")
+    weights = Weights(source, nf4=False)
+    if weights.stored_in_nf4:
+        raise ModelError(
+            f"{source} holds 4-bit weights only, and where the 16-bit ones are is not known; "
+            "merge without --base original"
+        )
+    return weights

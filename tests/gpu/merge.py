@@ -1,6 +1,6 @@
 """Merge a full-size model on the GPU and on the CPU, and run the parity gate. Prints one JSON object.
 
-Usage: merge.py BASE WORK     a folder with a base (Mistral-7B in NF4); a run with a random r = 16 adapter is made in WORK
+Usage: merge.py BASE WORK     a folder with a base (Mistral-7B in NF4); makes a run in WORK with a random r = 16 adapter
        merge.py RUN WORK      a run directory without merged/; it has merged/ afterwards
 
 Each step is a process of its own, so that its peaks are its own. WORK needs room for two merged models.
@@ -149,7 +149,7 @@ def step_gate(run, work):
 
     def compare(name):
         start = time.perf_counter()
-        found[name] = parity.compare(run, folder, conversations, parity.TOLERANCES["trained"])
+        found[name] = parity.compare(run, folder, conversations)
         seconds[name] = time.perf_counter() - start
 
     compare("cpu")
