@@ -15,7 +15,7 @@ from bizassist_nb.settings import Settings
 def random_run(path: Path, base: Path, **changes) -> Run:
     """A finished run of that base in `path`, its adapter random in both of its matrices."""
     settings = Settings(
-        **{"model": str(base), "data": "sample", "subset": 24, "held_out": 16, "runs_dir": str(path.parent), **changes}
+        **{"model": str(base), "data": "sample", "subset": 24, "held_out": 6, "runs_dir": str(path.parent), **changes}
     )
     path.mkdir(parents=True)
     (path / "settings.toml").write_text(settings.to_toml())

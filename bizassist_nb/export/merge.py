@@ -181,11 +181,11 @@ def _part(target: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunError(f"{target.parent.name!r} is being merged by another process; wait for it") from error
-        if target.exists():
-            raise RunError(f"{target} exists already; move it away to merge anew")
-        for left in part.iterdir():
-            left.unlink()
         try:
+            if target.exists():
+                raise RunError(f"{target} exists already; move it away to merge anew")
+            for left in part.iterdir():
+                left.unlink()
             yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -48,8 +48,10 @@ _ANSWER: Final = 32
 """Tokens of each answer that are compared."""
 _SHORT: Final = 512
 """Prompts of at most so many tokens are preferred, to go easy on memory."""
-_ROOM: Final = 2 * 2**30
-"""Bytes of memory that a merged model may take on a CPU, and has to leave free on a GPU; the rest stays on disk."""
+_ROOM: Final = 2**30
+"""Bytes of main memory that a merged model may take; what has no room there or on the GPU is read from the disk."""
+_GPU_SPARE: Final = 2 * 2**30
+"""Bytes of GPU memory that it leaves free, for what it computes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _load(folder: Path) -> Any:
 
     room: dict[Any, int] = {"cpu": _ROOM}
     if torch.cuda.is_available():
-        room[0] = max(torch.cuda.mem_get_info(0)[0] - _ROOM, 0)
+        room[0] = max(torch.cuda.mem_get_info(0)[0] - _GPU_SPARE, 0)
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=models.compute_dtype(), device_map="auto", max_memory=room
     ).eval()
