@@ -156,6 +156,10 @@ def _write_configs(source: str, chat: Any, dtype: Any, part: Path) -> None:
     config.save_pretrained(part)
     GenerationConfig(**tokens).save_pretrained(part)  # no sampling: the likeliest token each time, as in the chat
     chat.tokenizer.save_pretrained(part)
+    path = part / "tokenizer_config.json"
+    saved = json.loads(path.read_text("utf-8"))
+    if saved["tokenizer_class"] == "TokenizersBackend":  # transformers 5's name; 4, and vLLM on it, know only this one
+        path.write_text(json.dumps(saved | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), "utf-8")
 
 
 def _check_room(folder: Path, needed: int) -> None:

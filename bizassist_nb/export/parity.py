@@ -46,8 +46,8 @@ TF32, end so far apart.
 _PROMPTS: Final = 16
 _ANSWER: Final = 32
 """Tokens of each answer that are compared."""
-_SHORT: Final = 512
-"""Prompts of at most so many tokens are preferred, to go easy on memory."""
+_SHORT: Final = 256
+"""Prompts of at most so many tokens are preferred, to go easy on time and memory."""
 _ROOM: Final = 2**30
 """Bytes of main memory that a merged model may take; what has no room there or on the GPU is read from the disk."""
 _GPU_SPARE: Final = 2 * 2**30
