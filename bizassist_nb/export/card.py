@@ -1,7 +1,47 @@
-"""The model card of a run: what was trained, on what, and what came of it."""
+"""The model card of a run: what was trained, on what, what came of it, and how to load it."""
 
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from bizassist_nb import models
+from bizassist_nb.data.rows import DOLLY, SUFFIXES
+from bizassist_nb.errors import ModelError
 from bizassist_nb.report import facts, how_to_go_on, settings_rows
-from bizassist_nb.runs import Run, write_whole
+from bizassist_nb.runs import Run, write_json, write_whole
+
+_HUB_IDS: Final = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "mistral-7b": models.MISTRAL}
+"""What the hub calls the bases that have names of their own here; both are under the Apache License 2.0."""
+
+_ASK: Final = """
+messages = [
+    {{"role": "system", "content": {system}}},
+    {{"role": "user", "content": "How should we price a new feature?"}},
+]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs.to(model.device), max_new_tokens=256, do_sample=False)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+_LOAD_ADAPTER: Final = """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+here = "."  # this folder, or the hub's name for it
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=nf4, device_map="auto")
+model = PeftModel.from_pretrained(base, here)
+tokenizer = AutoTokenizer.from_pretrained(here)"""
+_LOAD_MERGED: Final = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+here = "."  # this folder, or the hub's name for it
+model = AutoModelForCausalLM.from_pretrained(here, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(here)"""
 
 
 def write_card(run: Run) -> None:
@@ -9,53 +49,111 @@ def write_card(run: Run) -> None:
     write_whole(run.path / "README.md", lambda part: part.write_text(card(run), "utf-8"))
 
 
-def card(run: Run) -> str:
-    """The model card as Markdown with the hub's YAML head."""
-    environment = run.environment
-    lines = [
-        "---",
-        "library_name: peft",
-        f"base_model: {_base(environment['source'], environment['model'])}",
-        "pipeline_tag: text-generation",
-        "tags: [lora, qlora, bizassist-nb]",
-        "---",
+def complete_adapter(run: Run) -> Path:
+    """Make the run's adapter fit to be given away: with a model card and the loss curve, and no path of this machine.
+
+    Raises:
+        ModelError: if the run has no adapter.
+    """
+    if run.adapter is None:
+        raise ModelError(f"the run {run.name!r} has no adapter to export (it is {run.status})")
+    config = json.loads((run.adapter / "adapter_config.json").read_text("utf-8"))
+    write_json(run.adapter / "adapter_config.json", config | {"base_model_name_or_path": _base(run)})
+    write_whole(run.adapter / "README.md", lambda part: part.write_text(card(run), "utf-8"))
+    if (run.path / "loss.png").is_file():
+        write_whole(run.adapter / "loss.png", lambda part: part.write_bytes((run.path / "loss.png").read_bytes()))
+    return run.adapter
+
+
+def card(run: Run, parity: dict[str, Any] | None = None) -> str:
+    """The card of the adapter or, with the figures of its comparison, of the merged model: YAML head and Markdown."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base, data = _base(run), run.settings.data
+    head = ModelCardData(
+        base_model=base if "/" in base else None,  # the hub takes nothing but its own names here
+        library_name="transformers" if parity else "peft",
+        pipeline_tag="text-generation",
+        tags=["bizassist-nb", "lora", "qlora"],
+        datasets=[DOLLY] if data == "dolly" else [data] if _on_hub(data) else None,
+    )
+    body = "\n".join(_lines(run, parity))
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+
+
+def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
+    environment, base = run.environment, _base(run)
+    shown = {"model": base, "data": _data(run)}
+    what = "A LoRA adapter for" if parity is None else "A LoRA adapter merged in 16 bits into"
+    code = (_LOAD_ADAPTER.format(base=base) if parity is None else _LOAD_MERGED) + _ASK.format(
+        system=json.dumps(run.settings.system_prompt, ensure_ascii=False)
+    )
+    return [
         f"# {run.name}",
         "",
-        f"A LoRA adapter for {environment['model']}, trained with bizassist-nb.",
+        f"{what} {base}, trained with bizassist-nb.",
         "",
         "## Did it help?",
         "",
         run.evaluation["sentence"] if run.evaluation else f"Not scored yet: {how_to_go_on(run) or run.status}.",
         "",
+        *([] if parity is None else ["## Is it the model that was scored?", "", _parity_words(parity), ""]),
         "## How it was made",
         "",
-        *(f"- **{label}**: {text}" for label, text in facts(run)),
+        *(f"- **{label}**: {_public(run, text)}" for label, text in facts(run)),
+        f"- **licence of the data**: {_licence(run.settings.data)}",
         f"- **device**: {environment['device']}",
         f"- **versions**: Python {environment['python']}, "
         + ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
         "",
         "| setting | value |",
         "| --- | --- |",
-        *(f"| {name} | {_cell(value)} |" for name, value in settings_rows(run)),
+        *(f"| {name} | {_cell(shown.get(name, value))} |" for name, value in settings_rows(run) if name != "runs_dir"),
         "",
         "## How to use it",
         "",
-        "```python",
-        "from bizassist_nb import Assistant, open_run",
-        f'Assistant(open_run("{run.name}")).ask("How should we price a new feature?")',
+        f"```python{code}",
         "```",
         "",
-        "![loss](loss.png)",
-        "",
+        *(["![loss](loss.png)", ""] if parity is None else []),
     ]
-    return "\n".join(lines)
 
 
-def _base(source: str, name: str) -> str:
-    """A hub id, as the hub's card format wants it; the embedded model's is the one it was converted from."""
-    if name == "smollm2-135m":
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return source if "/" in source and not source.startswith("/") else name
+def _parity_words(parity: dict[str, Any]) -> str:
+    return (
+        f"It was loaded again and compared with the tuned model on {parity['prompts']} held-out prompts: "
+        f"{parity['equal_next_tokens']:.1%} of {parity['positions']} next tokens and {parity['equal_answers']} answers "
+        f"are the same, the largest difference of two logits is {parity['largest_logit_difference']:.3g}; template and "
+        "special tokens are the same."
+    )
+
+
+def _base(run: Run) -> str:
+    """The base's hub id; of a folder its name, for its path is nobody's business."""
+    name = run.environment["model"]
+    return _HUB_IDS.get(name, name if _on_hub(name) else Path(name).name)
+
+
+def _data(run: Run) -> str:
+    data = run.settings.data
+    return Path(data).name if Path(data).suffix.lower() in SUFFIXES else data
+
+
+def _public(run: Run, text: str) -> str:
+    """A text about the run without the paths of model and data."""
+    return text.replace(run.environment["data"], _data(run)).replace(run.environment["model"], _base(run))
+
+
+def _on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not Path(name).exists() and Path(name).suffix.lower() not in SUFFIXES
+
+
+def _licence(data: str) -> str:
+    if data == "dolly":
+        return "CC BY-SA 3.0 (Databricks Dolly 15k)"
+    if data == "sample":
+        return "Apache-2.0 (the sample rows of bizassist-nb)"
+    return "see the data set's page on the hub" if _on_hub(data) else "not known to bizassist-nb; ask whose data it is"
 
 
 def _cell(value: str) -> str:

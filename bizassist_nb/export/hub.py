@@ -2,37 +2,38 @@
 
 import re
 
-from bizassist_nb.errors import ModelError, RunError, brief
+from bizassist_nb.errors import RunError, brief
+from bizassist_nb.export.card import complete_adapter
 from bizassist_nb.runs import Run
 
 
 def upload(run: Run, repo: str | None, *, private: bool = False) -> str:
     """Upload the run's adapter with its tokenizer and model card to OWNER/NAME; the address of the repository.
 
-    The token is the one `hf auth login` or HF_TOKEN provides; it is never read or shown here.
+    All of it becomes one commit. huggingface_hub shows the progress and tries again what fails for a moment; after an
+    upload that was cut off, the next one does not send again what the hub has stored already. The token is the one that
+    `hf auth login` or HF_TOKEN provides; it is never shown.
 
     Raises:
         ModelError: if the run has no adapter.
         RunError: for an unusable name, without a token, or if the hub cannot be reached or refuses.
     """
     import httpx
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    if run.adapter is None:
-        raise ModelError(f"the run {run.name!r} has no adapter to upload (it is {run.status})")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo or ""):
         raise RunError(f"--repo {repo or '(missing)'}: name the hub repository as OWNER/NAME")
-    files = {path.name: path for path in sorted(run.adapter.iterdir())}
-    files |= {name: run.path / name for name in ("README.md", "loss.png") if (run.path / name).is_file()}
+    folder = complete_adapter(run)
     api = HfApi()
     try:
         api.create_repo(str(repo), private=private, exist_ok=True)
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        api.create_commit(str(repo), operations, commit_message=f"Adapter of run {run.name}")
-    except (HfHubHTTPError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
+        api.upload_folder(repo_id=str(repo), folder_path=folder, commit_message=f"Adapter of run {run.name}")
+    except (HfHubHTTPError, LocalTokenNotFoundError, httpx.HTTPError, OSError, ValueError) as error:
+        reason = brief(error).replace(get_token() or "\0", "(the token)")  # a server may repeat what it was sent
         raise RunError(
-            f"the upload to {repo} failed ({brief(error)}). "
-            "Check the network, the name, and that you are logged in (hf auth login, or HF_TOKEN)"
-        ) from error
+            f"the upload to {repo} failed ({reason}). "
+            "Check the network, the name, and that you are logged in (hf auth login, or HF_TOKEN); "
+            "then upload again: what the hub has already is not sent twice"
+        ) from None
     return f"{api.endpoint}/{repo}"

@@ -1,106 +1,197 @@
 """The merged 16-bit model: the adapter folded into the very weights it was trained on, tensor by tensor."""
 
-import copy
+import fcntl
 import json
+import os
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb import models
-from bizassist_nb.errors import ModelError, RunError
-from bizassist_nb.runs import Run, write_whole
+from bizassist_nb.errors import ModelError, RunError, brief
+from bizassist_nb.export import parity
+from bizassist_nb.export.card import card
+from bizassist_nb.export.weights import INDEX, Weights, original
+from bizassist_nb.runs import Journal, Run, is_locked
 
-_SHARD: Final = "2GB"
-"""Size of a file at most; about as much memory is needed beside the 4-bit model."""
+_SHARD: Final = 2_000_000_000
+"""Bytes in a file at most. That much memory is needed, and what one tensor takes in float32."""
+_SPARE: Final = 100_000_000
+"""Bytes beside the weights: tokenizer, configuration, and some for others on the disk."""
 
 
-def merge(run: Run) -> Path:
-    """Write `merged/`: the dequantised NF4 weights plus the adapter, as 16-bit safetensors with tokenizer and template.
+def merge(run: Run, base: parity.Base = "trained", *, show: Callable[[str], None] = lambda _: None) -> Path:
+    """Write `merged/`: the base's weights plus the adapter, as 16-bit safetensors with tokenizer and template.
 
-    This is what was trained; merging into the original 16-bit weights instead would give a slightly different model.
+    What was written is loaded again and compared with the tuned assistant (`bizassist_nb.export.parity`); a "merge"
+    event in the run's record has the figures. `merged/` is there whole and compared, or not at all. `show` is told
+    what is being done.
 
     Raises:
-        ModelError: if the run has no adapter.
-        RunError: if it has been merged already.
+        ModelError: if the run has no adapter, or one of another base, or the base cannot be reached.
+        DataError: if the run's rows, some of which are compared on, cannot be read any more.
+        RunError: if it has been merged already, is being merged or trained, the disk is full, or the merged model
+            does not answer as the tuned assistant does.
     """
     target = run.path / "merged"
     if run.adapter is None:
         raise ModelError(f"the run {run.name!r} has no adapter to merge (it is {run.status})")
-    if target.exists():
-        raise RunError(f"{target} exists already; move it away to merge anew")
-    shutil.rmtree(target.with_name(".merged.part"), ignore_errors=True)  # of a merge that was killed
-    write_whole(target, lambda part: _write(run, part))
+    if is_locked(run.path):
+        raise RunError(f"the run {run.name!r} is being trained; merge it when it has ended, or stop it")
+    started = time.monotonic()
+    with _part(target) as part:
+        conversations = parity.conversations(run)
+        show(f"reading the weights of {run.environment['model']}")
+        size = write(run, base, part, show)
+        written = time.monotonic() - started
+        show("comparing the merged model with the tuned assistant")
+        found = parity.compare(run, part, conversations, base)
+        Journal(run.path).write(
+            "merge", base=base, bytes=size, seconds=time.monotonic() - started, write_seconds=written, parity=found
+        )
+        if not found["passed"]:
+            raise RunError(f"the merged model is not the tuned one and was not kept: {'; '.join(found['failures'])}")
+        (part / "README.md").write_text(card(run, found), "utf-8")
+        part.rename(target)
     return target
 
 
-def _write(run: Run, part: Path) -> None:
+def write(run: Run, base: parity.Base, part: Path, show: Callable[[str], None] = lambda _: None) -> int:
+    """Write the merged model into the empty folder `part`, unchecked; its size in bytes.
+
+    Raises:
+        ModelError, RunError: as `merge`.
+    """
     import torch
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import load_file, save_file
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     assert run.adapter is not None
-    part.mkdir()
-    model = models.load_nf4(models.resolve(run.environment["model"]).source)
-    chat = models.load_tokenizer(run.adapter)
+    source = models.resolve(run.environment["model"]).source
+    weights = original(source) if base == "original" else Weights(source, nf4=True)
+    shapes = weights.shapes()
+    adapter = Adapter(run.adapter, shapes)
     half = torch.float16 if models.compute_dtype() is torch.float16 else torch.bfloat16
-    parameters = dict(model.named_parameters())
-    shapes = {name: torch.empty(_shape(value), dtype=half, device="meta") for name, value in parameters.items()}
-    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD)
-    adapter = _Adapter(run.adapter, load_file(run.adapter / "adapter_model.safetensors", device=models.device()))
-    for filename, names in shards.filename_to_tensors.items():
-        tensors = {name: adapter.merged(name, parameters[name]).to(half).cpu() for name in names}
-        save_file(tensors, part / filename, metadata={"format": "pt"})
-    adapter.check_all_used()
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (part / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
-    _write_configs(model, chat.end_id, chat.pad_id, half, part)
-    chat.tokenizer.save_pretrained(part)
+    shards = split_torch_state_dict_into_shards(
+        {name: torch.empty(shape, dtype=half, device="meta") for name, shape in shapes.items()}, max_shard_size=_SHARD
+    )
+    size = int(shards.metadata["total_size"])
+    _check_room(part, size + _SPARE)
+    try:
+        for filename, names in shards.filename_to_tensors.items():
+            show(f"writing {filename}")
+            tensors = {name: adapter.merged(name, weights.read(name)).to(half).cpu().contiguous() for name in names}
+            save_file(tensors, part / filename, metadata={"format": "pt"})
+            del tensors
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (part / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
+        _write_configs(source, models.load_tokenizer(run.adapter), half, part)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the merged model cannot be written to {part.parent} ({brief(error)}); it has to hold "
+            f"{(size + _SPARE) / 1e9:.1f} GB"
+        ) from error
+    return size
 
 
-class _Adapter:
-    """LoRA weights by the name of the parameter that they change."""
+class Adapter:
+    """LoRA weights by the name of the weight that they change.
 
-    def __init__(self, folder: Path, tensors: dict[str, Any]) -> None:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    Raises:
+        ModelError: if they do not fit the weights they are for.
+    """
+
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]]):
+        """Read the adapter in `folder` for a base whose weights have these names and shapes."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+            tensors = load_file(folder / "adapter_model.safetensors", device=models.device())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(f"the adapter in {folder} cannot be read ({brief(error)})") from error
         self._scaling = config["lora_alpha"] / config["r"]
-        self._tensors = {name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}
-        self._unused = set(self._tensors)
+        self._pairs: dict[str, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            layer, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
+            self._pairs.setdefault(f"{layer}.weight", {})[side] = tensor.float()
+        for name, pair in self._pairs.items():
+            fits = set(pair) == {"A.weight", "B.weight"} and name in shapes
+            if not fits or shapes[name] != (pair["B.weight"].shape[0], pair["A.weight"].shape[1]):
+                raise ModelError(
+                    f"the adapter in {folder} was made for another base: what it has for {name} does not fit there "
+                    f"(the base has {shapes.get(name, 'no such weight')})"
+                )
 
-    def merged(self, name: str, parameter: Any) -> Any:
-        """The parameter in full, with what the adapter adds to it: W + B A * alpha / rank, in float32."""
-        layer = name.removesuffix(".weight")
-        down, up = (f"{layer}.lora_{side}.weight" for side in "AB")
-        weight = _dequantized(parameter)
-        if down not in self._tensors:
+    def merged(self, name: str, weight: Any) -> Any:
+        """The weight with what the adapter adds to it: W + B A * alpha / rank, in float32."""
+        pair = self._pairs.get(name)
+        if pair is None:
             return weight
-        self._unused -= {down, up}
-        return weight.float() + self._scaling * (self._tensors[up] @ self._tensors[down])
-
-    def check_all_used(self) -> None:
-        """Raise ModelError if the adapter holds weights that changed nothing."""
-        if self._unused:
-            raise ModelError(
-                f"the adapter has weights that this base has no place for: {', '.join(sorted(self._unused)[:3])}"
-            )
+        return weight.float().addmm(pair["B.weight"], pair["A.weight"], alpha=self._scaling)
 
 
-def _dequantized(parameter: Any) -> Any:
-    from bitsandbytes.functional import dequantize_4bit
+def _write_configs(source: str, chat: Any, dtype: Any, part: Path) -> None:
+    """config.json without quantisation, generation_config.json and the tokenizer; all of one mind on end and pad."""
+    from transformers import AutoConfig, GenerationConfig
 
-    state = getattr(parameter, "quant_state", None)
-    return parameter.data if state is None else dequantize_4bit(parameter.data, state)
-
-
-def _shape(parameter: Any) -> Any:
-    state = getattr(parameter, "quant_state", None)
-    return parameter.shape if state is None else state.shape
-
-
-def _write_configs(model: Any, end_id: int, pad_id: int, dtype: Any, part: Path) -> None:
-    config = copy.deepcopy(model.config)
-    del config.quantization_config
+    end = [chat.end_id, *sorted(chat.stop_ids - {chat.end_id})]
+    tokens = {
+        "bos_token_id": chat.tokenizer.bos_token_id,
+        "eos_token_id": end[0] if len(end) == 1 else end,
+        "pad_token_id": chat.pad_id,
+    }
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
     config.dtype = dtype
-    for each in (config, model.generation_config):
-        each.eos_token_id, each.pad_token_id = end_id, pad_id
-        each.save_pretrained(part)
+    for name, value in tokens.items():
+        setattr(config, name, value)
+    config.save_pretrained(part)
+    GenerationConfig(**tokens).save_pretrained(part)  # no sampling: the likeliest token each time, as in the chat
+    chat.tokenizer.save_pretrained(part)
+    path = part / "tokenizer_config.json"
+    saved = json.loads(path.read_text("utf-8"))
+    if saved["tokenizer_class"] == "TokenizersBackend":  # transformers 5's name; 4, and vLLM on it, know only this one
+        path.write_text(json.dumps(saved | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), "utf-8")
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"the merged model takes {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free; "
+            "make room, or move the run to another disk"
+        )
+
+
+@contextmanager
+def _part(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, gone afterwards unless it was renamed; one process at a time has it.
+
+    The lock (flock) is on the folder itself and ends with the process: what a killed merge left is then emptied.
+    """
+    part = target.with_name(f".{target.name}.part")
+    part.mkdir(exist_ok=True)
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{target.parent.name!r} is being merged by another process; wait for it") from error
+        try:
+            if target.exists():
+                raise RunError(f"{target} exists already; move it away to merge anew")
+            for left in part.iterdir():
+                left.unlink()
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    finally:
+        os.close(descriptor)
