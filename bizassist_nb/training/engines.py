@@ -98,6 +98,21 @@ def _load_unsloth(base: models.Base, settings: Settings) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(models.TARGETS),
+        # On a GPU prepared for it, and `set_checkpointing` decides; on a CPU the Trainer's arguments do.
         use_gradient_checkpointing="unsloth" if torch.cuda.is_available() else False,
         random_state=settings.seed,
     )
+
+
+def own_kernels(engine: Engine, *, on_gpu: bool) -> bool:
+    """Whether it computes by kernels of its own: Unsloth on a GPU. On a CPU it runs transformers' own code."""
+    return engine.name == "unsloth" and on_gpu
+
+
+def set_checkpointing(model: Any, on: bool) -> None:
+    """Have the next trainer of a model with Unsloth's kernels use its checkpointing or not.
+
+    Unsloth 2026.10.9 lets no argument overrule what the model was made with: its trainer reads it from this attribute
+    when it is built and when it starts (models/rl.py, prepare_for_training_mode).
+    """
+    model._unsloth_gradient_checkpointing = "unsloth" if on else False
