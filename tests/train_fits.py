@@ -32,7 +32,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
     rows, _ = split(read_table("sample").rows, subset=18, held_out=2, seed=1)
     examples, _ = chat.examples(rows, system_prompt="", max_length=512)
     steps = trainer.plan(examples, settings)
-    whole_step = trainer.Trainer.training_step
+    whole_step = trainer.SFTTrainer.training_step
     stop = Stop()
     first: list[torch.Tensor] = []
 
@@ -45,8 +45,8 @@ def main(engine_name: str, folder: str, target: str) -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return loss
 
-        trainer.Trainer.training_step = training_step
-        trainer.Trainer.is_checkpointing = lambda self: any(
+        trainer.SFTTrainer.training_step = training_step
+        trainer.SFTTrainer.is_checkpointing = lambda self: any(
             getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
         )
         path = Path(target) / name

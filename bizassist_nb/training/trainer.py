@@ -84,14 +84,14 @@ def train(
         done = int(trainer.state.global_step)
         model.zero_grad(set_to_none=True)
         if done > (checkpoint.step if checkpoint else 0):
-            trainer.save_now()
+            _save(trainer)
             checkpoint = newest_checkpoint(run.path)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
-        fit = _smaller(fit, settings, engine, model, steps[done], problem)
+        fit = _smaller(fit, settings, engine, model, steps[min(done, len(steps) - 1)], problem)
         journal.write("fit", step=done, **dataclasses.asdict(fit))
 
 
@@ -116,7 +116,7 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     )
     raise RunError(
         f"memory ran out with a single row at once and checkpointing on ({problem}). The longest row of this step has "
-        f"{row} tokens; max_length = {max(16, min(most, row // 2))} would fit. What is done so far is kept"
+        f"{row} tokens; try max_length = {max(16, min(most, row // 2))}. What is done so far is kept"
     )
 
 
@@ -149,6 +149,7 @@ def build_trainer(
         train_sampling_strategy="sequential",  # the plan is the order
         max_length=settings.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and cut already
+        padding_free=own_kernels,
         loss_type="chunked_nll" if engine.name == "transformers" else "nll",  # Unsloth brings its own chunked loss
         bf16=models.compute_dtype() is torch.bfloat16,
         fp16=models.compute_dtype() is torch.float16,
@@ -164,7 +165,7 @@ def build_trainer(
     # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
     ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for step in ordered for e in step]
-    trainer = Trainer(
+    trainer = SFTTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -180,13 +181,10 @@ def build_trainer(
     return trainer
 
 
-class Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
-    """SFTTrainer that can save when it is told to."""
-
-    def save_now(self) -> None:
-        """A checkpoint of the last whole step, as the Trainer writes it when the callback asks for one."""
-        self._save_checkpoint(self.model, trial=None)
-        self.callback_handler.on_save(self.args, self.state, self.control)
+def _save(trainer: SFTTrainer) -> None:
+    """A checkpoint of the last whole step, written and reported as when the callback asks the Trainer for one."""
+    trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
