@@ -52,7 +52,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
         path = Path(target) / name
         path.mkdir()
         (path / "settings.toml").write_text(settings.to_toml())
-        model = engines.load(engine, models.resolve(folder), settings)
+        model = engines.load(engine, models.resolve(folder), settings, checkpointing=checkpointing)
         fit = Fit(micro_batch, checkpointing, "float32", "asked for")
         found: dict[str, object] = {}
         try:

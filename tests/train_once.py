@@ -43,7 +43,7 @@ def main(engine_name: str, folder: str, run_folder: str) -> None:
     rows, _ = split(read_table("sample").rows, subset=8, held_out=2, seed=1)
     examples, _ = chat.examples(rows, system_prompt="", max_length=512)
     base = models.resolve(folder)
-    model = engines.load(engine, base, settings)
+    model = engines.load(engine, base, settings, checkpointing=False)
     before = snapshot(model)
     run = Run(path)
     steps = plan(examples, settings)

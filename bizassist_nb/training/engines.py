@@ -56,13 +56,16 @@ def _unsloth_problem() -> str | None:
     return None
 
 
-def load(engine: Engine, base: models.Base, settings: Settings) -> Any:
-    """The base in 4 bits with a fresh adapter of `settings.rank`, ready to train; Unsloth is imported already."""
+def load(engine: Engine, base: models.Base, settings: Settings, *, checkpointing: bool) -> Any:
+    """The base in 4 bits with a fresh adapter of `settings.rank`, ready to train; Unsloth is imported already.
+
+    `checkpointing` is for Unsloth's kernels, which are told here; elsewhere the Trainer's arguments decide.
+    """
     import torch
 
     torch.manual_seed(settings.seed)  # the adapter's A matrices are drawn at random; its B matrices are zero
     if engine.name == "unsloth":
-        return _load_unsloth(base, settings)
+        return _load_unsloth(base, settings, checkpointing)
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -75,7 +78,7 @@ def load(engine: Engine, base: models.Base, settings: Settings) -> Any:
     return get_peft_model(models.load_nf4(base.source), config)
 
 
-def _load_unsloth(base: models.Base, settings: Settings) -> Any:
+def _load_unsloth(base: models.Base, settings: Settings, checkpointing: bool) -> Any:
     import torch
     from unsloth import FastLanguageModel
 
@@ -98,8 +101,7 @@ def _load_unsloth(base: models.Base, settings: Settings) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(models.TARGETS),
-        # On a GPU prepared for it, and `set_checkpointing` decides; on a CPU the Trainer's arguments do.
-        use_gradient_checkpointing="unsloth" if torch.cuda.is_available() else False,
+        use_gradient_checkpointing="unsloth" if checkpointing and torch.cuda.is_available() else False,
         random_state=settings.seed,
     )
 
@@ -109,10 +111,10 @@ def own_kernels(engine: Engine, *, on_gpu: bool) -> bool:
     return engine.name == "unsloth" and on_gpu
 
 
-def set_checkpointing(model: Any, on: bool) -> None:
-    """Have the next trainer of a model with Unsloth's kernels use its checkpointing or not.
+def turn_on_checkpointing(model: Any) -> None:
+    """Have the next trainer of a model with Unsloth's kernels use checkpointing, which it was loaded without.
 
-    Unsloth 2026.10.9 lets no argument overrule what the model was made with: its trainer reads it from this attribute
-    when it is built and when it starts (models/rl.py, prepare_for_training_mode).
+    Unsloth 2026.10.9 lets no argument overrule what the model was loaded with: its trainer reads it from this attribute
+    when it is built and when it starts (models/rl.py, prepare_for_training_mode). True is torch's own checkpointing.
     """
-    model._unsloth_gradient_checkpointing = "unsloth" if on else False
+    model._unsloth_gradient_checkpointing = model._unsloth_gradient_checkpointing or True

@@ -158,6 +158,11 @@ class Estimate:
         return words if self.seconds is None else f"{words}; {_duration(self.seconds)} of training"
 
 
+def process_ram(on: Device) -> float:
+    """GiB of RAM of a worker without weights and what goes through them."""
+    return _PROCESS_RAM[on.name]
+
+
 def device() -> Device:
     """The device of this machine, with what is free on it now."""
     import torch
@@ -205,10 +210,12 @@ def _estimate(
     settings: Settings, engine: Engine, model: Shape, on: Device, lengths: Sequence[Sequence[int]]
 ) -> Estimate:
     fit = choose(settings, engine, model, on, lengths)
-    tokens = longest(lengths, fit.micro_batch, engine, on)
-    parts = peak(model, settings.rank, engine, on, tokens, checkpointing=fit.checkpointing)
+    rows = longest(lengths, fit.micro_batch, engine, on)
+    parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
     adapter = model.adapter(settings.rank)
-    ram = _PROCESS_RAM[on.name] + (0.0 if on.on_gpu else sum(parts.values()))
+    ram = process_ram(on) + (0.0 if on.on_gpu else sum(parts.values()))
+    if fit.checkpointing and own_kernels(engine, on_gpu=on.on_gpu):
+        ram += sum(rows) * model.layers * model.hidden * on.width / GIB  # where Unsloth moves the blocks' inputs
     saved = 3 * 12 + 2 * 4  # two checkpoints and one being written, with both moments; the adapter and the best one
     return Estimate(
         fit=fit,
@@ -231,8 +238,8 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
     room = on.free * (1 - _SPARE) - _MARGIN
 
     def need(size: int, checkpointing: bool) -> float:
-        tokens = longest(lengths, size, engine, on)
-        return sum(peak(model, settings.rank, engine, on, tokens, checkpointing=checkpointing).values())
+        rows = longest(lengths, size, engine, on)
+        return sum(peak(model, settings.rank, engine, on, rows, checkpointing=checkpointing).values())
 
     plain = next((size for size in sizes if need(size, False) <= room), 0)
     again = next((size for size in sizes if need(size, True) <= room), 0)
@@ -266,7 +273,7 @@ def longest_that_fits(rank: int, engine: Engine, model: Shape, on: Device, *, be
     room = on.free * (1 - _SPARE) - _MARGIN
     fits = 0
     for tokens in range(64, 131_072, 64):
-        parts = peak(model, rank, engine, on, tokens, checkpointing=True)
+        parts = peak(model, rank, engine, on, [tokens], checkpointing=True)
         if sum(size for name, size in parts.items() if not beside or name in ("activations", "scratch")) > room:
             break
         fits = tokens
@@ -278,9 +285,10 @@ def divisors(batch_size: int) -> list[int]:
     return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
 
 
-def longest(lengths: Sequence[Sequence[int]], micro_batch: int, engine: Engine, on: Device) -> int:
-    """Tokens of the largest micro-batch that will occur, padding included."""
-    return max(_tokens(rows, engine, on) for step in lengths for rows in micro_batches(step, micro_batch))
+def longest(lengths: Sequence[Sequence[int]], micro_batch: int, engine: Engine, on: Device) -> list[int]:
+    """The rows of the largest micro-batch that will occur."""
+    batches = (rows for step in lengths for rows in micro_batches(step, micro_batch))
+    return max(batches, key=lambda rows: _tokens(rows, engine, on))
 
 
 def micro_batches(step: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -295,20 +303,22 @@ def _tokens(rows: Sequence[int], engine: Engine, on: Device) -> int:
     return sum(rows) if own_kernels(engine, on_gpu=on.on_gpu) else len(rows) * max(rows)
 
 
-def peak(model: Shape, rank: int, engine: Engine, on: Device, tokens: int, *, checkpointing: bool) -> dict[str, float]:
-    """GiB that the device holds at its fullest, by what takes it, when `tokens` go through the model at once."""
+def peak(
+    model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[int], *, checkpointing: bool
+) -> dict[str, float]:
+    """GiB that the device holds at its fullest, by what takes it, when rows of these lengths go through at once."""
+    tokens = _tokens(rows, engine, on)
     weights = model.linear * _NF4 + model.embeddings * on.width
-    block = _kept(model, rank, engine, on)
-    # Of the block being worked on: gradients of the wide layers, a dequantised weight, the step's inputs.
-    passing = on.width * (3 * model.intermediate + 4 * model.hidden)
-    if checkpointing:
-        inputs = model.layers * model.hidden * on.width  # every block's input is kept ...
-        if own_kernels(engine, on_gpu=on.on_gpu):
-            inputs = 2 * model.hidden * on.width  # ... but Unsloth moves them to RAM, all but two
-        activations = tokens * (inputs + block + passing)
+    block = _kept(model, rank, engine, on, max(rows))
+    inputs = 2 * model.hidden * on.width
+    if not checkpointing:
+        activations = tokens * (model.layers * block + inputs)
+    elif own_kernels(engine, on_gpu=on.on_gpu):  # it moves the blocks' inputs to RAM, all but two
+        activations = tokens * (inputs + block + 1.5 * model.intermediate * on.width)
     else:
-        activations = tokens * (model.layers * block + passing)
-    scratch = 2 * model.hidden * model.intermediate * on.width + _loss(model, engine, tokens)
+        inputs = model.layers * model.hidden * on.width
+        activations = tokens * (inputs + block + 2 * model.intermediate * on.width)
+    scratch = 2 * model.hidden * model.intermediate * on.width + _logits(model, engine, on, tokens)
     return {
         "weights": weights / GIB,
         "adapter": model.adapter(rank) * _ADAPTER / GIB,
@@ -317,41 +327,44 @@ def peak(model: Shape, rank: int, engine: Engine, on: Device, tokens: int, *, ch
     }
 
 
-def _kept(model: Shape, rank: int, engine: Engine, on: Device) -> float:
-    """Bytes that one block keeps of a token for the way back."""
-    h, i, q, kv = model.hidden, model.intermediate, model.query, model.key_value
+def _kept(model: Shape, rank: int, engine: Engine, on: Device, longest_row: int) -> float:
+    """Bytes that one block keeps of a token for the way back; attention keeps keys and values for every head."""
+    h, i, q = model.hidden, model.intermediate, model.query
     if own_kernels(engine, on_gpu=on.on_gpu):
-        # Both norms' outputs; queries, keys, values and attention's output; gate and up. Its kernels redo the rest.
-        return on.width * (2 * h + 2 * q + 2 * kv + 2 * i)
-    # The norms in float32; attention's four; gate, its activation, up and their product; and for each of the seven
-    # layers with an adapter, its input in the adapter's dtype under autocast.
-    adapters = on.width * (3 * h + q + 2 * h + i) + 7 * rank * on.width
-    return 2 * 4 * h + on.width * (2 * q + 2 * kv + 3 * i) + adapters
+        # What goes into and comes out of both norms, attention's four, gate and up. Its kernels compute the rest anew.
+        return on.width * (4 * h + 4 * q + 2 * i)
+    mask = longest_row  # a padded batch has one, and each block its own
+    if not on.on_gpu:  # the same, and the activated gate and its product with up; counted by saved_tensors_hooks
+        return on.width * (4 * h + 4 * q + 4 * i + 7 * rank + mask)
+    # Norms go through float32. Autocast makes a copy of what goes into each of the seven layers with an adapter.
+    return 8 * h + on.width * (5 * h + 5 * q + 4 * i + 13 * rank + mask)
 
 
-def _loss(model: Shape, engine: Engine, tokens: int) -> float:
+def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:
     """Bytes of the logits that exist at once: both engines' losses go through the tokens in chunks."""
-    rows = min(tokens, 512 if engine.name == "unsloth" else 256)
-    return rows * model.vocabulary * (8 if engine.name == "unsloth" else 20)
+    if own_kernels(engine, on_gpu=on.on_gpu):
+        return max(512, min(8192, tokens // 8)) * model.vocabulary * 8
+    return min(tokens, 256) * model.vocabulary * 20
 
 
-# Per compute capability, where it was measured: (seconds that a block's launches take forward and back, operations a
-# second). A T4's are from the recorded run of the notebook that this package grew out of: 1,033.9 s for 1,000 rows.
+# Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing, and
+# operations a second. Hopper's are from docs/benchmarks.md; a T4's from the recorded run of the notebook that this
+# package grew out of (1,033.9 s for 1,000 Dolly rows one by one), so that larger micro-batches may be faster.
 _SPEED: Final[dict[tuple[int, int], tuple[float, float]]] = {
-    (7, 5): (0.012, 1.5e13),
-    (9, 0): (0.010, 3.0e14),
+    (7, 5): (0.011, 8.5e12),
+    (9, 0): (0.010, 2.3e14),
 }
 
 
 def _seconds(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[int]], fit: Fit) -> float | None:
+    """Seconds of training: of each micro-batch, the longer of launching its kernels and computing them."""
     if on.capability not in _SPEED:
         return None
-    launches, operations = _SPEED[on.capability]
-    batches = [rows for step in lengths for rows in micro_batches(step, fit.micro_batch)]
-    tokens = sum(_tokens(rows, engine, on) for rows in batches)
-    passes = 3 if fit.checkpointing else 2
-    each = launches * model.layers * (1 if engine.name == "unsloth" else 2) * passes / 2
-    return len(batches) * each + tokens * 2 * passes * model.linear / operations
+    launch, operations = _SPEED[on.capability]
+    launch *= model.layers * (1.5 if fit.checkpointing else 1) * (1 if engine.name == "unsloth" else 2)
+    each = (6 if fit.checkpointing else 4) * model.linear / operations
+    batches = (rows for step in lengths for rows in micro_batches(step, fit.micro_batch))
+    return sum(max(launch, each * _tokens(rows, engine, on)) for rows in batches)
 
 
 def _free_ram() -> float:

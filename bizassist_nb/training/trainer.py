@@ -134,8 +134,8 @@ def build_trainer(
     """An SFTTrainer for the planned steps, that writes its checkpoints and events into the run."""
     on_gpu = torch.cuda.is_available()
     own_kernels = engines.own_kernels(engine, on_gpu=on_gpu)
-    if own_kernels:
-        engines.set_checkpointing(model, fit.checkpointing)
+    if own_kernels and fit.checkpointing:
+        engines.turn_on_checkpointing(model)
     arguments = SFTConfig(
         output_dir=str(run.path / "checkpoints"),
         per_device_train_batch_size=fit.micro_batch,
@@ -144,12 +144,11 @@ def build_trainer(
         learning_rate=settings.learning_rate,
         warmup_steps=warmup(settings, len(steps)),
         lr_scheduler_type="linear",
-        optim="adamw_torch_fused" if on_gpu else "adamw_torch",  # one launch; the 8-bit one has two for each matrix
+        optim="adamw_torch_fused",  # one launch for all matrices; the 8-bit one goes through them in Python
         seed=settings.seed,
         train_sampling_strategy="sequential",  # the plan is the order
         max_length=settings.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and cut already
-        padding_free=own_kernels,
         loss_type="chunked_nll" if engine.name == "transformers" else "nll",  # Unsloth brings its own chunked loss
         bf16=models.compute_dtype() is torch.bfloat16,
         fp16=models.compute_dtype() is torch.float16,

@@ -109,7 +109,7 @@ def work(run: Run, journal: Journal) -> str:
     journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
     fit = _preflight(journal, settings, engine, base, steps)
 
-    model = engines.load(engine, base, settings)
+    model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
     trainable, total = models.count_parameters(model)
     journal.write("parameters", trainable=trainable, total=total)
     print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")

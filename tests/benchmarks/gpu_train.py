@@ -232,7 +232,7 @@ def memory(folder: str, out: Path, name: str, engine_name: str, rank: int, shape
     base = models.resolve(folder)
     on = preflight.device()
     fresh()
-    model = engines.load(engine, base, settings)
+    model = engines.load(engine, base, settings, checkpointing=checkpointing)
     loaded = torch.cuda.memory_allocated()
     draw = random.Random(0)
     steps = []
@@ -259,8 +259,7 @@ def memory(folder: str, out: Path, name: str, engine_name: str, rank: int, shape
     finally:
         trainer.RunCallback.on_step_end = before
     for shape, (allocated, reserved) in zip(shapes, peaks[1:], strict=False):
-        tokens = preflight.longest([shape], 4, engine, on)
-        parts = preflight.peak(model_shape, rank, engine, on, tokens, checkpointing=checkpointing)
+        parts = preflight.peak(model_shape, rank, engine, on, shape, checkpointing=checkpointing)
         expected = sum(parts.values())
         write(
             out,
@@ -269,7 +268,6 @@ def memory(folder: str, out: Path, name: str, engine_name: str, rank: int, shape
             engine=engine_name,
             rank=rank,
             rows=list(shape),
-            tokens=tokens,
             checkpointing=checkpointing,
             precision=on.precision,
             estimate=round(expected, 2),
