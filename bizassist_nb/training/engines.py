@@ -56,13 +56,16 @@ def _unsloth_problem() -> str | None:
     return None
 
 
-def load(engine: Engine, base: models.Base, settings: Settings) -> Any:
-    """The base in 4 bits with a fresh adapter of `settings.rank`, ready to train; Unsloth is imported already."""
+def load(engine: Engine, base: models.Base, settings: Settings, *, checkpointing: bool) -> Any:
+    """The base in 4 bits with a fresh adapter of `settings.rank`, ready to train; Unsloth is imported already.
+
+    `checkpointing` is for Unsloth's kernels, which are told here; elsewhere the Trainer's arguments decide.
+    """
     import torch
 
     torch.manual_seed(settings.seed)  # the adapter's A matrices are drawn at random; its B matrices are zero
     if engine.name == "unsloth":
-        return _load_unsloth(base, settings)
+        return _load_unsloth(base, settings, checkpointing)
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -75,7 +78,7 @@ def load(engine: Engine, base: models.Base, settings: Settings) -> Any:
     return get_peft_model(models.load_nf4(base.source), config)
 
 
-def _load_unsloth(base: models.Base, settings: Settings) -> Any:
+def _load_unsloth(base: models.Base, settings: Settings, checkpointing: bool) -> Any:
     import torch
     from unsloth import FastLanguageModel
 
@@ -98,6 +101,20 @@ def _load_unsloth(base: models.Base, settings: Settings) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(models.TARGETS),
-        use_gradient_checkpointing="unsloth" if torch.cuda.is_available() else False,
+        use_gradient_checkpointing="unsloth" if checkpointing and torch.cuda.is_available() else False,
         random_state=settings.seed,
     )
+
+
+def own_kernels(engine: Engine, *, on_gpu: bool) -> bool:
+    """Whether it computes by kernels of its own: Unsloth on a GPU. On a CPU it runs transformers' own code."""
+    return engine.name == "unsloth" and on_gpu
+
+
+def turn_on_checkpointing(model: Any) -> None:
+    """Have the next trainer of a model with Unsloth's kernels use checkpointing, which it was loaded without.
+
+    Unsloth 2026.10.9 lets no argument overrule what the model was loaded with: its trainer reads it from this attribute
+    when it is built and when it starts (models/rl.py, prepare_for_training_mode). True is torch's own checkpointing.
+    """
+    model._unsloth_gradient_checkpointing = model._unsloth_gradient_checkpointing or True

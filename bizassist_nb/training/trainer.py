@@ -1,5 +1,7 @@
 """TRL's SFTTrainer, told exactly which rows make up each step, and a callback that reports to the run."""
 
+import dataclasses
+import gc
 import math
 import random
 import time
@@ -13,11 +15,13 @@ from trl import SFTConfig, SFTTrainer
 
 from bizassist_nb import models
 from bizassist_nb.data.tokens import ChatTokenizer, Example
-from bizassist_nb.errors import RunError
+from bizassist_nb.errors import RunError, brief
 from bizassist_nb.runs import Journal, Run
 from bizassist_nb.settings import Settings
-from bizassist_nb.training.checkpoints import COMPLETE
+from bizassist_nb.training import engines, preflight
+from bizassist_nb.training.checkpoints import COMPLETE, newest_checkpoint
 from bizassist_nb.training.engines import Engine
+from bizassist_nb.training.preflight import Fit
 
 if TYPE_CHECKING:
     from bizassist_nb.training.worker import Stop
@@ -44,28 +48,103 @@ def warmup(settings: Settings, steps: int) -> int:
     return min(20, math.ceil(0.08 * steps))
 
 
+def train(
+    run: Run,
+    journal: Journal,
+    stop: "Stop",
+    engine: Engine,
+    settings: Settings,
+    fit: Fit,
+    model: Any,
+    chat: ChatTokenizer,
+    steps: list[list[Example]],
+) -> int:
+    """Train from the newest checkpoint to the last step, or until a stop; the steps done.
+
+    Where memory runs out, what is done is saved, and training goes on from the same step with less at once.
+
+    Raises:
+        RunError: if a single row is too long even so, or the loss is no longer a number.
+    """
+    if checkpoint := newest_checkpoint(run.path):
+        journal.write("resumed", step=checkpoint.step)
+    while True:
+        trainer = build_trainer(run, journal, stop, engine, settings, fit, model, chat, steps)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            problem = brief(error)
+        else:
+            # accelerate leaves an autocast around the model's forward: base was scored without, and so is tuned.
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            return int(trainer.state.global_step)
+        # Only now, when the error is gone and with it the frames that hold the half-done step's tensors.
+        done = int(trainer.state.global_step)
+        model.zero_grad(set_to_none=True)
+        if done > (checkpoint.step if checkpoint else 0):
+            _save(trainer)
+            checkpoint = newest_checkpoint(run.path)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+        fit = _smaller(fit, settings, engine, model, steps[min(done, len(steps) - 1)], problem)
+        journal.write("fit", step=done, **dataclasses.asdict(fit))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what the error means: torch has a type for it, its libraries have only words."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: list[Example], problem: str) -> Fit:
+    """The next fit to try when memory ran out: half the micro-batch, or the largest below; then checkpointing."""
+    smaller = [size for size in preflight.divisors(settings.batch_size) if size <= fit.micro_batch / 2]
+    if smaller:
+        why = f"memory ran out with {fit.micro_batch} rows at once ({problem})"
+        return dataclasses.replace(fit, micro_batch=smaller[0], reason=why)
+    if not fit.checkpointing:
+        why = f"memory ran out with a single row at once ({problem})"
+        return dataclasses.replace(fit, checkpointing=True, reason=why)
+    row = max(len(example.input_ids) for example in step)
+    most = preflight.longest_that_fits(
+        settings.rank, engine, preflight.Shape.of(model.config), preflight.device(), beside=True
+    )
+    raise RunError(
+        f"memory ran out with a single row at once and checkpointing on ({problem}). The longest row of this step has "
+        f"{row} tokens; try max_length = {max(16, min(most, row // 2))}. What is done so far is kept"
+    )
+
+
 def build_trainer(
     run: Run,
     journal: Journal,
     stop: "Stop",
     engine: Engine,
     settings: Settings,
+    fit: Fit,
     model: Any,
     chat: ChatTokenizer,
     steps: list[list[Example]],
 ) -> SFTTrainer:
     """An SFTTrainer for the planned steps, that writes its checkpoints and events into the run."""
     on_gpu = torch.cuda.is_available()
-    micro_batch = settings.batch_size // settings.accumulation
+    own_kernels = engines.own_kernels(engine, on_gpu=on_gpu)
+    if own_kernels and fit.checkpointing:
+        engines.turn_on_checkpointing(model)
     arguments = SFTConfig(
         output_dir=str(run.path / "checkpoints"),
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=settings.accumulation,
+        per_device_train_batch_size=fit.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // fit.micro_batch,
         max_steps=len(steps),
         learning_rate=settings.learning_rate,
         warmup_steps=warmup(settings, len(steps)),
         lr_scheduler_type="linear",
-        optim="adamw_8bit" if on_gpu else "adamw_torch",
+        optim="adamw_torch_fused",  # one launch for all matrices; the 8-bit one goes through them in Python
         seed=settings.seed,
         train_sampling_strategy="sequential",  # the plan is the order
         max_length=settings.max_length,
@@ -73,7 +152,7 @@ def build_trainer(
         loss_type="chunked_nll" if engine.name == "transformers" else "nll",  # Unsloth brings its own chunked loss
         bf16=models.compute_dtype() is torch.bfloat16,
         fp16=models.compute_dtype() is torch.float16,
-        gradient_checkpointing=on_gpu and engine.name == "transformers",  # Unsloth was told when it loaded the model
+        gradient_checkpointing=fit.checkpointing and not own_kernels,
         use_cpu=not on_gpu,
         save_strategy="no",  # the callback says when
         save_total_limit=2,
@@ -82,7 +161,9 @@ def build_trainer(
         report_to="none",
         disable_tqdm=True,
     )
-    rows = [{"input_ids": e.input_ids, "labels": e.labels} for step in steps for e in step]
+    # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
+    ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
+    rows = [{"input_ids": e.input_ids, "labels": e.labels} for step in ordered for e in step]
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -97,6 +178,12 @@ def build_trainer(
             parameter.data = parameter.data.float()
     model.train()
     return trainer
+
+
+def _save(trainer: SFTTrainer) -> None:
+    """A checkpoint of the last whole step, written and reported as when the callback asks the Trainer for one."""
+    trainer._save_checkpoint(trainer.model, trial=None)
+    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
@@ -133,9 +220,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
         if logs is None or "loss" not in logs:
             return
         loss, norm = float(logs["loss"]), float(logs["grad_norm"])
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or (not math.isfinite(norm) and not args.fp16):
+            # Checkpoints are written after this, so none has what such a step did to the adapter.
+            what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
             raise RunError(
-                f"the loss became {loss} at step {state.global_step}, so training was stopped; the checkpoints "
+                f"{what} at step {state.global_step}, so training was stopped; the checkpoints "
                 f"before it are kept. Try a lower learning_rate than {args.learning_rate:g}"
             )
         now = time.monotonic()

@@ -3,6 +3,7 @@
 SIGTERM stops it: in training after the current step, with a checkpoint and the adapter saved; before that at once.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import os
@@ -24,8 +25,7 @@ from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
 from bizassist_nb.runs import Journal, Run, write_json, write_whole
 from bizassist_nb.settings import Settings
-from bizassist_nb.training import engines
-from bizassist_nb.training.checkpoints import newest_checkpoint
+from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.evaluation import score
 from bizassist_nb.verdict import Score, compare, mean_loss
 
@@ -103,8 +103,13 @@ def work(run: Run, journal: Journal) -> str:
     chat = models.load_tokenizer(base.source)
     examples, held = tokenise(journal, chat, settings, table, training, held_out)
     _write_environment(run, engine.name, base, table)
+    from bizassist_nb.training.trainer import plan, train  # after unsloth, which has to be imported first
 
-    model = engines.load(engine, base, settings)
+    steps = plan(examples, settings)
+    journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
+    fit = _preflight(journal, settings, engine, base, steps)
+
+    model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
     trainable, total = models.count_parameters(model)
     journal.write("parameters", trainable=trainable, total=total)
     print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
@@ -113,19 +118,9 @@ def work(run: Run, journal: Journal) -> str:
     with model.disable_adapter():
         base_scores = _score(journal, "base", 0, model, held, chat, stop)
 
-    from bizassist_nb.training.trainer import build_trainer, plan  # after unsloth, which has to be imported first
-
     stop.patient = True
-    steps = plan(examples, settings)
-    journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
-    trainer = build_trainer(run, journal, stop, engine, settings, model, chat, steps)
     journal.write("state", state="training")
-    if checkpoint := newest_checkpoint(run.path):
-        journal.write("resumed", step=checkpoint.step)
-    trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    done = trainer.state.global_step
-    # accelerate leaves an autocast around the model's forward: base was scored without, and so is tuned.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    done = train(run, journal, stop, engine, settings, fit, model, chat, steps)
 
     save_adapter(run, model, chat)
     save_loss_png(run)
@@ -141,6 +136,20 @@ def work(run: Run, journal: Journal) -> str:
     save_loss_png(run)
     write_card(run)
     return "finished"
+
+
+def _preflight(
+    journal: Journal, settings: Settings, engine: engines.Engine, base: models.Base, steps: list[list[Example]]
+) -> preflight.Fit:
+    """How steps are cut up, with events that say so and what the run is expected to need."""
+    lengths = [[len(example.input_ids) for example in step] for step in steps]
+    expected = preflight.estimate(settings, engine, base, lengths)
+    fields = dataclasses.asdict(expected)
+    fit = fields.pop("fit")
+    journal.write("preflight", sentence=expected.sentence, peak=expected.peak, **fields)
+    journal.write("fit", step=0, **fit)
+    print(expected.sentence)
+    return expected.fit
 
 
 def tokenise(

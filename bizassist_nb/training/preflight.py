@@ -1,0 +1,381 @@
+"""What a run will need, said before anything heavy is loaded, and how its steps are cut to fit.
+
+Memory is counted from the base's config: how many numbers each part holds, and what each engine keeps of a token for
+the way back. docs/benchmarks.md has estimates beside measured peaks.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from bizassist_nb import models
+from bizassist_nb.settings import Settings
+from bizassist_nb.training.engines import Engine, own_kernels
+
+GIB: Final = 2**30
+_NF4: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight in NF4: 4 bits, an 8-bit scale for 64 of them, and a float32 for 256 scales (QLoRA, section 3)."""
+_ADAPTER: Final = 16
+"""Bytes of an adapter weight in training, in float32: itself, its gradient, and Adam's two moments."""
+_SPARE: Final = 0.06
+"""Share of the memory that is left alone: what the allocator cannot hand out because it lies in pieces."""
+_MARGIN: Final = 0.25
+"""GiB left alone besides: libraries' own workspaces, which the allocator does not see."""
+_PROCESS_RAM: Final = {"cuda:0": 3.6, "cpu": 1.0}
+"""GiB of RAM of a worker without its weights: Python, torch with its kernels, and the engine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The numbers of a decoder that decide what it takes; widths are in elements."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    """Width of all query heads together."""
+    key_value: int
+    """Width of all key heads together, as of all value heads."""
+    vocabulary: int
+    tied: bool
+    """Whether the embeddings serve as output layer, too."""
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """The numbers of a transformers config of a Llama-like decoder."""
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            query=config.num_attention_heads * head,
+            key_value=config.num_key_value_heads * head,
+            vocabulary=config.vocab_size,
+            tied=config.tie_word_embeddings,
+        )
+
+    @property
+    def linear(self) -> int:
+        """Weights of the linear layers in the blocks, which are stored in 4 bits."""
+        block = self.hidden * (2 * self.query + 2 * self.key_value + 3 * self.intermediate)
+        return self.layers * block
+
+    @property
+    def embeddings(self) -> int:
+        """Weights of the embeddings and the output layer."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def adapter(self, rank: int) -> int:
+        """Weights of an adapter of that rank on `models.TARGETS`: each layer has one matrix in and one out."""
+        attention = 2 * (self.hidden + self.query) + 2 * (self.hidden + self.key_value)
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
+
+MISTRAL: Final = Shape(
+    layers=32, hidden=4096, intermediate=14336, query=4096, key_value=1024, vocabulary=32768, tied=False
+)
+"""Mistral-7B v0.3: known, so that a machine without it need not ask the hub."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the run has at hand."""
+
+    name: str
+    """"cuda:0" or "cpu"."""
+    capability: tuple[int, int]
+    """Compute capability; (0, 0) on a CPU."""
+    free: float
+    """GiB that training can take: of GPU memory, or of RAM on a CPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is one."""
+        return self.name != "cpu"
+
+    @property
+    def precision(self) -> str:
+        """The dtype of arithmetic, as `models.compute_dtype` chooses it."""
+        if not self.on_gpu:
+            return "float32"
+        return "bfloat16" if self.capability >= (8, 0) else "float16"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in that dtype."""
+        return 2 if self.on_gpu else 4
+
+    @property
+    def memory(self) -> str:
+        """What its memory is called."""
+        return "GPU memory" if self.on_gpu else "RAM"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How a step is cut up, and why."""
+
+    micro_batch: int
+    """Rows that go through the model at once; it divides the batch size."""
+    checkpointing: bool
+    """Whether activations are computed again on the way back instead of kept."""
+    precision: str
+    """dtype of arithmetic: "bfloat16", "float16" or "float32"."""
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a run is expected to need. All sizes in GiB."""
+
+    fit: Fit
+    parts: dict[str, float]
+    """Peak memory of the device by what takes it: weights, adapter, activations, scratch."""
+    free: float
+    """What the device has free."""
+    memory: str
+    """"GPU memory" or "RAM"."""
+    ram: float
+    disk: float
+    seconds: float | None
+    """Of training; None where the speed of the device is not known."""
+
+    @property
+    def peak(self) -> float:
+        """Memory of the device at its fullest, as its allocator counts it."""
+        return sum(self.parts.values())
+
+    @property
+    def sentence(self) -> str:
+        """The estimate in words."""
+        parts = ", ".join(f"{name} {size:.1f}" for name, size in self.parts.items())
+        words = f"about {self.peak:.1f} GiB of {self.memory} of {self.free:.1f} free ({parts})"
+        if self.memory != "RAM":
+            words += f", {self.ram:.1f} GiB of RAM"
+        words += f", {self.disk:.1f} GiB of disk"
+        return words if self.seconds is None else f"{words}; {_duration(self.seconds)} of training"
+
+
+def process_ram(on: Device) -> float:
+    """GiB of RAM of a worker without weights and what goes through them."""
+    return _PROCESS_RAM[on.name]
+
+
+def device() -> Device:
+    """The device of this machine, with what is free on it now."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Device("cpu", (0, 0), _free_ram())
+    return Device("cuda:0", torch.cuda.get_device_capability(0), torch.cuda.mem_get_info(0)[0] / GIB)
+
+
+@functools.cache
+def shape(source: str) -> Shape:
+    """The numbers of a base, from its config.json alone.
+
+    Raises:
+        ModelError: if it cannot be read, or is of a kind this package does not train.
+    """
+    if source == models.MISTRAL:
+        return MISTRAL
+    from transformers import AutoConfig
+
+    try:
+        return Shape.of(AutoConfig.from_pretrained(source, trust_remote_code=False))
+    except (OSError, ValueError, AttributeError) as error:
+        raise models.unreachable("config", source, error) from error
+
+
+def estimate(
+    settings: Settings, engine: Engine, base: models.Base, lengths: Sequence[Sequence[int]] | None = None
+) -> Estimate:
+    """What a run of these settings will need on this machine, and how its steps are cut up.
+
+    `lengths` has the tokens of each row, step by step; without it every row is taken to be of `max_length`.
+    Nothing is loaded but the base's config.json.
+
+    Raises:
+        ModelError: if that cannot be read.
+    """
+    if lengths is None:
+        count = -(-settings.subset * settings.epochs // settings.batch_size)
+        lengths = [[settings.max_length] * settings.batch_size] * min(count, 10_000)
+    return _estimate(settings, engine, shape(base.source), device(), lengths)
+
+
+def _estimate(
+    settings: Settings, engine: Engine, model: Shape, on: Device, lengths: Sequence[Sequence[int]]
+) -> Estimate:
+    fit = choose(settings, engine, model, on, lengths)
+    rows = longest(lengths, fit.micro_batch, engine, on)
+    parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
+    adapter = model.adapter(settings.rank)
+    ram = process_ram(on) + (0.0 if on.on_gpu else sum(parts.values()))
+    if fit.checkpointing and own_kernels(engine, on_gpu=on.on_gpu):
+        ram += sum(rows) * model.layers * model.hidden * on.width / GIB  # where Unsloth moves the blocks' inputs
+    saved = 3 * 12 + 2 * 4  # two checkpoints and one being written, with both moments; the adapter and the best one
+    return Estimate(
+        fit=fit,
+        parts=parts,
+        free=on.free,
+        memory=on.memory,
+        ram=ram,
+        disk=saved * adapter / GIB,
+        seconds=_seconds(model, engine, on, lengths, fit),
+    )
+
+
+def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths: Sequence[Sequence[int]]) -> Fit:
+    """The largest micro-batch that fits for the longest rows that will occur, and whether it needs checkpointing.
+
+    Checkpointing does the forward pass twice; a micro-batch half the size goes through the model twice as often.
+    So it is used only where it allows more than twice as many rows at once.
+    """
+    sizes = [settings.micro_batch] if isinstance(settings.micro_batch, int) else divisors(settings.batch_size)
+    room = on.free * (1 - _SPARE) - _MARGIN
+
+    def need(size: int, checkpointing: bool) -> float:
+        rows = longest(lengths, size, engine, on)
+        return sum(peak(model, settings.rank, engine, on, rows, checkpointing=checkpointing).values())
+
+    plain = next((size for size in sizes if need(size, False) <= room), 0)
+    again = next((size for size in sizes if need(size, True) <= room), 0)
+    if 2 * plain >= again and plain:
+        size, checkpointing = plain, False
+        reason = _why(settings, need(size, False), on)
+        if size < sizes[0]:
+            reason += f"; {sizes[0]} at once would take {need(sizes[0], False):.1f}"
+    elif again:
+        size, checkpointing = again, True
+        reason = _why(settings, need(size, True), on) + f"; without checkpointing {need(size, False):.1f}"
+    else:
+        size, checkpointing = sizes[-1], True
+        most = longest_that_fits(settings.rank, engine, model, on)
+        reason = f"even so the longest row is expected to take {need(size, True):.1f} GiB of {on.free:.1f} free; " + (
+            f"max_length = {most} would fit" if most else "the model itself is too large for this device"
+        )
+    return Fit(size, checkpointing, on.precision, reason)
+
+
+def _why(settings: Settings, need: float, on: Device) -> str:
+    asked = "asked for" if isinstance(settings.micro_batch, int) else f"of the {settings.batch_size} of a step"
+    return f"{asked}: the longest take about {need:.1f} GiB of {on.free:.1f} free"
+
+
+def longest_that_fits(rank: int, engine: Engine, model: Shape, on: Device, *, beside: bool = False) -> int:
+    """Tokens of a row that fits alone with checkpointing, a multiple of 64; 0 if none does.
+
+    `beside` weights and adapter that are loaded already, where it is True, so that the free memory is without them.
+    """
+    room = on.free * (1 - _SPARE) - _MARGIN
+    fits = 0
+    for tokens in range(64, 131_072, 64):
+        parts = peak(model, rank, engine, on, [tokens], checkpointing=True)
+        if sum(size for name, size in parts.items() if not beside or name in ("activations", "scratch")) > room:
+            break
+        fits = tokens
+    return fits
+
+
+def divisors(batch_size: int) -> list[int]:
+    """The sizes that a micro-batch can have, the largest first."""
+    return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
+
+
+def longest(lengths: Sequence[Sequence[int]], micro_batch: int, engine: Engine, on: Device) -> list[int]:
+    """The rows of the largest micro-batch that will occur."""
+    batches = (rows for step in lengths for rows in micro_batches(step, micro_batch))
+    return max(batches, key=lambda rows: _tokens(rows, engine, on))
+
+
+def micro_batches(step: Sequence[int], size: int) -> Iterator[list[int]]:
+    """A step's rows as they go through the model: the longest first, so that rows of like length meet."""
+    ordered = sorted(step, reverse=True)
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+def _tokens(rows: Sequence[int], engine: Engine, on: Device) -> int:
+    """Tokens of a micro-batch: Unsloth's kernels take rows laid end to end, others pad them to the longest."""
+    return sum(rows) if own_kernels(engine, on_gpu=on.on_gpu) else len(rows) * max(rows)
+
+
+def peak(
+    model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[int], *, checkpointing: bool
+) -> dict[str, float]:
+    """GiB that the device holds at its fullest, by what takes it, when rows of these lengths go through at once."""
+    tokens = _tokens(rows, engine, on)
+    weights = model.linear * _NF4 + model.embeddings * on.width
+    block = _kept(model, rank, engine, on, max(rows))
+    inputs = 2 * model.hidden * on.width
+    if not checkpointing:
+        activations = tokens * (model.layers * block + inputs)
+    elif own_kernels(engine, on_gpu=on.on_gpu):  # it moves the blocks' inputs to RAM, all but two
+        activations = tokens * (inputs + block + 1.5 * model.intermediate * on.width)
+    else:
+        inputs = model.layers * model.hidden * on.width
+        activations = tokens * (inputs + block + 2 * model.intermediate * on.width)
+    scratch = 2 * model.hidden * model.intermediate * on.width + _logits(model, engine, on, tokens)
+    return {
+        "weights": weights / GIB,
+        "adapter": model.adapter(rank) * _ADAPTER / GIB,
+        "activations": activations / GIB,
+        "scratch": scratch / GIB,
+    }
+
+
+def _kept(model: Shape, rank: int, engine: Engine, on: Device, longest_row: int) -> float:
+    """Bytes that one block keeps of a token for the way back; attention keeps keys and values for every head."""
+    h, i, q = model.hidden, model.intermediate, model.query
+    if own_kernels(engine, on_gpu=on.on_gpu):
+        # What goes into and comes out of both norms, attention's four, gate and up. Its kernels compute the rest anew.
+        return on.width * (4 * h + 4 * q + 2 * i)
+    mask = longest_row  # a padded batch has one, and each block its own
+    if not on.on_gpu:  # the same, and the activated gate and its product with up; counted by saved_tensors_hooks
+        return on.width * (4 * h + 4 * q + 4 * i + 7 * rank + mask)
+    # Norms go through float32. Autocast makes a copy of what goes into each of the seven layers with an adapter.
+    return 8 * h + on.width * (5 * h + 5 * q + 4 * i + 13 * rank + mask)
+
+
+def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:
+    """Bytes of the logits that exist at once: both engines' losses go through the tokens in chunks."""
+    if own_kernels(engine, on_gpu=on.on_gpu):
+        return max(512, min(8192, tokens // 8)) * model.vocabulary * 8
+    return min(tokens, 256) * model.vocabulary * 20
+
+
+# Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing, and
+# operations a second. Hopper's are from docs/benchmarks.md; a T4's from the recorded run of the notebook that this
+# package grew out of (1,033.9 s for 1,000 Dolly rows one by one), so that larger micro-batches may be faster.
+_SPEED: Final[dict[tuple[int, int], tuple[float, float]]] = {
+    (7, 5): (0.011, 8.5e12),
+    (9, 0): (0.010, 2.3e14),
+}
+
+
+def _seconds(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[int]], fit: Fit) -> float | None:
+    """Seconds of training: of each micro-batch, the longer of launching its kernels and computing them."""
+    if on.capability not in _SPEED:
+        return None
+    launch, operations = _SPEED[on.capability]
+    launch *= model.layers * (1.5 if fit.checkpointing else 1) * (1 if engine.name == "unsloth" else 2)
+    each = (6 if fit.checkpointing else 4) * model.linear / operations
+    batches = (rows for step in lengths for rows in micro_batches(step, fit.micro_batch))
+    return sum(max(launch, each * _tokens(rows, engine, on)) for rows in batches)
+
+
+def _free_ram() -> float:
+    """GiB of RAM that could be had without swapping; all there is where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:  # noqa: PTH123 - a file of the kernel's
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024 / GIB
+    except FileNotFoundError:  # macOS
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,402 @@
+"""Training on a GPU, measured. Usage: gpu_train.py MODEL_FOLDER ROWS.json OUT [PART ...]
+
+MODEL_FOLDER holds Mistral-7B's architecture in NF4 with a chat template, ROWS.json at least 1,000 rows. Each part
+runs in a process of its own (Unsloth patches its libraries for good) and appends JSON lines to OUT:
+
+speed         our run beside a plain script of the configuration of the notebook that this package grew out of (Unsloth,
+              micro-batch 1 x 4, checkpointing on, 8-bit Adam): the same rows, tokenised once, in the same order
+speed-t4      the same in float16 in 14.5 GiB
+memory        Unsloth's estimated and measured peaks; memory-plain, those of plain transformers
+t4            whole runs in float16 in 14.5 GiB: 1,000 rows; rows that are all 2,048 tokens long; too much at once
+
+The first five steps of each configuration are not counted: kernels are compiled in them.
+"""
+
+import contextlib
+import gc
+import importlib.metadata
+import itertools
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "gpu"))
+
+WARM = 5
+STEPS = 20
+
+
+def write(out: Path, **found) -> None:
+    with out.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+    print(json.dumps(found)[:1500], flush=True)
+
+
+def fresh() -> None:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def gib(size: int) -> float:
+    return round(size / 2**30, 2)
+
+
+# --- our run -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def callback_clock():
+    """Seconds spent in the run's callback and events, by a list that is filled meanwhile."""
+    from bizassist_nb.training.trainer import RunCallback
+
+    spent: list[float] = []
+    before = {name: getattr(RunCallback, name) for name in ("on_step_end", "on_log")}
+
+    def timed(method):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - start)
+
+        return call
+
+    for name, method in before.items():
+        setattr(RunCallback, name, timed(method))
+    yield spent
+    for name, method in before.items():
+        setattr(RunCallback, name, method)
+
+
+def ours(model: str, rows: str, out: Path, name: str, **changes) -> None:
+    """A run by the worker's own code, in this process; warm steps are counted."""
+    import torch
+
+    from bizassist_nb import Settings
+    from bizassist_nb.runs import Run
+    from bizassist_nb.training import worker
+
+    batch = changes.get("batch_size", 4)
+    settings = Settings(model=model, data=rows, subset=STEPS * batch, held_out=8, warmup_steps=5, **changes)
+    path = Path("/tmp/gpu_train") / f"{os.getpid()}-{name}"
+    path.mkdir(parents=True)
+    (path / "settings.toml").write_text(settings.to_toml())
+    fresh()
+    with callback_clock() as spent:
+        status = worker.main(str(path))
+    run = Run(path)
+    warm = run.steps[WARM:]
+    seconds = sum(step.seconds for step in warm) or 1e-9
+    write(
+        out,
+        part="ours",
+        name=name,
+        status=status,
+        error=run.error,
+        fits=[event for event in run.events if event["event"] == "fit"],
+        preflight=run.last("preflight"),
+        tokens_per_second=round(sum(step.tokens for step in warm) / seconds),
+        step_seconds=round(seconds / max(1, len(warm)), 4),
+        median_step=round(statistics.median([s.seconds for s in warm] or [0]), 4),
+        allocated=gib(torch.cuda.max_memory_allocated()),
+        reserved=gib(torch.cuda.max_memory_reserved()),
+        callback_share=round(sum(spent[2 * WARM :]) / seconds, 5),
+        losses=[step.loss for step in run.steps],
+        seconds=[round(step.seconds, 3) for step in run.steps],
+        tokens=[step.tokens for step in run.steps],
+        scoring=[e["seconds"] for e in run.events if e["event"] == "evaluation"],
+    )
+
+
+# --- the plain script ----------------------------------------------------------------------------------------------
+
+
+def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp16: bool = False, **changes) -> None:
+    """The seed notebook's configuration in a plain script: the same token ids and labels, in the same order."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    from bizassist_nb import Settings, models
+    from bizassist_nb.data.rows import read_table, split
+
+    settings = Settings(model=model_folder, data=rows, subset=STEPS * batch, held_out=8)
+    chat = models.load_tokenizer(model_folder)
+    training, _ = split(read_table(rows).rows, subset=settings.subset, held_out=8, seed=settings.seed)
+    examples, _ = chat.examples(training, system_prompt=settings.system_prompt, max_length=2048)
+    fresh()
+    model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=2048, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(
+        model, r=16, lora_alpha=16, lora_dropout=0, target_modules=list(models.TARGETS), random_state=settings.seed,
+        use_gradient_checkpointing="unsloth",
+    )  # fmt: skip
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    config = {
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": batch, "max_steps": STEPS,
+        "learning_rate": 2e-4, "warmup_steps": 5, "optim": "adamw_8bit", "lr_scheduler_type": "linear", "seed": 3407,
+        "train_sampling_strategy": "sequential", "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": 2048,
+        "fp16": fp16, "bf16": not fp16, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
+        "disable_tqdm": True, "output_dir": "/tmp/gpu_train/plain",
+    }  # fmt: skip
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**(config | changes)),
+        train_dataset=Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in examples]),
+        processing_class=tokenizer,
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    lengths = [len(e.input_ids) for e in examples]
+    tokens = [sum(lengths[i : i + batch]) for i in range(0, len(lengths), batch)]
+    seconds = times[-1] - times[WARM - 1]
+    write(
+        out,
+        part="seed",
+        name=name,
+        tokens_per_second=round(sum(tokens[WARM:]) / seconds),
+        step_seconds=round(seconds / (len(times) - WARM), 4),
+        allocated=gib(torch.cuda.max_memory_allocated()),
+        reserved=gib(torch.cuda.max_memory_reserved()),
+        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        seconds=[round(b - a, 3) for a, b in itertools.pairwise(times)],
+        tokens=tokens,
+    )
+    trainer.accelerator.free_memory()
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+SIZES = {
+    # name: (hidden, intermediate, layers, heads, key-value heads, vocabulary, tied)
+    "llama-1b": (2048, 5632, 22, 32, 4, 32768, False),
+    "llama-3b": (3072, 8192, 28, 24, 8, 128256, True),
+}
+
+
+def build(name: str, tokenizer: str) -> str:
+    """A random Llama of that size in 16 bits, on disk; the folder."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = Path("/tmp/gpu_train/models") / name
+    if not folder.is_dir():
+        hidden, intermediate, layers, heads, groups, vocabulary, tied = SIZES[name]
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=groups, vocab_size=vocabulary, tie_word_embeddings=tied, bos_token_id=1,
+            eos_token_id=2, max_position_embeddings=8192,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        part = folder.with_name(f"{name}.{os.getpid()}")
+        model.save_pretrained(part)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(part)
+        with contextlib.suppress(OSError):  # the other process was quicker
+            part.rename(folder)
+        del model
+        fresh()
+    return str(folder)
+
+
+def memory(folder: str, out: Path, name: str, engine_name: str, rank: int, shapes, checkpointing: bool) -> None:
+    """Peaks of single steps of four rows of some lengths, through our trainer, beside their estimates."""
+    import torch
+
+    from bizassist_nb import Settings, models
+    from bizassist_nb.data.tokens import Example
+    from bizassist_nb.runs import Journal, Run
+    from bizassist_nb.training import engines, preflight, trainer
+
+    settings = Settings(model=folder, rank=rank, engine=engine_name, warmup_steps=0)
+    engine = engines.choose(engine_name)
+    base = models.resolve(folder)
+    on = preflight.device()
+    fresh()
+    model = engines.load(engine, base, settings, checkpointing=checkpointing)
+    loaded = torch.cuda.memory_allocated()
+    draw = random.Random(0)
+    steps = []
+    for shape in [shapes[0], *shapes]:  # the first twice: Adam's moments come into being in it
+        rows = [[draw.randrange(1000, 30000) for _ in range(length)] for length in shape]
+        steps.append([Example(n, ids, ids, truncated=False) for n, ids in enumerate(rows)])
+    peaks = []
+
+    def on_step_end(self, *_, **__):
+        peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
+        fresh()
+
+    before, trainer.RunCallback.on_step_end = trainer.RunCallback.on_step_end, on_step_end
+    path = Path("/tmp/gpu_train") / f"{os.getpid()}-{name}-{rank}-{checkpointing}"
+    path.mkdir(parents=True)
+    (path / "settings.toml").write_text(settings.to_toml())
+    fit = preflight.Fit(4, checkpointing, on.precision, "measured")
+    model_shape = preflight.shape(base.source)
+    try:
+        trainer.train(
+            Run(path), Journal(path), _stop(), engine, settings, fit, model,
+            models.load_tokenizer(folder), steps,
+        )  # fmt: skip
+    finally:
+        trainer.RunCallback.on_step_end = before
+    for shape, (allocated, reserved) in zip(shapes, peaks[1:], strict=False):
+        parts = preflight.peak(model_shape, rank, engine, on, shape, checkpointing=checkpointing)
+        expected = sum(parts.values())
+        write(
+            out,
+            part="memory",
+            model=name,
+            engine=engine_name,
+            rank=rank,
+            rows=list(shape),
+            checkpointing=checkpointing,
+            precision=on.precision,
+            estimate=round(expected, 2),
+            parts={key: round(value, 2) for key, value in parts.items()},
+            loaded=gib(loaded),
+            allocated=gib(allocated),
+            reserved=gib(reserved),
+            off=round(expected / (allocated / 2**30) - 1, 3),
+            ram=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        )
+    model = None
+    fresh()
+
+
+_STOP = []
+
+
+def _stop():
+    from bizassist_nb.training.worker import Stop
+
+    if not _STOP:
+        _STOP.append(Stop())
+    return _STOP[0]
+
+
+# --- the parts -----------------------------------------------------------------------------------------------------
+
+
+def part_speed(model: str, rows: str, out: Path) -> None:
+    import unsloth  # noqa: F401 - before everything it patches
+
+    seed(model, rows, out, "seed: 1 x 4, checkpointing, 8-bit Adam")
+    ours(model, rows, out, "ours, batch_size 4", engine="unsloth")
+    ours(model, rows, out, "ours, batch_size 16", engine="unsloth", batch_size=16)
+
+
+def part_speed_t4(model: str, rows: str, out: Path) -> None:
+    import t4
+
+    t4.pretend()
+    import unsloth  # noqa: F401 - before everything it patches
+
+    seed(model, rows, out, "seed in 14.5 GiB, float16", fp16=True)
+    ours(model, rows, out, "ours in 14.5 GiB, float16", engine="unsloth")
+
+
+def part_memory(model: str, rows: str, out: Path, engine: str = "unsloth") -> None:
+    if engine == "unsloth":
+        import unsloth  # noqa: F401 - before everything it patches
+    small, large = [(128,) * 4, (512, 300, 200, 100)], [(512,) * 4, (1024,) * 4]
+    if engine == "transformers":
+        large = [(512,) * 4]
+    for name, rank in (("llama-1b", 16), ("mistral-7b", 16), ("llama-3b", 64), ("mistral-7b", 64)):
+        folder = model if name == "mistral-7b" else build(name, model)
+        for checkpointing in (False, True):
+            memory(folder, out, name, engine, rank, [*small, *large], checkpointing)
+
+
+def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16, batch: int = 4) -> None:
+    """Whole runs in 14.5 GiB, side by side: the rows given, rows of 2,048 tokens, and those with too much at once."""
+    import t4
+
+    from bizassist_nb import Settings
+    from bizassist_nb.runs import Run
+
+    text = " ".join(row["response"] for row in json.loads(Path(rows).read_text())[:400])
+    longest = Path("/tmp/gpu_train/long.json")
+    longest.parent.mkdir(exist_ok=True)
+    longest.write_text(
+        json.dumps(
+            [{"instruction": f"Tell all about item {n}.", "response": text[n * 300 :][:30000]} for n in range(long + 4)]
+        )
+    )
+    started = {}
+    for name, arguments, changes in (
+        ("long", (), {"data": str(longest), "subset": long, "held_out": 4}),
+        ("too much", ("--unaware",), {"data": str(longest), "subset": long, "held_out": 4}),
+        ("dolly", (), {"data": rows, "subset": dolly, "held_out": 64, "batch_size": batch, "checkpoint_minutes": 1.0}),
+    ):
+        path = Path("/tmp/gpu_train") / f"t4-{name.replace(' ', '-')}"
+        path.mkdir(parents=True)
+        (path / "settings.toml").write_text(Settings(model=model, engine="unsloth", **changes).to_toml())
+        log = (path / "log").open("w")
+        process = subprocess.Popen([sys.executable, t4.__file__, str(path), *arguments], stdout=log, stderr=log)
+        started[name] = (path, process)
+    for name, (path, process) in started.items():
+        process.wait()
+        run = Run(path)
+        steps = run.steps
+        write(
+            out,
+            part="t4",
+            name=name,
+            state=(run.last("state") or {}).get("state"),
+            error=run.last("error"),
+            fits=[event for event in run.events if event["event"] == "fit"],
+            preflight=run.last("preflight"),
+            peak=[line for line in (path / "log").read_text().splitlines() if line.startswith("peak")],
+            data=(run.last("data") or {}).get("training"),
+            steps=len(steps),
+            losses=[step.loss for step in steps][:: max(1, len(steps) // 10)],
+            checkpoints=[e["step"] for e in run.events if e["event"] == "checkpoint"],
+            evaluations=[[e["who"], e["loss"], e["seconds"]] for e in run.events if e["event"] == "evaluation"],
+            training_seconds=round(sum(step.seconds for step in steps), 1),
+        )
+
+
+PARTS = {
+    "speed": part_speed,
+    "speed-t4": part_speed_t4,
+    "memory": part_memory,
+    "memory-plain": lambda *args: part_memory(*args, engine="transformers"),
+    "t4": part_t4,
+}
+
+
+def main(model: str, rows: str, out: str, *parts: str) -> None:
+    target = Path(out).absolute()
+    if len(parts) == 1 and parts[0].startswith("--"):
+        PARTS[parts[0].removeprefix("--")](model, str(Path(rows).absolute()), target)
+        return
+    import torch
+
+    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth", "unsloth_zoo", "accelerate")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    write(target, part="machine", device=torch.cuda.get_device_name(0), versions=versions)
+    for part in parts or PARTS:
+        subprocess.run([sys.executable, __file__, model, rows, out, f"--{part}"], check=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

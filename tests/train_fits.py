@@ -1,0 +1,87 @@
+"""Train the same steps cut up in several ways, with one engine, in a process of its own.
+
+Usage: train_fits.py ENGINE MODEL_FOLDER FOLDER. Prints JSON: for each way, the losses, how far the adapter is from the
+first way's, and what the run's events say of its fits.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bizassist_nb import models
+from bizassist_nb.data.rows import read_table, split
+from bizassist_nb.errors import RunError
+from bizassist_nb.runs import Journal, Run
+from bizassist_nb.settings import Settings
+from bizassist_nb.training import engines
+from bizassist_nb.training.preflight import Fit
+from bizassist_nb.training.worker import Stop
+
+
+def main(engine_name: str, folder: str, target: str) -> None:
+    settings = Settings(model=folder, data="sample", subset=18, held_out=2, max_length=512, warmup_steps=0, seed=1)
+    engine = engines.choose(engine_name)
+    if engine.name == "unsloth":
+        import unsloth  # noqa: F401 - before everything it patches
+    from bizassist_nb.training import trainer
+
+    chat = models.load_tokenizer(folder)
+    rows, _ = split(read_table("sample").rows, subset=18, held_out=2, seed=1)
+    examples, _ = chat.examples(rows, system_prompt="", max_length=512)
+    steps = trainer.plan(examples, settings)
+    whole_step = trainer.SFTTrainer.training_step
+    stop = Stop()
+    first: list[torch.Tensor] = []
+
+    def train(name, micro_batch, checkpointing=False, full=lambda _: False):
+        """`full` says of (step, rows, checkpointing) whether memory runs out, once the backward pass is through."""
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = whole_step(self, model, inputs, num_items_in_batch)
+            if full((self.state.global_step, self.args.per_device_train_batch_size, self.is_checkpointing())):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return loss
+
+        trainer.SFTTrainer.training_step = training_step
+        trainer.SFTTrainer.is_checkpointing = lambda self: any(
+            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        )
+        path = Path(target) / name
+        path.mkdir()
+        (path / "settings.toml").write_text(settings.to_toml())
+        model = engines.load(engine, models.resolve(folder), settings, checkpointing=checkpointing)
+        fit = Fit(micro_batch, checkpointing, "float32", "asked for")
+        found: dict[str, object] = {}
+        try:
+            found["done"] = trainer.train(Run(path), Journal(path), stop, engine, settings, fit, model, chat, steps)
+        except RunError as error:
+            found["error"] = str(error)
+        adapter = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        first.extend(adapter if not first else [])
+        run = Run(path)
+        found["losses"] = [step.loss for step in run.steps]
+        found["tokens"] = [step.tokens for step in run.steps]
+        found["apart"] = max(float((a - b).abs().max()) for a, b in zip(first, adapter, strict=True))
+        found["moved"] = max(float(a.abs().max()) for a in adapter)
+        found["fits"] = [
+            [e["step"], e["micro_batch"], e["checkpointing"], e["reason"]] for e in run.events if e["event"] == "fit"
+        ]
+        found["checkpoints"] = [e["step"] for e in run.events if e["event"] == "checkpoint"]
+        return found
+
+    result = {
+        "4": train("4", 4),
+        "2": train("2", 2),
+        "1": train("1", 1),
+        "checkpointing": train("checkpointing", 4, checkpointing=True),
+        "halved": train("halved", 4, full=lambda now: now[0] == 2 and now[1] == 4),
+        "from the start": train("from-the-start", 4, full=lambda now: not now[2]),
+        "never": train("never", 2, full=lambda now: now[0] == 3),
+    }
+    print(json.dumps(result | {"engine": dataclasses.asdict(engine), "shapes": [len(step) for step in steps]}))
+
+
+main(*sys.argv[1:])
