@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bizassist_nb.verdict import Score, compare, mean_loss
+from bizassist_nb.verdict import Score, judge, mean_loss
 
 
 def scored(nats, tokens=None) -> list[Score]:
@@ -27,7 +27,7 @@ def test_mean_loss_counts_every_token_the_same():
 
 
 def test_summaries_are_of_all_tokens():
-    found = compare(scored([2.0, 30.0], [1, 9]), scored([1.0, 24.0], [1, 9]), seed=0)
+    found = judge(scored([2.0, 30.0], [1, 9]), scored([1.0, 24.0], [1, 9]), seed=0)
     assert found["base"] == {"loss": 3.2, "perplexity": pytest.approx(math.exp(3.2)), "tokens": 10, "rows": 2}
     assert found["tuned"] == {"loss": 2.5, "perplexity": pytest.approx(math.exp(2.5)), "tokens": 10, "rows": 2}
     assert found["difference"] == pytest.approx(-0.7)
@@ -43,7 +43,7 @@ def test_summaries_are_of_all_tokens():
 )
 def test_verdict_follows_the_interval(shift, verdict, words):
     noise = np.resize([0.2, -0.2], 64)
-    found = compare(scored(np.full(64, 30.0)), scored(30.0 + 10 * (shift + noise)), seed=42)
+    found = judge(scored(np.full(64, 30.0)), scored(30.0 + 10 * (shift + noise)), seed=42)
     assert found["verdict"] == verdict
     assert found["sentence"].startswith(f"{words}3.000 before and {3 + shift:.3f} after, a change of {shift:+.3f} nats")
     assert found["sentence"].endswith("64 rows).")
@@ -53,7 +53,7 @@ def test_verdict_follows_the_interval(shift, verdict, words):
 
 
 def test_equal_models_make_no_difference():
-    found = compare(scored([3.0, 5.0]), scored([3.0, 5.0]), seed=1)
+    found = judge(scored([3.0, 5.0]), scored([3.0, 5.0]), seed=1)
     assert (found["verdict"], found["difference"], found["interval"], found["standard_error"]) == (
         "no difference",
         0.0,
@@ -65,13 +65,13 @@ def test_equal_models_make_no_difference():
 def test_one_great_gain_among_many_rows_is_no_verdict():
     tuned = np.full(64, 30.0)
     tuned[0] -= 29
-    assert compare(scored(np.full(64, 30.0)), scored(tuned), seed=0)["verdict"] == "no difference"
+    assert judge(scored(np.full(64, 30.0)), scored(tuned), seed=0)["verdict"] == "no difference"
 
 
 def test_interval_is_decided_by_the_seed(pair):
-    first = compare(*pair, seed=42)
-    assert compare(*pair, seed=42) == first
-    other = compare(*pair, seed=43)
+    first = judge(*pair, seed=42)
+    assert judge(*pair, seed=42) == first
+    other = judge(*pair, seed=43)
     assert other["interval"] != first["interval"]
     assert other["interval"] == pytest.approx(first["interval"], abs=0.01)
     assert other["difference"] == first["difference"]
@@ -79,7 +79,7 @@ def test_interval_is_decided_by_the_seed(pair):
 
 def test_standard_error_and_interval_agree_with_other_computations(pair):
     base, tuned = pair
-    found = compare(base, tuned, seed=42)
+    found = judge(base, tuned, seed=42)
     tokens = np.array([score.tokens for score in base])
     gains = np.array([t.nats - b.nats for b, t in zip(base, tuned, strict=True)])
     # The delta method for a ratio of means (Cochran 1977, section 6.3), with no resampling in it.
@@ -99,16 +99,16 @@ def test_standard_error_and_interval_agree_with_other_computations(pair):
 def test_rows_are_listed_one_by_one():
     base = [Score(7, 12.0, 4, "open_qa"), Score(3, 5.0, 10)]
     tuned = [Score(7, 8.0, 4, "open_qa"), Score(3, 6.0, 10)]
-    assert compare(base, tuned, seed=0)["rows"] == [
+    assert judge(base, tuned, seed=0)["rows"] == [
         {"row": 7, "category": "open_qa", "tokens": 4, "base": 3.0, "tuned": 2.0},
         {"row": 3, "category": "", "tokens": 10, "base": 0.5, "tuned": 0.6},
     ]
 
 
 def test_a_loss_beyond_floats_still_has_a_perplexity():
-    assert math.isfinite(compare(scored([1e5, 1e5]), scored([1e5, 1e5]), seed=0)["base"]["perplexity"])
+    assert math.isfinite(judge(scored([1e5, 1e5]), scored([1e5, 1e5]), seed=0)["base"]["perplexity"])
 
 
 def test_scores_of_unequally_many_rows_cannot_be_compared():
     with pytest.raises(ValueError, match="shorter"):
-        compare(scored([1.0, 2.0]), scored([1.0]), seed=0)
+        judge(scored([1.0, 2.0]), scored([1.0]), seed=0)
