@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score base and tuned on the held-out rows anew")
     evaluate.add_argument("run", metavar="RUN")
-    evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the sentence")
+    evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the verdict card")
     evaluate.set_defaults(run_command=_evaluate)
 
     export = commands.add_parser("export", help="write the merged 16-bit model, or upload the adapter to the hub")
@@ -137,10 +137,13 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from bizassist_nb.render import sections_text
+    from bizassist_nb.scorecard import sections
     from bizassist_nb.training.evaluation import evaluate
 
-    result = evaluate(open_run(options.run, options.runs_dir))
-    print(json.dumps(result, indent=1) if options.json else result["sentence"])
+    run = open_run(options.run, options.runs_dir)
+    result = evaluate(run)
+    print(json.dumps(result, indent=1) if options.json else sections_text(sections(run)))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from bizassist_nb import render
 from bizassist_nb.data.tokens import MaskedText
 from bizassist_nb.runs import ENDED, Run
+from bizassist_nb.scorecard import rising, sections
 
 _RECENT = 20
 """Steps over which speed is taken."""
@@ -121,8 +122,7 @@ def run_text(run: Run) -> str:
     """The run for a terminal."""
     lines = [headline(run), *(f"  {label}: {text}" for label, text in facts(run))]
     lines += [f"  row {number} is not used: {reason}" for number, reason in rejected(run)]
-    if run.evaluation:
-        lines.append(f"  {run.evaluation['sentence']}")
+    lines += [f"  {line}" for line in render.sections_text(_verdict(run)[:1]).splitlines()]
     if hint := how_to_go_on(run):
         lines.append(f"  {hint}")
     return "\n".join(lines)
@@ -133,8 +133,7 @@ def run_html(run: Run) -> str:
     parts = [f"<p><b>{html.escape(headline(run))}</b></p>"]
     if now := progress(run):
         parts.append(_bar(now.share))
-    if run.evaluation:
-        parts.append(f"<p>{html.escape(run.evaluation['sentence'])}</p>")
+    parts.append(render.sections_html(_verdict(run)))
     if hint := how_to_go_on(run):
         parts.append(f"<p>{html.escape(hint)}</p>")
     if error := run.error:
@@ -147,6 +146,12 @@ def run_html(run: Run) -> str:
     if bad := rejected(run):
         parts.append(f"<details><summary>rows that cannot be used</summary>{render.table(bad)}</details>")
     return "".join(parts)
+
+
+def _verdict(run: Run) -> list[render.Section]:
+    """The verdict card; before there is one, what training says about held-out loss."""
+    words = rising(run)
+    return sections(run) or ([render.Section("Held-out loss", (words,), (), ())] if words else [])
 
 
 def runs_rows(runs: Iterable[Run]) -> tuple[list[str], list[list[str]]]:
@@ -202,7 +207,8 @@ def _status_words(run: Run) -> str:
     return {
         "starting": "starting",
         "loading": "reading the rows and loading the model",
-        "scoring": f"scoring {scored} on the held-out rows",
+        "scoring": f"scoring {scored} on held-out and general rows",
+        "answering": "answering the fixed prompts as base and as tuned",
         "saving": "saving",
         "lost": "lost (its process is gone)",
     }.get(run.status, run.status)

@@ -1,7 +1,9 @@
 """The model card of a run: what was trained, on what, and what came of it."""
 
+from bizassist_nb.render import sections_markdown
 from bizassist_nb.report import facts, how_to_go_on, settings_rows
 from bizassist_nb.runs import Run, write_whole
+from bizassist_nb.scorecard import sections
 
 
 def write_card(run: Run) -> None:
@@ -23,9 +25,8 @@ def card(run: Run) -> str:
         "",
         f"A LoRA adapter for {environment['model']}, trained with bizassist-nb.",
         "",
-        "## Did it help?",
-        "",
-        run.evaluation["sentence"] if run.evaluation else f"Not scored yet: {how_to_go_on(run) or run.status}.",
+        sections_markdown(section for section in sections(run) if not section.private)
+        or f"## Did it help?\n\nNot scored yet: {how_to_go_on(run) or run.status}.",
         "",
         "## How it was made",
         "",
