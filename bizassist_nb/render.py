@@ -89,7 +89,7 @@ def sections_text(sections: Iterable[Section]) -> str:
 def sections_markdown(sections: Iterable[Section]) -> str:
     """Sections for a model card."""
     return "\n\n".join(
-        "\n\n".join(filter(None, [f"## {section.title}", *section.lines, _markdown_table(section)]))
+        "\n\n".join(filter(None, [f"## {section.title}", *map(_cell, section.lines), _markdown_table(section)]))
         for section in sections
     )
 
