@@ -157,7 +157,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _runs(options: argparse.Namespace) -> None:
-    from bizassist_nb.report import runs_text
+    from bizassist_nb.comparing import runs_text
 
     print(runs_text(list_runs(options.runs_dir)))
 

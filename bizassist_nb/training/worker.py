@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import resource
 import signal
 import sys
 import time
@@ -128,6 +129,7 @@ def work(run: Run, journal: Journal) -> str:
         journal.write("resumed", step=checkpoint.step)
     trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     done = trainer.state.global_step
+    journal.write("memory", **_peak_memory())
     # accelerate leaves an autocast around the model's forward: base was scored without, and so is tuned.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
@@ -176,6 +178,16 @@ def _answers_from_apart(run: Run, journal: Journal) -> dict[str, Any] | None:
     except RunError as error:  # the run is good without answers; its report says that they are missing, and why
         journal.write("unanswered", reason=str(error))
         return None
+
+
+def _peak_memory() -> dict[str, Any]:
+    """Bytes taken at most so far: of GPU memory by torch, or without a GPU of memory by this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"of": "GPU", "peak": torch.cuda.max_memory_reserved()}
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
+    return {"of": "process", "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 def _watch(
