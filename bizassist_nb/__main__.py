@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--private", action="store_true", help="make the repository private, with --to hub")
     export.set_defaults(run_command=_export)
 
+    votes = commands.add_parser("votes", help="what the blind votes on a run come to")
+    votes.add_argument("run", metavar="RUN")
+    votes.add_argument("--to", metavar="FILE.jsonl", help="write them as preference pairs for TRL's DPO trainer")
+    votes.set_defaults(run_command=_votes)
+
     for name, text, command in (
         ("runs", "a table of the runs there are", _runs),
         ("doctor", "what this machine has, and what follows from it", _doctor),
@@ -144,6 +149,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = open_run(options.run, options.runs_dir)
     result = evaluate(run)
     print(json.dumps(result, indent=1) if options.json else sections_text(sections(run)))
+
+
+def _votes(options: argparse.Namespace) -> None:
+    from bizassist_nb.votes import export_preferences, tally
+
+    run = open_run(options.run, options.runs_dir)
+    print(tally(run).sentence)
+    if options.to:
+        print(f"{export_preferences(run, Path(options.to))} preference pairs in {options.to}")
 
 
 def _export(options: argparse.Namespace) -> None:
