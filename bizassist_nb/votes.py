@@ -151,14 +151,12 @@ class Ballot:
         return "\n\n".join([*parts, self._foot()])
 
     def _repr_html_(self) -> str:
-        return self.html(finished=True)
+        return self.html()
 
-    def html(self, *, finished: bool) -> str:
-        """Both answers side by side, without names until it has been cast; `finished` as for `comparison_html`."""
-        shape = render.markdown if finished else render.plain
-        body = render.columns(self._heads(), [shape(text) for text in self._texts()])
-        foot = render.plain(self._foot()) if finished else ""
-        return f"<b>{render.plain(self.comparison.question)}</b>{body}<i>{foot}</i>"
+    def html(self) -> str:
+        """Both answers side by side, without names until it has been cast."""
+        body = render.columns(self._heads(), [render.markdown(text) for text in self._texts()])
+        return f"<b>{render.plain(self.comparison.question)}</b>{body}<i>{render.plain(self._foot())}</i>"
 
     def _heads(self) -> list[str]:
         sides = ["left", "right"]
@@ -179,6 +177,11 @@ class Ballot:
         chosen = self.vote.winner
         words = {"tie": "a tie", "bad": "both bad"}.get(chosen, f"{chosen} is better")
         return f"You voted: {words}. {tally(self.run).sentence}"
+
+
+def blind_html(comparison: Comparison, order: tuple[str, str]) -> str:
+    """Two answers as they grow, in that order and without names."""
+    return render.columns(["left", "right"], [render.plain(comparison.answers[who]) for who in order])
 
 
 def draw_order() -> tuple[str, str]:

@@ -14,7 +14,7 @@ from bizassist_nb.__main__ import main
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
-from bizassist_nb.votes import Ballot, Tally, Vote, VoteError, append, preference_pairs, tally, votes
+from bizassist_nb.votes import Ballot, Tally, Vote, VoteError, append, blind_html, preference_pairs, tally, votes
 
 BOTH = Comparison("How <b>much</b>?", "The base's **words**.", "Tuned words.", run="pricing", cut=("tuned",))
 
@@ -35,7 +35,7 @@ def cast(run: Run, *choices: str, order: tuple[str, str] = ("base", "tuned")) ->
 def test_before_the_vote_no_name_is_shown(run):
     for order in (("base", "tuned"), ("tuned", "base")):
         ballot = Ballot(run, BOTH, order)
-        for text in (ballot._repr_html_(), ballot.html(finished=False), repr(ballot)):
+        for text in (ballot._repr_html_(), blind_html(BOTH, order), repr(ballot)):
             assert "pricing" not in text
             assert "tuned" not in text
             assert "base" not in text.replace("The base's", "").replace("The base&#x27;s", "")

@@ -21,7 +21,7 @@ class BallotView:
         import ipywidgets
 
         self._ballot, self._on_vote = ballot, on_vote
-        self._html: Any = ipywidgets.HTML(ballot.html(finished=True), layout=ipywidgets.Layout(width="100%"))
+        self._html: Any = ipywidgets.HTML(ballot.html(), layout=ipywidgets.Layout(width="100%"))
         self._key: Any = ipywidgets.Text(
             description="or a key",
             placeholder=" · ".join(f"{key} {choice}" for key, choice in KEYS.items()),
@@ -59,11 +59,11 @@ class BallotView:
         if self._ballot.vote is not None:  # a second click was on its way when the first arrived
             return
         self._ballot.cast(choice)
-        self._html.value = self._ballot.html(finished=True)
+        self._html.value = self._ballot.html()
         self.widget.children = (self._html,)
         if self._display_id:
             update_display(self._static(), display_id=self._display_id, raw=True)
         self._on_vote(self._ballot)
 
     def _static(self) -> dict[str, str]:
-        return {"text/html": self._ballot.html(finished=True), "text/plain": repr(self._ballot)}
+        return {"text/html": self._ballot.html(), "text/plain": repr(self._ballot)}

@@ -35,6 +35,7 @@ def _ask_parser() -> MagicArgumentParser:
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--base", action="store_true", help="ask the base alone")
     one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
+    one.add_argument("--blind", action="store_true", help="hide whose answer is whose until you have voted")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length of an answer at most")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token each time"
@@ -89,9 +90,12 @@ class BizassistMagics(Magics):
             )
         run = self._chosen(options)
         from bizassist_nb.assistant.assistant import Assistant
+        from bizassist_nb.notebook.ballots import BallotView
         from bizassist_nb.notebook.views import AnswerView
+        from bizassist_nb.votes import Ballot, draw_order
 
-        view = AnswerView()
+        order = draw_order() if options.blind else None
+        view = AnswerView(order)
         try:
             view.wait("Loading the model, once for this kernel …")
             sampling = {
@@ -104,9 +108,13 @@ class BizassistMagics(Magics):
                 view(comparison)
         finally:
             view.finish()
+        value = Ballot(run, comparison, order) if order and comparison else comparison
         if options.out:
-            self.shell.user_ns[options.out] = comparison  # type: ignore[union-attr] # a registered Magics has its shell
-        return comparison
+            self.shell.user_ns[options.out] = value  # type: ignore[union-attr] # a registered Magics has its shell
+        if isinstance(value, Ballot):
+            BallotView(value).show()
+            return None  # what it shows is there already, and changes with the vote
+        return value
 
     @line_magic
     def bizassist(self, line: str) -> Any:
@@ -128,7 +136,7 @@ class BizassistMagics(Magics):
         if self._run and self._run.adapter and not options.runs_dir:
             return self._run
         trained = [run for run in list_runs(folder) if run.adapter]
-        if not trained and options.tuned:
+        if not trained and (options.tuned or options.blind):
             raise RunError(f"there is no tuned model in {folder} yet; make one with %%finetune")
         return trained[-1] if trained else None
 
