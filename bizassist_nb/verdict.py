@@ -9,7 +9,7 @@ _RESAMPLES: Final = 10_000
 _DRAWN: Final = 2_000_000
 """Rows drawn at once in the bootstrap, for memory's sake."""
 _TIE: Final = 0.01
-"""Nats a token: less than this, a change of perplexity by 1 %, counts as a tie of the row."""
+"""Nats a token: less than this, a change of perplexity by 1 %, is a tie of the row, and no difference of the whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,9 @@ def judge(
         ValueError: for fewer than two rows, or for unequally many.
     """
     paired = list(zip(base, tuned, strict=True))
+    compared = _compared(paired)
     low, high, standard_error = _interval(base, tuned, seed)
+    telling = abs(compared["difference"]) >= _TIE
     asked = questions or {}
     rows = [
         {
@@ -58,10 +60,10 @@ def judge(
     ]
     categories = dict.fromkeys(b.category for b in base)
     return {
-        **_compared(paired),
+        **compared,
         "interval": [low, high],
         "standard_error": standard_error,
-        "verdict": "helped" if high < 0 else "hurt" if low > 0 else "no difference",
+        "verdict": "helped" if high < 0 and telling else "hurt" if low > 0 and telling else "no difference",
         "categories": [
             {"category": name, **_compared([pair for pair in paired if pair[0].category == name])}
             for name in sorted(categories)
@@ -153,6 +155,9 @@ def _summary(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def _sentence(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    if found["verdict"] == "no difference" and not low <= 0 <= high:
+        return f"Fine-tuning made no difference worth the name (less than 1 % of perplexity): {_figures(found)}."
     opening = {
         "helped": "Fine-tuning helped",
         "no difference": "Fine-tuning made no measurable difference",

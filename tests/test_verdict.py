@@ -64,6 +64,13 @@ def test_verdict_follows_the_interval(shift, verdict, words, forgotten):
     assert f"On general questions of other kinds {forgotten}" in found["notes"][0]
 
 
+def test_a_change_that_is_certain_but_tiny_is_no_difference():
+    found = assess(judge(scored([30.0] * 64), scored([29.95] * 64), seed=0), shifted(0.0), None)
+    assert found["interval"][1] < 0
+    assert found["verdict"] == "no difference"
+    assert found["sentence"].startswith("Fine-tuning made no difference worth the name (less than 1 % of perplexity): ")
+
+
 def test_answers_that_broke_down_outweigh_a_lower_loss():
     found = assess(shifted(-0.5), shifted(0.0), answered(13, 2, "hurt"))
     assert found["verdict"] == "hurt"
