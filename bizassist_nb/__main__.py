@@ -119,13 +119,17 @@ def _read(name: str) -> str:
 
 def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
     from bizassist_nb.report import headline, run_text
+    from bizassist_nb.scorecard import rising
     from bizassist_nb.training.launch import finetune
 
-    shown = ""
+    shown, said = "", None
 
     def show(run: Run) -> None:
-        nonlocal shown
+        nonlocal shown, said
         line = headline(run)
+        if run.status == "training" and (words := rising(run)) != said:
+            print(words or "Held-out loss falls again.", flush=True)
+            said = words
         if line != shown:
             print(run_text(run) if run.status in ENDED else line, flush=True)
             shown = line
