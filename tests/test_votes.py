@@ -21,7 +21,7 @@ from bizassist_nb.votes import (
     VoteError,
     append,
     blind_html,
-    chosen,
+    choice_of,
     preference_pairs,
     tally,
     votes,
