@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bizassist_nb.assistant.assistant import Assistant as Assistant
     from bizassist_nb.assistant.comparison import Comparison as Comparison
     from bizassist_nb.assistant.conversation import Conversation as Conversation
+    from bizassist_nb.comparing import compare as compare
     from bizassist_nb.errors import BizassistError as BizassistError
     from bizassist_nb.runs import Run as Run
     from bizassist_nb.runs import open_run as open_run
@@ -28,10 +29,13 @@ _HOMES = {
     "Conversation": "bizassist_nb.assistant.conversation",
     "Run": "bizassist_nb.runs",
     "Settings": "bizassist_nb.settings",
+    "compare": "bizassist_nb.comparing",
     "finetune": "bizassist_nb.training.launch",
     "open_run": "bizassist_nb.runs",
 }
-__all__ = ["Assistant", "BizassistError", "Comparison", "Conversation", "Run", "Settings", "finetune", "open_run"]
+__all__ = [
+    "Assistant", "BizassistError", "Comparison", "Conversation", "Run", "Settings", "compare", "finetune", "open_run",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score base and tuned on the held-out rows anew")
     evaluate.add_argument("run", metavar="RUN")
-    evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the sentence")
+    evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the verdict card")
     evaluate.set_defaults(run_command=_evaluate)
 
     export = commands.add_parser("export", help="write the merged 16-bit model, or give the adapter away")
@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--repo", metavar="OWNER/NAME", help="hub repository, with --to hub")
     export.add_argument("--private", action="store_true", help="make the repository private, with --to hub")
     export.set_defaults(run_command=_export)
+
+    votes = commands.add_parser("votes", help="what the blind votes on a run come to")
+    votes.add_argument("run", metavar="RUN")
+    votes.add_argument("--to", metavar="FILE.jsonl", help="write them as preference pairs for TRL's DPO trainer")
+    votes.set_defaults(run_command=_votes)
 
     for name, text, command in (
         ("runs", "a table of the runs there are", _runs),
@@ -127,13 +132,17 @@ def _read(name: str) -> str:
 
 def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
     from bizassist_nb.report import headline, run_text
+    from bizassist_nb.scorecard import rising
     from bizassist_nb.training.launch import finetune
 
-    shown = ""
+    shown, said = "", None
 
     def show(run: Run) -> None:
-        nonlocal shown
+        nonlocal shown, said
         line = headline(run)
+        if run.status == "training" and (words := rising(run)) != said:
+            print(words or "Held-out loss falls again.", flush=True)
+            said = words
         if line != shown:
             print(run_text(run) if run.status in ENDED else line, flush=True)
             shown = line
@@ -150,10 +159,22 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from bizassist_nb.render import sections_text
+    from bizassist_nb.scorecard import sections
     from bizassist_nb.training.evaluation import evaluate
 
-    result = evaluate(open_run(options.run, options.runs_dir))
-    print(json.dumps(result, indent=1) if options.json else result["sentence"])
+    run = open_run(options.run, options.runs_dir)
+    result = evaluate(run)
+    print(json.dumps(result, indent=1) if options.json else sections_text(sections(run)))
+
+
+def _votes(options: argparse.Namespace) -> None:
+    from bizassist_nb.votes import export_preferences, tally
+
+    run = open_run(options.run, options.runs_dir)
+    print(tally(run).sentence)
+    if options.to:
+        print(f"{export_preferences(run, Path(options.to))} preference pairs in {options.to}")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -169,7 +190,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _runs(options: argparse.Namespace) -> None:
-    from bizassist_nb.report import runs_text
+    from bizassist_nb.comparing import runs_text
 
     print(runs_text(list_runs(options.runs_dir)))
 

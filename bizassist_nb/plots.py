@@ -1,6 +1,8 @@
 """The loss curve of a run. Object-oriented matplotlib only: pyplot's global state breaks when threads share it."""
 
 import io
+import itertools
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -12,6 +14,7 @@ from bizassist_nb.runs import Run, write_whole
 
 # Okabe and Ito's colours, told apart by colour-blind people too; line styles differ besides.
 _GREY, _BLUE, _ORANGE = "#999999", "#0072B2", "#D55E00"
+_COLORS: Final = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SMOOTHING: Final = 0.9
 """Weight of the past in the smoothed loss."""
 _DRAWN: Final = 1000
@@ -53,6 +56,28 @@ def loss_figure(run: Run) -> LossFigure:
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     if steps or held_out:
+        figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    return figure
+
+
+def overlaid_figure(runs: Sequence[Run]) -> LossFigure:
+    """Smoothed training loss (lines) and held-out loss (dashed, with marks) of several runs against the step."""
+    figure = LossFigure(figsize=(6.4, 3.6), dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for run, color, mark in zip(runs, itertools.cycle(_COLORS), itertools.cycle("os^Dv"), strict=False):
+        steps = run.steps
+        if steps:
+            shown = np.unique(np.linspace(0, len(steps) - 1, _DRAWN).astype(int))
+            numbers, losses = np.array([(step.step, step.loss) for step in steps]).T
+            axes.plot(numbers[shown], smoothed(losses)[shown], color=color, label=run.name)
+        if held_out := run.held_out:
+            axes.plot(*zip(*held_out, strict=True), color=color, linestyle="--", marker=mark, clip_on=False)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step (lines: training, smoothed; dashed: held-out answers)")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
 

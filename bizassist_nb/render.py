@@ -1,6 +1,8 @@
-"""Text from models, data and people, made safe to show as HTML."""
+"""Text from models, data and people, made safe to show as HTML; and sections of sentences and tables in three forms."""
 
+import dataclasses
 import html
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
 
@@ -36,7 +38,7 @@ def plain(text: str) -> str:
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     """An HTML table of plain texts, aligned to the left."""
-    cell = '<{0} style="text-align: left; vertical-align: top">{1}</{0}>'
+    cell = '<{0} style="text-align: left; vertical-align: top; padding: 2px 8px; white-space: pre-wrap">{1}</{0}>'
     lines = [(head, "th")] if head else []
     lines += [(row, "td") for row in rows]
     return "<table>" + "".join(
@@ -56,3 +58,65 @@ def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cell = '<td style="text-align: left; vertical-align: top">{}</td>'
     lines = "".join(f"<tr>{''.join(map(cell.format, row))}</tr>" for row in rows)
     return f'<table style="width: 100%; table-layout: fixed"><tr>{top}</tr>{lines}</table>'
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A title with sentences and a table of plain texts."""
+
+    title: str
+    lines: tuple[str, ...]
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    folded: bool = False
+    """Whether it is shown only to who opens it."""
+    private: bool = False
+    """Whether it holds texts of rows or answers, which do not belong into what is published."""
+
+
+def sections_html(sections: Iterable[Section]) -> str:
+    """Sections for a notebook; folded ones open at a click, without a kernel."""
+    return "".join(
+        f"<details><summary>{html.escape(section.title)}</summary>{_body_html(section)}</details>"
+        if section.folded
+        else f"<p><b>{html.escape(section.title)}</b></p>{_body_html(section)}"
+        for section in sections
+    )
+
+
+def sections_text(sections: Iterable[Section]) -> str:
+    """Sections for a terminal."""
+    return "\n\n".join(
+        "\n".join(filter(None, [section.title, *section.lines, text_table([section.head, *section.rows])]))
+        for section in sections
+    )
+
+
+def sections_markdown(sections: Iterable[Section]) -> str:
+    """Sections for a model card."""
+    return "\n\n".join(
+        "\n\n".join(filter(None, [f"## {section.title}", *map(_cell, section.lines), _markdown_table(section)]))
+        for section in sections
+    )
+
+
+def text_table(rows: Sequence[Sequence[str]], most: int = 60) -> str:
+    """Columns for a terminal, each as wide as its widest text, or `most` characters."""
+    short = [[textwrap.shorten(text, most, placeholder=" …") for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*short, strict=True)]
+    lines = ["  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)) for row in short]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _body_html(section: Section) -> str:
+    lines = "".join(f"<p>{html.escape(line)}</p>" for line in section.lines)
+    return lines + (table(section.rows, section.head) if section.rows else "")
+
+
+def _markdown_table(section: Section) -> str:
+    rows = [section.head, ["---"] * len(section.head), *section.rows] if section.rows else []
+    return "\n".join("| " + " | ".join(_cell(text) for text in row) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")

@@ -2,13 +2,13 @@
 
 import dataclasses
 import html
-import time
-from collections.abc import Iterable
 from typing import Any
 
-from bizassist_nb import render
+from bizassist_nb import render, votes
+from bizassist_nb.comparing import duration
 from bizassist_nb.data.tokens import MaskedText
 from bizassist_nb.runs import ENDED, Run
+from bizassist_nb.scorecard import rising, sections
 
 _RECENT = 20
 """Steps over which speed is taken."""
@@ -56,7 +56,7 @@ def headline(run: Run) -> str:
     if held_out := run.held_out:
         line += f" · held-out loss {held_out[-1][1]:.3f}"
     line += f" · {now.tokens_per_second:,.0f} tokens/s"
-    return line if status in ENDED or not now.seconds_left else f"{line} · {_duration(now.seconds_left)} left"
+    return line if status in ENDED or not now.seconds_left else f"{line} · {duration(now.seconds_left)} left"
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
@@ -124,8 +124,8 @@ def run_text(run: Run) -> str:
     """The run for a terminal."""
     lines = [headline(run), *(f"  {label}: {text}" for label, text in facts(run))]
     lines += [f"  row {number} is not used: {reason}" for number, reason in rejected(run)]
-    if run.evaluation:
-        lines.append(f"  {run.evaluation['sentence']}")
+    shown = [section for section in _verdict(run) if not section.folded]
+    lines += [f"  {line}" for line in render.sections_text(shown).splitlines()]
     if hint := how_to_go_on(run):
         lines.append(f"  {hint}")
     return "\n".join(lines)
@@ -136,8 +136,7 @@ def run_html(run: Run) -> str:
     parts = [f"<p><b>{html.escape(headline(run))}</b></p>"]
     if now := progress(run):
         parts.append(_bar(now.share))
-    if run.evaluation:
-        parts.append(f"<p>{html.escape(run.evaluation['sentence'])}</p>")
+    parts.append(render.sections_html(_verdict(run)))
     if hint := how_to_go_on(run):
         parts.append(f"<p>{html.escape(hint)}</p>")
     if error := run.error:
@@ -152,52 +151,11 @@ def run_html(run: Run) -> str:
     return "".join(parts)
 
 
-def runs_rows(runs: Iterable[Run]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) of a table of runs."""
-    head = [
-        "run",
-        "status",
-        "model",
-        "data",
-        "rows",
-        "rank",
-        "steps",
-        "held-out loss: base",
-        "tuned",
-        "verdict",
-        "began",
-    ]
-    return head, [_run_row(run) for run in runs]
-
-
-def runs_text(runs: Iterable[Run]) -> str:
-    """The table of runs for a terminal."""
-    head, rows = runs_rows(runs)
-    if not rows:
-        return "no runs yet"
-    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in [head, *rows]
-    )
-
-
-def _run_row(run: Run) -> list[str]:
-    settings, scores = run.settings, run.evaluation
-    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.events[0]["time"])) if run.events else ""
-    losses = [f"{scores[who]['loss']:.3f}" for who in ("base", "tuned")] if scores else ["", ""]
-    return [
-        run.name,
-        run.status,
-        str(run.environment.get("model", settings.model)),
-        settings.data,
-        str(settings.subset),
-        str(settings.rank),
-        f"{len(run.steps)}/{run.total_steps or '?'}",
-        *losses,
-        scores["verdict"] if scores else "",
-        began,
-    ]
+def _verdict(run: Run) -> list[render.Section]:
+    """The verdict card and the votes; before there is a verdict, what training says about held-out loss."""
+    words = rising(run)
+    early = [render.Section("Held-out loss", (words,), (), ())] if words else []
+    return [*(sections(run) or early), *votes.sections(run)]
 
 
 def _status_words(run: Run) -> str:
@@ -205,7 +163,8 @@ def _status_words(run: Run) -> str:
     return {
         "starting": "starting",
         "loading": "reading the rows and loading the model",
-        "scoring": f"scoring {scored} on the held-out rows",
+        "scoring": f"scoring {scored} on held-out and general rows",
+        "answering": "answering the fixed prompts as base and as tuned",
         "saving": "saving",
         "lost": "lost (its process is gone)",
     }.get(run.status, run.status)
@@ -239,9 +198,3 @@ def _bar(share: float) -> str:
         f'<div style="width: 100%; max-width: 640px; background: #8884"><div style="width: {share:.1%}; height: 8px; '
         f'background: #0072B2" role="progressbar" aria-label="training" aria-valuenow="{share:.0%}"></div></div>'
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

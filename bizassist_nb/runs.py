@@ -4,9 +4,12 @@ runs/NAME/  settings.toml     as asked for
             environment.json  versions, device, resolved model and engine, fingerprint of the data
             events.jsonl      append-only, one JSON object a line: "time" (seconds since 1970), "event", its fields
             checkpoints/      optimizer, scheduler, random state and adapter, to resume from
+            best/             the adapter that scored best while training, where the last one did not
             adapter/          LoRA weights with the tokenizer and its chat template
             merged/           16-bit model, once asked for and compared
-            evaluation.json   held-out losses of base and tuned, row by row, and the verdict
+            evaluation.json   losses of base and tuned, row by row, counts of their answers' faults, and the verdict
+            answers.json      the answers of base and tuned to the fixed prompts
+            votes.jsonl       blind votes, one a line (see `bizassist_nb.votes`)
             loss.png  README.md  worker.log  worker.lock
 """
 
@@ -27,7 +30,9 @@ from bizassist_nb.settings import Settings, user_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Status = Literal["starting", "loading", "scoring", "training", "saving", "finished", "stopped", "failed", "lost"]
+Status = Literal[
+    "starting", "loading", "scoring", "training", "answering", "saving", "finished", "stopped", "failed", "lost"
+]
 ENDED: Final[frozenset[Status]] = frozenset({"finished", "stopped", "failed", "lost"})
 
 _NAME: Final = re.compile(r"\w[\w.-]{0,62}\w|\w")
@@ -95,12 +100,17 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, device, resolved model and engine, data fingerprint; empty until the worker has written it."""
-        return _read_json(self.path / "environment.json") or {}
+        return cast("dict[str, Any]", _read_json(self.path / "environment.json") or {})
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
         """Held-out scores of base and tuned and the verdict (see `bizassist_nb.verdict`); None before both exist."""
-        return _read_json(self.path / "evaluation.json")
+        return cast("dict[str, Any] | None", _read_json(self.path / "evaluation.json"))
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """The fixed prompts with the answers of base and tuned (see `bizassist_nb.degeneration`); empty before."""
+        return cast("list[dict[str, Any]]", _read_json(self.path / "answers.json") or [])
 
     @property
     def adapter(self) -> Path | None:
@@ -139,8 +149,14 @@ class Run:
 
     @property
     def held_out(self) -> list[tuple[int, float]]:
-        """(step, held-out loss in nats an answer token), the base's at step 0 first."""
-        return sorted({e["step"]: e["loss"] for e in self.events if e["event"] == "evaluation"}.items())
+        """(step, held-out loss in nats an answer token), the base's at step 0 first; like steps, those that count."""
+        losses: dict[int, float] = {}
+        for event in self.events:
+            if event["event"] == "resumed":
+                losses = {step: loss for step, loss in losses.items() if step <= event["step"]}
+            elif event["event"] == "evaluation":
+                losses[event["step"]] = event["loss"]
+        return sorted(losses.items())
 
     @property
     def total_steps(self) -> int | None:
@@ -322,8 +338,8 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8", "replace"))
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return cast("dict[str, Any]", json.loads(path.read_text("utf-8"))) if path.is_file() else None
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def _parse_event(line: bytes) -> dict[str, Any] | None:

@@ -1,19 +1,20 @@
-"""Did it help? Held-out losses of base and tuned compared, with the uncertainty that so few rows leave."""
+"""Did it help? Losses of base and tuned compared row by row, with the uncertainty that so few rows leave."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
-
 _RESAMPLES: Final = 10_000
+_DRAWN: Final = 2_000_000
+"""Rows drawn at once in the bootstrap, for memory's sake."""
+_TIE: Final = 0.01
+"""Nats a token: less than this, a change of perplexity by 1 %, is a tie of the row, and no difference of the whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One held-out row's loss under one model."""
+    """One row's loss under one model."""
 
     row: int
     """Its number in the source."""
@@ -29,48 +30,118 @@ def mean_loss(scores: Sequence[Score]) -> float:
     return sum(score.nats for score in scores) / sum(score.tokens for score in scores)
 
 
-def compare(base: Sequence[Score], tuned: Sequence[Score], *, seed: int) -> dict[str, Any]:
-    """What evaluation.json holds.
+def judge(
+    base: Sequence[Score], tuned: Sequence[Score], *, seed: int, questions: Mapping[int, str] | None = None
+) -> dict[str, Any]:
+    """The two models' losses on the same rows, compared.
 
     "base" and "tuned": "loss" (nats an answer token), "perplexity", "tokens", "rows"; "difference" (tuned - base) with
-    "interval" (95 %) and "standard_error" by bootstrap over rows (Efron & Tibshirani 1993, chapters 6 and 13);
-    "verdict" ("helped", "no difference", "hurt"), the same in a "sentence", and "rows" one by one.
+    "interval" (95 %) and "standard_error" by bootstrap over rows; "wins", "ties" and "losses" of tuned, by row;
+    "verdict" ("helped", "no difference", "hurt"), the "categories" and the "rows" one by one, with their questions.
+
+    Raises:
+        ValueError: for fewer than two rows, or for unequally many.
     """
-    difference = mean_loss(tuned) - mean_loss(base)
-    resampled = _bootstrap(base, tuned, seed)
-    low, high = (float(bound) for bound in np.quantile(resampled, [0.025, 0.975]))
-    verdict = "helped" if high < 0 else "hurt" if low > 0 else "no difference"
+    paired = list(zip(base, tuned, strict=True))
+    compared = _compared(paired)
+    low, high, standard_error = _interval(base, tuned, seed)
+    telling = abs(compared["difference"]) >= _TIE
+    asked = questions or {}
+    rows = [
+        {
+            "row": b.row,
+            "category": b.category,
+            "question": asked.get(b.row, ""),
+            "tokens": b.tokens,
+            "base": b.nats / b.tokens,
+            "tuned": t.nats / t.tokens,
+        }
+        for b, t in paired
+    ]
+    categories = dict.fromkeys(b.category for b in base)
     return {
-        "base": _summary(base),
-        "tuned": _summary(tuned),
-        "difference": difference,
+        **compared,
         "interval": [low, high],
-        "standard_error": float(np.std(resampled, ddof=1)),
-        "verdict": verdict,
-        "sentence": _sentence(verdict, mean_loss(base), mean_loss(tuned), low, high, len(base)),
-        "rows": [
-            {
-                "row": b.row,
-                "category": b.category,
-                "tokens": b.tokens,
-                "base": b.nats / b.tokens,
-                "tuned": t.nats / t.tokens,
-            }
-            for b, t in zip(base, tuned, strict=True)
-        ],
+        "standard_error": standard_error,
+        "verdict": "helped" if high < 0 and telling else "hurt" if low > 0 and telling else "no difference",
+        "categories": [
+            {"category": name, **_compared([pair for pair in paired if pair[0].category == name])}
+            for name in sorted(categories)
+        ]
+        if len(categories) > 1
+        else [],
+        "rows": rows,
     }
 
 
-def _bootstrap(base: Sequence[Score], tuned: Sequence[Score], seed: int) -> npt.NDArray[np.float64]:
-    """Differences of mean loss over resampled sets of rows; shape (_RESAMPLES,)."""
+def assess(held_out: dict[str, Any], general: dict[str, Any], answers: dict[str, Any] | None) -> dict[str, Any]:
+    """What evaluation.json holds: the held-out rows' comparison, "general" and "answers" beside it, and the verdict.
+
+    `held_out` and `general` come from `judge`, `answers` from `bizassist_nb.degeneration.counted` (None where there are
+    none). A model whose answers broken down is one that was hurt, whatever its loss: "verdict" and "sentence" say so.
+    "notes" are sentences on what was forgotten, and on the answers.
+    """
+    verdict, sentence = held_out["verdict"], _sentence(held_out)
+    if answers and answers["verdict"] == "hurt":
+        verdict = "hurt"
+        sentence = f"Fine-tuning hurt: {_answers_words(answers)}; {_figures(held_out)}."
+    notes = [_general_sentence(general)]
+    if answers:
+        notes.append(_answers_sentence(answers))
+    return {
+        **held_out,
+        "verdict": verdict,
+        "sentence": sentence,
+        "notes": notes,
+        "general": general,
+        "answers": answers,
+    }
+
+
+def _interval(base: Sequence[Score], tuned: Sequence[Score], seed: int) -> tuple[float, float, float]:
+    """(low, high, standard error) of the difference of mean losses, by bootstrap over rows.
+
+    Percentiles of resampled sets of rows (Efron & Tibshirani 1993, chapter 13), taken further out by the factor that
+    the percentile interval of few rows is too narrow by (Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap", section 3.3: the expanded percentile interval).
+    """
+    import numpy as np
+    from scipy import stats
+
+    rows = len(base)
+    if rows < 2:
+        raise ValueError(f"{rows} rows leave no telling how much they differ; at least two are needed")
     tokens = np.array([score.tokens for score in base], dtype=np.float64)
     gained = np.array([t.nats - b.nats for b, t in zip(base, tuned, strict=True)])
-    random = np.random.default_rng(seed)
-    parts = []
-    for _ in range(_RESAMPLES // 100):  # a hundred at a time, for memory's sake
-        drawn = random.integers(len(base), size=(100, len(base)))
-        parts.append(gained[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
-    return np.concatenate(parts)
+    if np.ptp(gained / tokens) == 0:  # every set of rows differs by the same
+        return float(gained[0] / tokens[0]), float(gained[0] / tokens[0]), 0.0
+    expanded = stats.norm.cdf(stats.t.ppf(0.025, rows - 1) * math.sqrt(rows / (rows - 1)))
+    found = stats.bootstrap(
+        (gained, tokens),
+        lambda gained, tokens, axis: gained.sum(axis) / tokens.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=max(1, _DRAWN // rows),
+        confidence_level=1 - 2 * float(expanded),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = (float(bound) for bound in found.confidence_interval)
+    return low, high, float(found.standard_error)
+
+
+def _compared(paired: Sequence[tuple[Score, Score]]) -> dict[str, Any]:
+    base, tuned = (_summary(scores) for scores in zip(*paired, strict=True))
+    changes = [t.nats / t.tokens - b.nats / b.tokens for b, t in paired]
+    return {
+        "base": base,
+        "tuned": tuned,
+        "difference": tuned["loss"] - base["loss"],
+        "wins": sum(change <= -_TIE for change in changes),
+        "ties": sum(abs(change) < _TIE for change in changes),
+        "losses": sum(change >= _TIE for change in changes),
+    }
 
 
 def _summary(scores: Sequence[Score]) -> dict[str, float]:
@@ -83,14 +154,48 @@ def _summary(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def _sentence(verdict: str, base: float, tuned: float, low: float, high: float, rows: int) -> str:
-    figures = (
-        f"held-out loss {base:.3f} before and {tuned:.3f} after, a change of {tuned - base:+.3f} nats per answer token "
-        f"(95 % interval {low:+.3f} to {high:+.3f}, {rows} rows)"
-    )
+def _sentence(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    if found["verdict"] == "no difference" and not low <= 0 <= high:
+        return f"Fine-tuning made no difference worth the name (less than 1 % of perplexity): {_figures(found)}."
     opening = {
         "helped": "Fine-tuning helped",
         "no difference": "Fine-tuning made no measurable difference",
         "hurt": "Fine-tuning hurt",
-    }[verdict]
-    return f"{opening}: {figures}."
+    }[found["verdict"]]
+    return f"{opening}: {_figures(found)}."
+
+
+def _figures(found: Mapping[str, Any]) -> str:
+    return (
+        f"held-out loss {found['base']['loss']:.3f} before and {found['tuned']['loss']:.3f} after, a change of "
+        f"{_change(found)}"
+    )
+
+
+def _change(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return (
+        f"{found['difference']:+.3f} nats per answer token "
+        f"(95 % interval {low:+.3f} to {high:+.3f}, {found['base']['rows']} rows)"
+    )
+
+
+def _general_sentence(found: Mapping[str, Any]) -> str:
+    opening = {
+        "helped": "On general questions of other kinds it got better, too",
+        "no difference": "On general questions of other kinds nothing measurable was lost",
+        "hurt": "On general questions of other kinds it got worse",
+    }[found["verdict"]]
+    losses = f"loss {found['base']['loss']:.3f} before and {found['tuned']['loss']:.3f} after"
+    return f"{opening}: {losses}, a change of {_change(found)}."
+
+
+def _answers_sentence(answers: Mapping[str, Any]) -> str:
+    words = _answers_words(answers)
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def _answers_words(answers: Mapping[str, Any]) -> str:
+    sound = {who: answers[who]["sound"] for who in ("base", "tuned")}
+    return f"of {answers['prompts']} fixed prompts base answered {sound['base']} soundly and tuned {sound['tuned']}"

@@ -22,6 +22,8 @@ class Cell:
     """All that was ever displayed."""
     updates: list[str] = field(default_factory=list)
     """Values that widgets were given, in order."""
+    widgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """State in which each widget was made, by its comm's id."""
 
     @property
     def text(self) -> str:
@@ -65,6 +67,8 @@ class Kernel:
                 break
             if kind == "clear_output":
                 cell.outputs.clear()
+            elif kind == "comm_open":
+                cell.widgets[content["comm_id"]] = content["data"].get("state", {})
             elif kind in ("stream", "display_data", "execute_result", "error"):
                 cell.outputs.append(content)
                 cell.shown.append(content)
@@ -79,6 +83,23 @@ class Kernel:
     def run(self, code: str, timeout: float = 240) -> Cell:
         """Run a cell to its end."""
         return self.finish(self.start(code), timeout)
+
+    def send(self, widget: str, data: dict[str, Any], timeout: float = 60) -> Cell:
+        """What a front end sends a widget, by its comm's id; what came of it, updated displays as outputs."""
+        message = self.client.session.msg("comm_msg", {"comm_id": widget, "data": data})
+        self.client.shell_channel.send(message)
+        cell = Cell(status="ok")
+        while True:
+            reply = self.client.get_iopub_msg(timeout=timeout)
+            if reply["parent_header"].get("msg_id") != message["header"]["msg_id"]:
+                continue
+            kind, content = reply["msg_type"], reply["content"]
+            if kind == "status" and content["execution_state"] == "idle":
+                return cell
+            if kind in ("update_display_data", "stream", "error"):
+                cell.outputs.append(content)
+            elif kind == "comm_msg" and "value" in content["data"].get("state", {}):
+                cell.updates.append(content["data"]["state"]["value"])
 
     def interrupt(self) -> None:
         """Press ■."""

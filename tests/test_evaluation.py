@@ -1,6 +1,7 @@
 """Scores of held-out answers, against a forward pass and a logarithm of its own."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.data.tokens import IGNORED, Example
+from bizassist_nb.settings import Settings
 from bizassist_nb.training import evaluation
-from bizassist_nb.training.evaluation import score
+from bizassist_nb.training.evaluation import Exam, score
 from bizassist_nb.verdict import mean_loss
 
 
@@ -121,3 +123,18 @@ def test_a_stop_between_batches_ends_the_scoring_and_restores_the_mode(small, ch
     assert seen == [False, False, False]
     assert small.training
     small.eval()
+
+
+@pytest.mark.parametrize("max_length", [64, 2048])
+def test_the_general_rows_are_the_same_whole_ones_for_every_run(small, chat, max_length):
+    rows = read_table("sample").rows[:4]
+    held, _ = chat.examples(rows, system_prompt="Be brief.", max_length=600)
+    exam = Exam(chat, Settings(max_length=max_length), rows, held)
+    assert len(exam.general) == 50
+    assert not any(example.truncated for example in exam.general)
+    assert set(Counter(example.category for example in exam.general).values()) == {5}
+    scores = exam.on_held_out(small), exam.on_general(small)
+    assert [one.row for one in scores[0]] == [row.number for row in rows]
+    found = exam.result(scores, scores, None)
+    assert [row["question"] for row in found["rows"]] == [row.instruction for row in rows]
+    assert "Nadia" in found["general"]["rows"][0]["question"]

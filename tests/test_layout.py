@@ -19,6 +19,8 @@ HEAVY = {
     "unsloth",
     "bitsandbytes",
     "matplotlib",
+    "scipy",
+    "py3langid",
     "ipywidgets",
     "IPython",
 }
@@ -27,6 +29,7 @@ MAY = {
     "assistant/decoding.py": {"torch", "transformers", "peft"},
     "training/trainer.py": {"torch", "transformers", "trl", "datasets"},
     "plots.py": {"matplotlib"},
+    "notebook/ballots.py": {"IPython"},
     "notebook/magics.py": {"IPython"},
     "notebook/views.py": {"IPython"},
 }

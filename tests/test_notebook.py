@@ -135,6 +135,40 @@ def test_ask_leaves_both_answers_as_static_columns(trained, live):
     assert live.run("answer.question, answer.run").text == repr(("What's a <b>price</b>?", "trained"))
 
 
+def widget(cell, **state) -> str:
+    """The comm id of the widget made with that state."""
+    return next(comm for comm, made in cell.widgets.items() if state.items() <= made.items())
+
+
+@pytest.mark.parametrize("by", ["button", "key"])
+def test_blind_answers_have_no_names_until_the_vote(trained, live, place, by):
+    votes = place / "runs" / "trained" / "votes.jsonl"
+    before = len(votes.read_text().splitlines()) if votes.exists() else 0
+    cell = live.run("%%ask --run trained --blind --max-new-tokens 8 -o ballot\nWhat's a price?")
+    assert cell.status == "ok"
+    assert cell.mime(WIDGET)
+    (html,) = cell.mime("text/html")  # what a notebook without the kernel shows
+    for shown in (html, *cell.updates):
+        assert "left" in shown or "Loading" in shown
+        assert "tuned" not in shown
+    if by == "button":
+        reply = live.send(
+            widget(cell, description="Right is better"), {"method": "custom", "content": {"event": "click"}}
+        )
+    else:
+        key = {"method": "update", "state": {"value": "2"}, "buffer_paths": []}
+        reply = live.send(widget(cell, description="or a key"), key)
+    winner = live.run("ballot.vote.winner").text.strip("'")
+    lines = votes.read_text().splitlines()
+    assert len(lines) == before + 1
+    assert json.loads(lines[-1])["winner"] == winner
+    (revealed,) = reply.mime("text/html")
+    assert revealed in reply.updates
+    assert "tuned (trained)" in revealed
+    assert f"You voted: {winner} is better. " in revealed
+    assert live.run("ballot.order[1]").text == repr(winner)
+
+
 @pytest.mark.parametrize(
     ("option", "asked"), [("--base", "['base']"), ("--tuned", "['tuned']"), ("", "['base', 'tuned']")]
 )
@@ -167,6 +201,7 @@ def test_ask_without_a_run_asks_the_base_alone_and_says_so(live, tmp_path):
         ("%ask --run nosuch Hello?", ["there is no run 'nosuch'", "trained"]),
         ("%%ask --run trained\n   ", ["question is empty"]),
         ("%ask --run trained --max-new-tokens 0 Hello?", ["max_new_tokens = 0"]),
+        ("%ask --blind --runs-dir nowhere Hello?", ["no tuned model in nowhere"]),
         ("%%finetune trained\n", ["there is a run 'trained' already", "--resume"]),
         ("%%finetune trained --resume\n", ["has finished"]),
         ("%%finetune nosuch --resume\n", ["no run 'nosuch'"]),
@@ -220,8 +255,15 @@ def test_a_worker_that_dies_at_start_shows_its_last_words(live, quick, tmp_path)
 def test_tables(trained, live):
     runs = live.run("%bizassist runs")
     assert re.search(r"trained +finished", runs.text)
+    assert "tokens/s" in runs.text
     assert runs.mime("text/html")
     assert "bitsandbytes" in live.run("%bizassist doctor").text
+
+
+def test_runs_are_compared(trained, live):
+    cell = live.run("from bizassist_nb import compare\ncompare('trained')")
+    assert "Runs compared" in cell.text
+    assert "data:image/png;base64" in cell.mime("text/html")[0]
 
 
 def test_a_saved_notebook_shows_everything_without_a_kernel(place, quick):
@@ -232,5 +274,13 @@ def test_a_saved_notebook_shows_everything_without_a_kernel(place, quick):
     kept = json.dumps([cell["outputs"] for cell in notebook.cells])
     assert WIDGET not in kept
     page, _ = HTMLExporter().from_notebook_node(notebook)
-    for text in ("saved: finished", "95 % interval", "data:image/png;base64,", "tuned (saved)"):
+    for text in (
+        "saved: finished",
+        "95 % interval",
+        "Did it help?",
+        "answers that loop",
+        "<summary>General rows, by kind</summary>",
+        "data:image/png;base64,",
+        "tuned (saved)",
+    ):
         assert text in page

@@ -12,9 +12,11 @@ from markdown_it import MarkdownIt
 from bizassist_nb import render
 from bizassist_nb.assistant.comparison import Comparison, Comparisons, comparison_html
 from bizassist_nb.assistant.differences import marked
+from bizassist_nb.degeneration import counted
 from bizassist_nb.report import run_html
 from bizassist_nb.runs import Journal, Run, write_json
 from bizassist_nb.settings import Settings
+from bizassist_nb.verdict import Score, assess, judge
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=x>&lt;"
 
@@ -245,21 +247,45 @@ def test_run_escapes_all_it_shows(tmp_path):
     settings = Settings(data=SCRIPT, model=SCRIPT, system_prompt=SCRIPT, columns={"context": SCRIPT})
     (tmp_path / "settings.toml").write_text(settings.to_toml(), "utf-8")
     journal = Journal(tmp_path)
-    counted = {"rows": 2, "tokens": 9, "trained_tokens": 5, "median": 4, "longest": 5, "truncated": 1}
+    lengths = {"rows": 2, "tokens": 9, "trained_tokens": 5, "median": 4, "longest": 5, "truncated": 1}
     bad = [{"number": 3, "reason": SCRIPT}]
     for what in ("model", "engine"):
         journal.write(what, name=SCRIPT, reason=SCRIPT)
     found = {"rejected": 1, "rejected_rows": bad, "shown": {"number": 1, "runs": [[SCRIPT, False], [SCRIPT, True]]}}
-    journal.write("data", source=SCRIPT, training=counted, held_out=counted, **found)
+    journal.write("data", source=SCRIPT, training=lengths, held_out=lengths, **found)
     journal.write("plan", steps=2)
     journal.write("step", step=1, loss=1.0, learning_rate=0.1, gradient_norm=None, tokens=1, seconds=1.0)
     journal.write("error", message=SCRIPT, expected=False)
     journal.write("state", state="failed")
     (tmp_path / "worker.log").write_text(SCRIPT)
-    write_json(tmp_path / "evaluation.json", {"sentence": SCRIPT})
+    scores = (
+        [Score(1, 9.0, 3, SCRIPT), Score(2, 6.0, 3, "other")],
+        [Score(1, 3.0, 3, SCRIPT), Score(2, 7.0, 3, "other")],
+    )
+    compared = judge(*scores, seed=0, questions={1: SCRIPT})
+    answer = {"text": SCRIPT, "stopped": True, "signs": []}
+    answers = [{"prompt": SCRIPT, "base": answer, "tuned": answer}]
+    write_json(tmp_path / "answers.json", answers)
+    write_json(tmp_path / "evaluation.json", assess(compared, compared, counted(answers, 9)) | {"sentence": SCRIPT})
     html = run_html(Run(tmp_path))
-    seen = no_tags_but(html, "p", "b", "div", "pre", "table", "tr", "td", "details", "summary", "mark")
+    seen = no_tags_but(html, "p", "b", "div", "pre", "table", "tr", "th", "td", "details", "summary", "mark")
     # Model and engine with a reason each, source, rejected row, the row shown twice, error, log, sentence, and three of
-    # the settings; the fourth, columns, stands there as Python writes it.
-    assert seen.text.count(SCRIPT) == 14
+    # the settings (the fourth, columns, stands there as Python writes it); the category of held-out and of general
+    # rows, the most improved question, and a prompt with two answers.
+    assert seen.text.count(SCRIPT) == 20
     assert Run(tmp_path)._repr_html_() == html
+
+
+def test_sections_are_the_same_in_html_text_and_markdown():
+    section = render.Section("Title", ("One <b>.",), ("", "base"), (("a|b\n<i>", "1"),))
+    seen = no_tags_but(render.sections_html([section]), "p", "b", "table", "tr", "th", "td")
+    assert seen.text == "TitleOne <b>.basea|b\n<i>1"
+    assert render.sections_text([section]) == "Title\nOne <b>.\n         base\na|b <i>  1"
+    assert render.sections_markdown([section]) == (
+        "## Title\n\nOne &lt;b&gt;.\n\n|  | base |\n| --- | --- |\n| a\\|b &lt;i&gt; | 1 |"
+    )
+
+
+def test_a_folded_section_opens_without_a_kernel():
+    html = render.sections_html([render.Section("More", (), ("a",), (("b",),), folded=True)])
+    assert html.startswith("<details><summary>More</summary><table>")

@@ -39,6 +39,8 @@ def test_defaults_are_those_of_the_contract():
         "micro_batch": "auto",
         "train_on": "response",
         "held_out": 64,
+        "evaluate_every": "auto",
+        "keep": "last",
         "checkpoint_minutes": 10.0,
         "engine": "auto",
         "gpus": "auto",

@@ -1,6 +1,7 @@
 """Training for real, on a CPU: both engines, the worker's run directory, stopping and resuming, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,15 +74,20 @@ def test_tuned_is_better_on_held_out_rows(trained):
 def test_card_says_what_came_of_it(trained):
     card = (trained.path / "README.md").read_text()
     assert trained.evaluation["sentence"] in card
+    assert "| answers that loop |" in card
+    assert trained.answers[0]["tuned"]["text"] not in card  # nor rows: a card is published, and rows may be private
+    assert "most improved" not in card
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
     assert "| rank | 16 |" in card
 
 
 def test_scoring_anew_gives_the_same(trained):
-    before = trained.evaluation
+    before, answers = trained.evaluation, trained.answers
     found = evaluate(trained)
     for who in ("base", "tuned"):
         assert found[who]["loss"] == pytest.approx(before[who]["loss"], abs=1e-4)
+        assert found["general"][who]["loss"] == pytest.approx(before["general"][who]["loss"], abs=1e-4)
+    assert trained.answers == answers  # greedy, by the same plain model
 
 
 def test_bad_rows_are_listed_and_the_rest_is_used(tiny, tmp_path, rows_file):
@@ -191,6 +197,59 @@ def test_a_base_that_scores_no_number_is_refused(tiny, tmp_path):
     AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
     with pytest.raises(RunError, match="held-out loss of base is nan"):
         finetune(quick(folder, tmp_path), "nan")
+
+
+@pytest.fixture(scope="module", params=["last", "best"])
+def worsening(request, tiny, tmp_path_factory):
+    """A run that learns to answer "yes", while those who are held out answer "no": each score is worse than before."""
+    folder = tmp_path_factory.mktemp("worsening")
+    rows = [Row(i + 1, f"Question {i}?", "no " * 9) for i in range(20)]
+    trained_on = {row.number for row in split(rows, subset=12, held_out=4, seed=42)[0]}
+    texts = [
+        {"instruction": r.instruction, "response": "yes " * 9 if r.number in trained_on else r.response} for r in rows
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    changes = {"data": str(folder / "rows.jsonl"), "epochs": 2, "learning_rate": 0.05, "evaluate_every": 2}
+    return finetune(quick(tiny, folder, keep=request.param, **changes), "worse")
+
+
+def test_held_out_rows_are_scored_while_training(worsening):
+    assert [step for step, _ in worsening.held_out] == [0, 2, 4, 6]
+    scored = [event["step"] for event in worsening.events if event["event"] == "evaluation"]
+    assert scored == [0, 2, 4, 6] + ([2] if worsening.settings.keep == "best" else [])
+    losses = [loss for _, loss in worsening.held_out]
+    assert losses == sorted(losses)
+
+
+def test_the_best_adapter_is_kept_and_saved_if_asked(worsening):
+    losses = dict(worsening.held_out)
+    if worsening.settings.keep == "best":
+        assert worsening.evaluation["tuned"]["loss"] == pytest.approx(losses[2])
+        assert "The adapter saved is that of step 2, the best on the held-out rows." in worsening._repr_html_()
+        assert not (worsening.path / "best").exists()
+        # Scored anew from the files, which hold just that adapter.
+        assert evaluate(worsening)["tuned"]["loss"] == pytest.approx(losses[2], abs=1e-4)
+        return
+    assert worsening.evaluation["tuned"]["loss"] == pytest.approx(losses[6])
+    assert "Held-out loss has risen since step 2" in worsening._repr_html_()
+    assert f"the best checkpoint is kept in {worsening.path / 'best'}" in worsening._repr_html_()
+    files = [worsening.path / name / "adapter_model.safetensors" for name in ("best", "adapter")]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monkeypatch):
+    """Unsloth's answers come from a process of their own; here that one is killed, as for want of memory."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif 'bizassist_nb.training.answering' in sys.orig_argv:\n    os._exit(9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    run = finetune(quick(tiny, tmp_path, engine="unsloth"), "silent")
+    assert run.status == "finished"
+    assert run.evaluation["answers"] is None
+    assert "the fixed prompts could not be answered (status 9" in run._repr_html_()
+    monkeypatch.undo()
+    assert evaluate(run)["answers"]["prompts"] >= 12
+    assert "could not be answered" not in run._repr_html_()
 
 
 def test_learning_on_all_tokens_counts_them_all(tiny, tmp_path):

@@ -7,8 +7,10 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.data.rows import DOLLY, SUFFIXES
 from bizassist_nb.errors import ModelError
+from bizassist_nb.render import sections_markdown
 from bizassist_nb.report import facts, how_to_go_on, settings_rows
 from bizassist_nb.runs import Run, write_json, write_whole
+from bizassist_nb.scorecard import sections
 
 _HUB_IDS: Final = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "mistral-7b": models.MISTRAL}
 """What the hub calls the bases that have names of their own here; both are under the Apache License 2.0."""
@@ -93,9 +95,8 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
         "",
         f"{what} {base}, trained with bizassist-nb.",
         "",
-        "## Did it help?",
-        "",
-        run.evaluation["sentence"] if run.evaluation else f"Not scored yet: {how_to_go_on(run) or run.status}.",
+        sections_markdown(section for section in sections(run) if not section.private)
+        or f"## Did it help?\n\nNot scored yet: {how_to_go_on(run) or run.status}.",
         "",
         *([] if parity is None else ["## Is it the model that was scored?", "", _parity_words(parity), ""]),
         "## How it was made",

@@ -41,6 +41,7 @@ def _ask_parser() -> MagicArgumentParser:
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--base", action="store_true", help="ask the base alone")
     one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
+    one.add_argument("--blind", action="store_true", help="hide whose answer is whose until you have voted")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length of an answer at most")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token each time"
@@ -101,12 +102,17 @@ class BizassistMagics(Magics):
             raise UsageError(
                 f"%%ask: {' '.join(options.question)!r} is not an option; the question goes in the cell's body"
             )
+        if options.blind and (options.each or len(options.run) > 1):
+            raise UsageError("%%ask --blind: a blind vote is on one question to one run; leave out --each or a --run")
         runs = self._chosen(options)
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparisons, lines
+        from bizassist_nb.notebook.ballots import BallotView
         from bizassist_nb.notebook.views import AnswerView
+        from bizassist_nb.votes import Ballot, draw_order
 
-        view = AnswerView()
+        order = draw_order() if options.blind else None
+        view = AnswerView(order)
         try:
             view.wait("Loading the model, once for this kernel …")
             assistant = Assistant(*runs)
@@ -114,9 +120,14 @@ class BizassistMagics(Magics):
             answered = Comparisons(view.follow(assistant.stream(each, **_answering(options))) for each in questions)
         finally:
             view.finish()
-        result = answered if options.each else answered[0]
+        result: Any = answered if options.each else answered[0]
+        if order:
+            result = Ballot(runs[0], answered[0], order)
         if options.out:
             self.shell.user_ns[options.out] = result  # type: ignore[union-attr] # a registered Magics has its shell
+        if isinstance(result, Ballot):
+            BallotView(result).show()
+            return None  # what it shows is there already, and changes with the vote
         return result
 
     @line_magic
@@ -139,7 +150,7 @@ class BizassistMagics(Magics):
         if self._run and self._run.adapter and not options.runs_dir:
             return [self._run]
         trained = [run for run in list_runs(folder) if run.adapter]
-        if not trained and options.tuned:
+        if not trained and (options.tuned or options.blind):
             raise RunError(f"there is no tuned model in {folder} yet; make one with %%finetune")
         return trained[-1:]
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from bizassist_nb import doctor, render
-from bizassist_nb.report import runs_rows, runs_text
+from bizassist_nb.comparing import runs_section, runs_text
 from bizassist_nb.runs import Run
 
 
@@ -26,8 +26,8 @@ class Shown:
 def runs_table(runs: Iterable[Run]) -> Shown:
     """The runs there are."""
     runs = list(runs)
-    head, rows = runs_rows(runs)
-    return Shown(render.table(rows, head) if rows else "<p>no runs yet</p>", runs_text(runs))
+    section = runs_section(runs)
+    return Shown(render.table(section.rows, section.head) if runs else "<p>no runs yet</p>", runs_text(runs))
 
 
 def doctor_table() -> Shown:

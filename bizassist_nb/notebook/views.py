@@ -16,6 +16,7 @@ from bizassist_nb.assistant.comparison import Comparison, comparison_html
 from bizassist_nb.plots import loss_png
 from bizassist_nb.report import headline, run_html, run_text
 from bizassist_nb.runs import Run
+from bizassist_nb.votes import blind_html
 
 _PLOT_EVERY: Final = 1.0
 """Seconds between redraws of the plot."""
@@ -56,15 +57,17 @@ class TrainingView:
 class AnswerView:
     """Answers as they come, in adjacent columns."""
 
-    def __init__(self) -> None:
-        """Show an empty view."""
+    def __init__(self, order: tuple[str, str] | None = None) -> None:
+        """Show an empty view; with an `order`, the answers stand in it, and without names."""
+        self._order = order
         self._live = _LiveHtml("Answers, while they are written.")
         self._shown = 0.0
 
     def __call__(self, comparison: Comparison) -> None:
         """Bring the view up to date, not more often than the eye can follow."""
         if time.monotonic() - self._shown >= _TEXT_EVERY:
-            self._live.show(comparison_html(comparison, finished=False))
+            named = comparison_html(comparison, finished=False)
+            self._live.show(blind_html(comparison, self._order) if self._order else named)
             self._shown = time.monotonic()
 
     def follow(self, stream: Iterable[Comparison]) -> Comparison:

@@ -1,12 +1,14 @@
-"""The loss of held-out answers under a model."""
+"""The loss of given answers under a model: a run's held-out rows, and general ones."""
 
 from collections.abc import Callable, Sequence
+from importlib import resources
 from typing import Any, Final
 
-from bizassist_nb.data.rows import read_table, split
-from bizassist_nb.data.tokens import IGNORED, Example
+from bizassist_nb.data.rows import Row, read_table, split
+from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.runs import Run, write_json
-from bizassist_nb.verdict import Score, compare
+from bizassist_nb.settings import Settings
+from bizassist_nb.verdict import Score, assess, judge
 
 _BATCH_LOGITS: Final = 4096 * 32768
 """Logits, padding included, that are computed at once: 4,096 tokens of Mistral's vocabulary, 0.5 GB in float32."""
@@ -38,8 +40,47 @@ def score(
     return [scores[index] for index in range(len(examples))]
 
 
+class Exam:
+    """What base and tuned are scored on: a run's held-out rows, and general rows of other kinds, which show what was
+    forgotten. Those ship with the package and are not cut where training rows are, so all runs have the same.
+    """
+
+    def __init__(self, chat: ChatTokenizer, settings: Settings, rows: Sequence[Row], held_out: Sequence[Example]):
+        """`rows` are the held-out ones, and `held_out` those of them that can be used, tokenised."""
+        with resources.as_file(resources.files("bizassist_nb.data") / "samples" / "general.jsonl") as path:
+            general = read_table(str(path)).rows
+        self.held_out = list(held_out)
+        self.general, _ = chat.examples(
+            general, system_prompt=settings.system_prompt, max_length=max(1024, settings.max_length)
+        )
+        self._pad_id, self._seed = chat.pad_id, settings.seed
+        self._questions = [{row.number: row.instruction for row in some} for some in (rows, general)]
+
+    def on_held_out(self, model: Any, between: Callable[[], None] = lambda: None) -> list[Score]:
+        """Scores of the held-out rows."""
+        return score(model, self.held_out, pad_id=self._pad_id, between=between)
+
+    def on_general(self, model: Any, between: Callable[[], None] = lambda: None) -> list[Score]:
+        """Scores of the general rows."""
+        return score(model, self.general, pad_id=self._pad_id, between=between)
+
+    def result(
+        self,
+        base: tuple[list[Score], list[Score]],
+        tuned: tuple[list[Score], list[Score]],
+        answers: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """What evaluation.json holds (see `bizassist_nb.verdict.assess`), from (held-out, general) scores of each."""
+        held_out, general = (
+            judge(b, t, seed=self._seed, questions=asked)
+            for b, t, asked in zip(base, tuned, self._questions, strict=True)
+        )
+        return assess(held_out, general, answers)
+
+
 def evaluate(run: Run) -> dict[str, Any]:
-    """Score base and tuned anew on the run's held-out rows, with plain transformers, and write evaluation.json.
+    """Score base and tuned anew and have both answer the fixed prompts, all with plain transformers; evaluation.json
+    and answers.json are written anew, too.
 
     Raises:
         ModelError: if the run has no adapter.
@@ -47,6 +88,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     """
     from bizassist_nb.assistant.bases import loaded_base
     from bizassist_nb.assistant.decoding import scaled
+    from bizassist_nb.training.answering import answer_run
 
     settings = run.settings
     loaded = loaded_base(run.environment.get("model", settings.model))
@@ -54,11 +96,12 @@ def evaluate(run: Run) -> dict[str, Any]:
     table = read_table(settings.data, settings.columns)
     _, rows = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
     held, _ = loaded.chat.examples(rows, system_prompt=settings.system_prompt, max_length=settings.max_length)
+    exam = Exam(loaded.chat, settings, rows, held)
     loaded.use([adapter])
     with scaled(loaded.model, {}):
-        base = score(loaded.model, held, pad_id=loaded.chat.pad_id)
-    tuned = score(loaded.model, held, pad_id=loaded.chat.pad_id)
-    result = compare(base, tuned, seed=settings.seed)
+        base = exam.on_held_out(loaded.model), exam.on_general(loaded.model)
+    tuned = exam.on_held_out(loaded.model), exam.on_general(loaded.model)
+    result = exam.result(base, tuned, answer_run(run))
     write_json(run.path / "evaluation.json", result)
     return result
 

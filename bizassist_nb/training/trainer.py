@@ -5,7 +5,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,6 +58,7 @@ def train(
     model: Any,
     chat: ChatTokenizer,
     steps: list[list[Example]],
+    after_step: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Train from the newest checkpoint to the last step, or until a stop; the steps done.
 
@@ -69,7 +70,7 @@ def train(
     if checkpoint := newest_checkpoint(run.path):
         journal.write("resumed", step=checkpoint.step)
     while True:
-        trainer = build_trainer(run, journal, stop, engine, settings, fit, model, chat, steps)
+        trainer = build_trainer(run, journal, stop, engine, settings, fit, model, chat, steps, after_step)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         except (RuntimeError, MemoryError) as error:
@@ -130,8 +131,12 @@ def build_trainer(
     model: Any,
     chat: ChatTokenizer,
     steps: list[list[Example]],
+    after_step: Callable[[int], None] = lambda _: None,
 ) -> SFTTrainer:
-    """An SFTTrainer for the planned steps, that writes its checkpoints and events into the run."""
+    """An SFTTrainer for the planned steps, that writes its checkpoints and events into the run.
+
+    `after_step` is called with each step's number when it is done; the time it takes is not the step's.
+    """
     on_gpu = torch.cuda.is_available()
     own_kernels = engines.own_kernels(engine, on_gpu=on_gpu)
     if own_kernels and fit.checkpointing:
@@ -169,7 +174,7 @@ def build_trainer(
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=chat.tokenizer,
-        callbacks=[RunCallback(run, journal, stop, steps, settings.checkpoint_minutes)],
+        callbacks=[RunCallback(run, journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
@@ -189,9 +194,17 @@ def _save(trainer: SFTTrainer) -> None:
 class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
     """Steps and checkpoints as events; a checkpoint when it is due or a stop was asked for."""
 
-    def __init__(self, run: Run, journal: Journal, stop: "Stop", steps: list[list[Example]], checkpoint_minutes: float):
+    def __init__(
+        self,
+        run: Run,
+        journal: Journal,
+        stop: "Stop",
+        steps: list[list[Example]],
+        checkpoint_minutes: float,
+        after_step: Callable[[int], None],
+    ):
         """`steps` are the planned examples, by which tokens are counted."""
-        self._run, self._journal, self._stop = run, journal, stop
+        self._run, self._journal, self._stop, self._after_step = run, journal, stop, after_step
         self._tokens = [sum(len(example.input_ids) for example in step) for step in steps]
         self._interval = 60 * checkpoint_minutes
         self._saved = self._last = time.monotonic()
@@ -237,7 +250,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
             tokens=self._tokens[state.global_step - 1],
             seconds=now - self._last,
         )
-        self._last = now
+        self._after_step(state.global_step)
+        self._last = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint as whole; the Trainer calls this when all its files are written."""

@@ -8,11 +8,12 @@ import importlib.metadata
 import math
 import os
 import platform
-import shutil
+import resource
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -20,14 +21,16 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.data.rows import Rejected, Row, Table, read_table, split
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
-from bizassist_nb.errors import BizassistError, RunError
+from bizassist_nb.errors import BizassistError, DataError, RunError
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
-from bizassist_nb.runs import Journal, Run, write_json, write_whole
+from bizassist_nb.runs import Journal, Run, write_json
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
-from bizassist_nb.training.evaluation import score
-from bizassist_nb.verdict import Score, compare, mean_loss
+from bizassist_nb.training.answering import answer, answer_apart
+from bizassist_nb.training.checkpoints import Best, save_adapter
+from bizassist_nb.training.evaluation import Exam
+from bizassist_nb.verdict import Score, mean_loss
 
 PACKAGES: Final = (
     "bizassist-nb", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes",
@@ -115,24 +118,42 @@ def work(run: Run, journal: Journal) -> str:
     print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
 
     journal.write("state", state="scoring")
+    exam = Exam(chat, settings, held_out, held)
     with model.disable_adapter():
-        base_scores = _score(journal, "base", 0, model, held, chat, stop)
+        base_scores = _examine(journal, "base", 0, model, exam, stop)
 
     stop.patient = True
+    best = Best(run.path)
+    watch = _watch(journal, settings, model, exam, chat, len(steps), best, stop)
     journal.write("state", state="training")
-    done = train(run, journal, stop, engine, settings, fit, model, chat, steps)
+    done = train(run, journal, stop, engine, settings, fit, model, chat, steps, watch)
+    journal.write("memory", **_peak_memory())
 
-    save_adapter(run, model, chat)
+    save_adapter(run.path / "adapter", model, chat)
     save_loss_png(run)
     if done < len(steps):
         write_card(run)
         return "stopped"
     stop.patient = False  # what training gave is saved; scoring can be done again on resuming
     journal.write("state", state="scoring")
-    tuned_scores = _score(journal, "tuned", done, model, held, chat, stop)
+    tuned_scores = _examine(journal, "tuned", done, model, exam, stop)
+    better = best.loss < mean_loss(tuned_scores[0])
+    if better and settings.keep == "best":
+        _take_best(run, journal, best, model, chat, stop)
+        tuned_scores = _examine(journal, "tuned", best.step, model, exam, stop)
+    write_json(run.path / "evaluation.json", exam.result(base_scores, tuned_scores, None))  # should answering fail
+    journal.write("state", state="answering")
+    answers: dict[str, Any] | None
+    if engine.name == "transformers":
+        answers = answer(run, model, chat, "default", between=stop.check)
+    else:
+        del model, watch  # to make room for the plain model
+        answers = _answers_from_apart(run, journal)
     stop.patient = True
     journal.write("state", state="saving")
-    write_json(run.path / "evaluation.json", compare(base_scores, tuned_scores, seed=settings.seed))
+    write_json(run.path / "evaluation.json", exam.result(base_scores, tuned_scores, answers))
+    if settings.keep == "best" or not better:
+        best.forget()
     save_loss_png(run)
     write_card(run)
     return "finished"
@@ -152,6 +173,64 @@ def _preflight(
     return expected.fit
 
 
+def _take_best(run: Run, journal: Journal, best: Best, model: Any, chat: ChatTokenizer, stop: Stop) -> None:
+    stop.patient = True
+    best.restore(model)
+    save_adapter(run.path / "adapter", model, chat)
+    journal.write("kept", step=best.step)
+    stop.patient = False
+    stop.check()
+
+
+def _answers_from_apart(run: Run, journal: Journal) -> dict[str, Any] | None:
+    try:
+        return answer_apart(run)
+    except RunError as error:  # the run is good without answers; its report says that they are missing, and why
+        journal.write("unanswered", reason=str(error))
+        return None
+
+
+def _peak_memory() -> dict[str, Any]:
+    """Bytes taken at most so far: of GPU memory by torch, or without a GPU of memory by this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"of": "GPU", "peak": torch.cuda.max_memory_reserved()}
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
+    return {"of": "process", "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def _watch(
+    journal: Journal,
+    settings: Settings,
+    model: Any,
+    exam: Exam,
+    chat: ChatTokenizer,
+    steps: int,
+    best: Best,
+    stop: Stop,
+) -> Callable[[int], None]:
+    """What is done after each step: the held-out rows are scored when it is time, and the best adapter is kept."""
+    every = settings.evaluate_every
+    if isinstance(every, str):
+        every = max(1, round(3 * len(exam.held_out) / settings.batch_size))
+
+    def hurry() -> None:
+        if stop.asked:
+            raise Stopped
+
+    def after(step: int) -> None:
+        if step % every or steps - step < every / 2:  # the end, where all is scored anyway, is near
+            return
+        try:
+            scores = _score(journal, "tuned", step, model, exam, hurry)
+        except Stopped:
+            return  # training itself stops in its own, orderly way
+        best.offer(step, mean_loss(scores), model, chat)
+
+    return after
+
+
 def tokenise(
     journal: Journal, chat: ChatTokenizer, settings: Settings, table: Table, training: list[Row], held_out: list[Row]
 ) -> tuple[list[Example], list[Example]]:
@@ -162,6 +241,8 @@ def tokenise(
     held, held_too_long = chat.examples(
         held_out, system_prompt=settings.system_prompt, max_length=settings.max_length
     )  # what is scored is always the answer
+    if len(held) < 2:
+        raise DataError("all held-out rows but one are longer than max_length; raise it, or raise held_out")
     rejected = [*table.rejected, *too_long, *held_too_long]
     typical = sorted(examples, key=lambda example: len(example.input_ids))[len(examples) // 2]
     journal.write(
@@ -184,32 +265,22 @@ def _print_rejected(rejected: list[Rejected]) -> None:
         print(f"row {bad.number} is not used: {bad.reason}")
 
 
-def _score(
-    journal: Journal, who: str, step: int, model: Any, held: list[Example], chat: ChatTokenizer, stop: Stop
-) -> list[Score]:
+def _examine(
+    journal: Journal, who: str, step: int, model: Any, exam: Exam, stop: Stop
+) -> tuple[list[Score], list[Score]]:
+    """(held-out scores, general scores)."""
+    return _score(journal, who, step, model, exam, stop.check), exam.on_general(model, stop.check)
+
+
+def _score(journal: Journal, who: str, step: int, model: Any, exam: Exam, between: Callable[[], None]) -> list[Score]:
     start = time.monotonic()
-    scores = score(model, held, pad_id=chat.pad_id, between=stop.check)
+    scores = exam.on_held_out(model, between)
     if not math.isfinite(mean_loss(scores)):
         raise RunError(f"the held-out loss of {who} is {mean_loss(scores)}: its weights are broken")
     journal.write(
         "evaluation", who=who, step=step, loss=mean_loss(scores), rows=len(scores), seconds=time.monotonic() - start
     )
     return scores
-
-
-def save_adapter(run: Run, model: Any, chat: ChatTokenizer) -> None:
-    """The adapter with its tokenizer and template, written aside and put in place whole."""
-    target = run.path / "adapter"
-    if target.is_dir():
-        target.rename(run.path / ".adapter.old")
-
-    def save(part: Path) -> None:
-        model.save_pretrained(part, safe_serialization=True)
-        chat.tokenizer.save_pretrained(part)
-        (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run has its own
-
-    write_whole(target, save)
-    shutil.rmtree(run.path / ".adapter.old", ignore_errors=True)
 
 
 def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -> None:

@@ -1,0 +1,137 @@
+"""Runs beside one another: a table with the settings that differ, and who is better on the rows they share."""
+
+import base64
+import dataclasses
+import html
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bizassist_nb import render
+from bizassist_nb.errors import RunError
+from bizassist_nb.render import Section
+from bizassist_nb.runs import Run, open_run
+from bizassist_nb.verdict import Score, judge
+
+if TYPE_CHECKING:
+    from bizassist_nb.plots import LossFigure
+
+
+class RunComparison:
+    """Runs compared: a table, sentences on which is better, and their loss curves in one plot."""
+
+    def __init__(self, runs: Sequence[Run]):
+        """`runs` in the order they are to be shown; the first is what the others are held against."""
+        self.runs = tuple(runs)
+
+    def plot(self) -> "LossFigure":
+        """The loss curves, overlaid, as a matplotlib Figure."""
+        from bizassist_nb.plots import overlaid_figure
+
+        return overlaid_figure(self.runs)
+
+    def __repr__(self) -> str:
+        """The table and the sentences, for a terminal."""
+        return render.sections_text([self._section()])
+
+    def _repr_html_(self) -> str:
+        png = base64.b64encode(self.plot()._repr_png_()).decode()
+        names = html.escape(", ".join(run.name for run in self.runs))
+        plot = f'<img alt="loss curves of {names}" src="data:image/png;base64,{png}">'
+        return render.sections_html([self._section()]) + plot
+
+    def _section(self) -> Section:
+        section = runs_section(self.runs)
+        lines = tuple(against(self.runs[0], run) for run in self.runs[1:])
+        return dataclasses.replace(section, title="Runs compared", lines=lines)
+
+
+def compare(*runs: Run | str) -> RunComparison:
+    """Runs, given themselves or by name, beside one another.
+
+    Raises:
+        RunError: if none is given, or there is none of that name.
+    """
+    if not runs:
+        raise RunError('which runs? compare("first", "second"), or the runs themselves')
+    return RunComparison([open_run(run) if isinstance(run, str) else run for run in runs])
+
+
+def runs_section(runs: Iterable[Run]) -> Section:
+    """A table of runs: what differs in their settings, what came of them, what they took, and when."""
+    runs = list(runs)
+    differing = _differing(runs)
+    head = (
+        "run", "status", "model", "data", *differing, "steps", "held-out loss: base", "tuned", "change", "verdict",
+        "training time", "tokens/s", "memory", "began",
+    )  # fmt: skip
+    return Section("Runs", (), head, tuple(_row(run, differing) for run in runs))
+
+
+def runs_text(runs: Iterable[Run]) -> str:
+    """The table of runs for a terminal."""
+    section = runs_section(runs)
+    return render.text_table([section.head, *section.rows]) if section.rows else "no runs yet"
+
+
+def against(first: Run, other: Run) -> str:
+    """Which of two runs predicts the held-out answers better, in a sentence; both must have been scored on the same."""
+    names = f"{other.name} against {first.name}"
+    if not first.evaluation or not other.evaluation:
+        return f"{names}: not both have been scored."
+    scores = [_scores(run.evaluation["rows"]) for run in (first, other) if run.evaluation]
+    rows = [[(score.row, score.tokens) for score in one] for one in scores]
+    if rows[0] != rows[1] or first.environment.get("fingerprint") != other.environment.get("fingerprint"):
+        return f"{names}: they were scored on other rows, or with another tokenizer; their losses cannot be compared."
+    found = judge(*scores, seed=first.settings.seed)
+    low, high = found["interval"]
+    words = {"helped": "better", "hurt": "worse", "no difference": "no measurable difference"}[found["verdict"]]
+    return (
+        f"{names}: {words} ({found['difference']:+.3f} nats per answer token, 95 % interval {low:+.3f} to {high:+.3f}, "
+        f"on the same {len(rows[0])} held-out rows; {found['wins']} better, {found['ties']} alike, "
+        f"{found['losses']} worse)."
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _scores(rows: Iterable[dict[str, Any]]) -> list[Score]:
+    return [Score(row["row"], row["tuned"] * row["tokens"], row["tokens"], row["category"]) for row in rows]
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """Names of the settings in which the runs differ, but for those that have a column of their own."""
+    settings = [dataclasses.asdict(run.settings) for run in runs]
+    shown = ("model", "data", "runs_dir")
+    return [
+        name
+        for name in (settings[0] if settings else ())
+        if name not in shown and any(other[name] != settings[0][name] for other in settings)
+    ]
+
+
+def _row(run: Run, differing: Sequence[str]) -> tuple[str, ...]:
+    settings, scores, steps = run.settings, run.evaluation, run.steps
+    seconds = math.fsum(step.seconds for step in steps)
+    memory = run.last("memory")
+    return (
+        run.name,
+        run.status,
+        str(run.environment.get("model", settings.model)),
+        settings.data,
+        *(str(getattr(settings, name)) for name in differing),
+        f"{len(steps)}/{run.total_steps or '?'}",
+        *([f"{scores[who]['loss']:.3f}" for who in ("base", "tuned")] if scores else ["", ""]),
+        f"{scores['difference']:+.3f}" if scores else "",
+        scores["verdict"] if scores else "",
+        duration(seconds) if steps else "",
+        f"{sum(step.tokens for step in steps) / seconds:,.0f}" if seconds else "",
+        f"{memory['peak'] / 2**30:.1f} GiB" if memory else "",
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(run.events[0]["time"])) if run.events else "",
+    )

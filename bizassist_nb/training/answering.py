@@ -1,0 +1,114 @@
+"""The fixed prompts, answered by base and tuned, and looked at for signs of a breakdown.
+
+Run as `python -m bizassist_nb.training.answering RUN_DIRECTORY` it is a process of its own: where Unsloth has patched
+the worker's libraries, base and tuned cannot answer there in one batch (its decoding wants one adapter strength for all
+rows), and what is to be judged is what the user's chat will say, which comes from plain transformers.
+"""
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from bizassist_nb import models
+from bizassist_nb.data.chat import conversation
+from bizassist_nb.data.tokens import ChatTokenizer
+from bizassist_nb.degeneration import counted, prompts, signs
+from bizassist_nb.errors import RunError
+from bizassist_nb.runs import Run, write_json
+
+_WHO: Final = ("base", "tuned")
+
+
+def answer_run(run: Run) -> dict[str, Any]:
+    """Have a run's base and tuned answer, with the models of this process, and write answers.json; the signs, counted.
+
+    Raises:
+        ModelError: if the run has no adapter, or a model cannot be loaded.
+    """
+    from bizassist_nb.assistant.bases import loaded_base
+
+    loaded = loaded_base(run.environment.get("model", run.settings.model))
+    adapter = loaded.adapter(run)
+    loaded.use([adapter])
+    return answer(run, loaded.model, loaded.chat, adapter)
+
+
+def answer_apart(run: Run) -> dict[str, Any]:
+    """The same in a fresh process, once this one has let go of its model.
+
+    Raises:
+        RunError: if that process fails; what it printed is in the worker's log.
+    """
+    import torch
+
+    gc.collect()  # a trainer and its callbacks refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    command = [sys.executable, "-m", "bizassist_nb.training.answering", str(run.path)]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)  # noqa: S603 - no shell, our own module
+    if ended.returncode:
+        raise RunError(
+            f"the fixed prompts could not be answered (status {ended.returncode}; the reason stands at the end of "
+            f"{run.path / 'worker.log'}). Try again with: bizassist evaluate {run.name}"
+        )
+    return counted(run.answers, max_new_tokens())
+
+
+def answer(
+    run: Run, model: Any, chat: ChatTokenizer, adapter: str, between: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Answer greedily, all prompts as base and as tuned in one batch, and write answers.json; the signs, counted.
+
+    `model` is a plain PEFT model, on which only `adapter` is active. `between` is called between tokens; what it raises
+    ends the answering.
+    """
+    from bizassist_nb.assistant.decoding import Sampling, decode
+
+    asked = prompts()
+    ids = [chat.prompt(conversation(run.settings.system_prompt, [], prompt)) for prompt in asked]
+    limit = max_new_tokens()
+    training = model.training
+    model.eval()
+    given: list[list[int]] = [[] for _ in range(2 * len(ids))]
+    try:
+        for row, token in decode(
+            model,
+            ids + ids,
+            strengths={adapter: [0.0] * len(ids) + [1.0] * len(ids)},
+            stop_ids=chat.stop_ids,
+            pad_id=chat.pad_id,
+            max_new_tokens=limit,
+            sampling=Sampling(),
+        ):
+            given[row].append(token)
+            between()
+    finally:
+        model.train(training)
+    answers = [
+        {
+            "prompt": prompt,
+            **{
+                who: _answer(chat, prompt, given[place + len(asked) * number], limit) for number, who in enumerate(_WHO)
+            },
+        }
+        for place, prompt in enumerate(asked)
+    ]
+    write_json(run.path / "answers.json", answers)
+    return counted(answers, limit)
+
+
+def max_new_tokens() -> int:
+    """Length of an answer at most: short enough to cost little beside training, long enough for a loop to show."""
+    return 64 if models.device() == "cpu" else 160
+
+
+def _answer(chat: ChatTokenizer, prompt: str, tokens: list[int], limit: int) -> dict[str, Any]:
+    text = str(chat.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+    return {"text": text, "stopped": len(tokens) < limit, "signs": signs(prompt, text, tokens)}
+
+
+if __name__ == "__main__":
+    answer_run(Run(Path(sys.argv[1])))

@@ -1,0 +1,117 @@
+"""The verdict card and what is said of held-out loss, of runs made of files alone."""
+
+import os
+
+import pytest
+
+from bizassist_nb.degeneration import counted
+from bizassist_nb.report import run_html, run_text
+from bizassist_nb.runs import Journal, Run, take_lock, write_json
+from bizassist_nb.scorecard import rising, sections
+from bizassist_nb.settings import Settings
+from bizassist_nb.verdict import Score, assess, judge
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A run with these held-out losses by step, the base's first."""
+
+    def make(losses, **settings) -> Run:
+        (tmp_path / "settings.toml").write_text(Settings(**settings).to_toml())
+        journal = Journal(tmp_path)
+        journal.write("plan", steps=100)
+        for step, loss in losses:
+            journal.write("evaluation", step=step, loss=loss)
+        return Run(tmp_path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ([], None),
+        ([(0, 3.0)], None),
+        ([(0, 3.0), (20, 2.5)], None),
+        ([(0, 3.0), (20, 2.5), (40, 2.4)], None),
+        ([(0, 3.0), (20, 2.5), (40, 2.4), (60, 2.45)], "Held-out loss has risen since step 40 (2.400, now 2.450)"),
+        ([(0, 3.0), (20, 2.5), (40, 2.7), (60, 2.6)], "Held-out loss has risen since step 20 (2.500, now 2.600)"),
+        ([(0, 3.0), (20, 2.5), (40, 2.7), (60, 2.4)], None),
+        ([(0, 3.0), (20, 3.5)], "Held-out loss is above the base's (3.000, now 3.500)."),
+    ],
+)
+def test_a_rise_is_said_in_words(make, losses, words):
+    run = make(losses)
+    said = rising(run)
+    assert said is None if words is None else said.startswith(words)
+    for view in (run_html(run), run_text(run)):
+        assert ("Held-out loss" in view) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"), [("best", "(the run will save it)"), ("last", '(keep = "best" has a run save it)')]
+)
+def test_what_becomes_of_the_best_is_said(make, keep, words):
+    run = make([(0, 3.0), (20, 2.5), (40, 2.6)], keep=keep)
+    assert rising(run).endswith(f"the best checkpoint is kept in {run.path / 'best'} {words}.")
+    lock = take_lock(run.path)
+    Journal(run.path).write("state", state="training")
+    assert rising(run).endswith(f"the best checkpoint is kept {words}.")
+    os.close(lock)
+
+
+@pytest.fixture
+def judged(make):
+    run = make([(0, 3.0), (100, 2.5)])
+    base = [Score(i, 30.0, 10, "ab"[i % 2]) for i in range(20)]
+    tuned = [Score(i, 30.0 + (i - 14) / 2, 10, "ab"[i % 2]) for i in range(20)]
+    found = judge(base, tuned, seed=0, questions={i: f"Question {i}? " + "x" * 200 for i in range(20)})
+    answers = [
+        {
+            "prompt": f"Prompt {i}",
+            "base": {"text": "Fine.", "stopped": True, "signs": []},
+            "tuned": {"text": "Loop loop", "stopped": False, "signs": ["loops"]},
+        }
+        for i in range(12)
+    ]
+    write_json(run.path / "answers.json", answers)
+    write_json(run.path / "evaluation.json", assess(found, found, counted(answers, 64)))
+    return run
+
+
+def test_the_card_lists_the_five_most_improved_and_most_damaged(judged):
+    by_title = {section.title: section for section in sections(judged)}
+    improved, damaged = by_title["The 5 most improved rows"], by_title["The 5 most damaged rows"]
+    assert [row[0] for row in improved.rows] == ["0", "1", "2", "3", "4"]
+    assert [row[0] for row in damaged.rows] == ["19", "18", "17", "16", "15"]
+    assert improved.rows[0][2:] == ("3.000", "2.300", "-0.700")
+    assert improved.rows[0][1].startswith("Question 0? ")
+    assert improved.rows[0][1].endswith("x…")
+    assert [row[0] for row in by_title["By category"].rows] == ["a", "b"]
+
+
+def test_the_card_counts_the_answers_and_the_verdict_follows_them(judged):
+    first = sections(judged)[0]
+    assert first.lines[0].startswith(
+        "Fine-tuning hurt: of 12 fixed prompts base answered 12 soundly and tuned 0; held-out loss 3.000 before and "
+    )
+    rows = {row[0]: row[1:3] for row in first.rows}
+    assert rows["answers that loop"] == ("0 of 12", "12 of 12")
+    assert rows["answers that stop within 64 tokens"] == ("12 of 12", "0 of 12")
+    (answers,) = [section for section in sections(judged) if "fixed prompts" in section.title]
+    assert answers.rows[0] == ("Prompt 0", "Fine.", "[loops] Loop loop …")
+
+
+def test_texts_of_rows_and_answers_are_marked_as_private(judged):
+    for section in sections(judged):
+        told = [text for row in section.rows for text in row]
+        assert section.private == any("Question" in text or "Prompt" in text for text in told)
+
+
+def test_answers_that_are_missing_are_said_to_be(judged):
+    found = judged.evaluation
+    write_json(judged.path / "evaluation.json", assess(found, found["general"], None))
+    Journal(judged.path).write("unanswered", reason="the fixed prompts could not be answered (status 9)")
+    first = sections(judged)[0]
+    assert "the fixed prompts could not be answered (status 9)" in first.lines
+    assert not any("answers that" in row[0] for row in first.rows)
