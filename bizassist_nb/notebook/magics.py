@@ -111,7 +111,7 @@ class BizassistMagics(Magics):
 
     @line_magic
     def bizassist(self, line: str) -> Any:
-        """`%bizassist` shows the panel, `%bizassist runs` a table of runs, `%bizassist doctor` what this machine has."""
+        """`%bizassist` shows the panel, `%bizassist runs` a table of runs, `%bizassist doctor` this machine."""
         words = line.split()
         if not words:
             return self._shown_panel()

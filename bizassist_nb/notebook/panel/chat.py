@@ -27,7 +27,7 @@ SUGGESTED: Final = (
     "Which three metrics show that a product is worth keeping?",
     "Should we use AI to answer support requests?",
 )
-_WIDE: Final = "base only"
+_NONE: Final = "base only"
 
 
 class Chat:
@@ -45,7 +45,10 @@ class Chat:
         self._newest: str | None = None
         self._notice = ""
 
-        self._run = w.Dropdown(description="tuned model", **tip("the run whose adapter answers on the right"))
+        self._run = w.Dropdown(
+            options=[_NONE], description="tuned model", **tip("the run whose adapter answers on the right")
+        )
+        self._run.add_class("bn-wide")
         self._panes = {who: Pane(who) for who in (BASE, TUNED)}
         panes = w.Box([pane.view for pane in self._panes.values()])
         panes.add_class("bn-panes")
@@ -161,18 +164,18 @@ class Chat:
 
     def _choose(self) -> None:
         """List the runs that can be asked; the newest is taken when it becomes one, the person's choice otherwise."""
-        if self._run.value != self._picked and self._run.options:
-            self._picked = self._run.value
         names = self._state.tuned
-        options = [(_WIDE, None), *((name, name) for name in names)]
+        chosen = self._run.value
+        if chosen != (self._picked or _NONE):
+            self._picked = chosen if chosen in names else None
         newest = names[0] if names else None
         if newest != self._newest:
-            self._picked, self._newest = newest, newest
-        if list(self._run.options) != options:
-            self._run.options = options
+            self._picked = self._newest = newest
+        if list(self._run.options) != [_NONE, *names]:
+            self._run.options = [_NONE, *names]
         if self._picked not in names:
             self._picked = None
-        self._run.value = self._picked
+        self._run.value = self._picked or _NONE
 
     def _go_on(self, answering: "Answering") -> None:
         turn = self._turns[-1]

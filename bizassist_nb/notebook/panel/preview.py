@@ -73,7 +73,7 @@ def _page(found: Survey, place: int) -> str:
         ]
         for i, row in enumerate(found.training[first : first + _PAGE], first)
     ]
-    head = ["row", "number in the data", "instruction", "context", "response"]
+    head = ["row", "of the data", "instruction", "context", "response"]
     return f"<p>{html.escape(found.source)}: {len(found.training):,} rows drawn</p>" + render.table(rows, head)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import html
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import ipywidgets as w
@@ -205,26 +205,26 @@ class RunView:
             return f'<span role="alert">⚠ {html.escape(str(watch.problem))}</span>'
         if watch.found is None:
             return '<span class="bn-muted">Reading the rows …</span>'
-        return " · ".join(html.escape(words) for words in self._consequences(watch.found))
+        return _tiles(self._consequences(watch.found))
 
-    def _consequences(self, found: Survey) -> list[str]:
-        about = "" if found.finished else "about "
+    def _consequences(self, found: Survey) -> list[tuple[str, str]]:
+        """(label, value) of what is known before training."""
+        about = "" if found.finished else "≈ "
         words = [
-            f"{found.rows:,} rows" + ("" if found.finished else f" ({found.counted:,} counted)"),
-            f"{about}{found.epoch_tokens:,.0f} tokens an epoch",
-            f"{found.steps:,} steps",
-            f"{found.truncated_share:.1%} of the rows cut at {found.settings.max_length:,} tokens",
+            ("rows", f"{found.rows:,}"),
+            ("tokens an epoch", f"{about}{found.epoch_tokens:,.0f}"),
+            ("steps", f"{found.steps:,}"),
+            ("rows cut", f"{about}{found.truncated_share:.1%}"),
         ]
         if bad := len(found.unusable) + len(found.too_long):
-            words.append(f"{bad:,} rows cannot be used")
-        words.append(f"{found.base.name} on {device_memory()}")
+            words.append(("rows not usable", f"{bad:,}"))
+        words += [("model", _short(found.base.name)), ("memory free", device_memory())]
         speed = past_speed(list(self._state.runs.values()), found.base.name)
         if speed is None:
-            words.append("time not known before a first run of this model here")
-        else:
-            seconds = found.epoch_tokens * found.settings.epochs / speed.tokens_per_second
-            words.append(f"about {_duration(seconds)}, at the {speed.tokens_per_second:,.0f} tokens/s of {speed.run}")
-        return words
+            return [*words, ("expected time", "not known before a first run of this model here")]
+        seconds = found.epoch_tokens * found.settings.epochs / speed.tokens_per_second
+        pace = f"{_duration(seconds)} at the {speed.tokens_per_second:,.0f} tokens/s of {speed.run}"
+        return [*words, ("expected time", f"about {pace}")]
 
     # The buttons.
 
@@ -284,8 +284,7 @@ class RunView:
             ("tokens/s", f"{now.tokens_per_second:,.0f}"),
             ("time left", _duration(now.seconds_left)),
         ]
-        shown = "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in tiles)
-        return head + _bar(now.share) + f'<dl class="bn-tiles">{shown}</dl>'
+        return head + _bar(now.share) + _tiles(tiles)
 
 
 def _plot(run: Run) -> str:
@@ -314,6 +313,16 @@ def _bar(share: float) -> str:
         f'<div class="bn-bar" role="progressbar" aria-label="training" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{100 * share:.0f}"><div style="width: {share:.1%}"></div></div>'
     )
+
+
+def _tiles(pairs: Iterable[tuple[str, str]]) -> str:
+    shown = "".join(f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>" for label, value in pairs)
+    return f'<dl class="bn-tiles">{shown}</dl>'
+
+
+def _short(name: str) -> str:
+    """A model's name; of a path its end."""
+    return name if len(name) <= 40 else "…" + name[-39:]
 
 
 def _duration(seconds: float) -> str:

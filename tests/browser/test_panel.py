@@ -1,0 +1,77 @@
+"""A person at the panel, in real front ends: settings, training, chat, and coming back to it."""
+
+import re
+
+import pytest
+from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel
+from front_ends import serving
+
+from bizassist_nb.runs import Run
+
+PANEL = ["%load_ext bizassist_nb", "%bizassist"]
+COLAB = ["import google.colab\n%load_ext bizassist_nb", "%bizassist"]
+
+
+def show(book):
+    for cell in range(2):
+        book.run(cell)
+    book.see("name of the run")
+
+
+def fill_in(book, tiny, name, epochs=400):
+    """Settings of a run with the tiny model that lasts as long as it is wanted."""
+    book.fill("name of the run", name)
+    book.choose("model", "other …")
+    book.fill("model: which", tiny)
+    book.choose("data", "sample")
+    book.fill("rows to train on, as a number", 12)
+    book.unfold("More settings")
+    book.fill("held out", 4)
+    book.fill("epochs", epochs)
+    book.choose("engine", "transformers")
+    book.fill("max length", 512)
+    book.see("tokens an epoch")
+
+
+def plots(book, count, timeout=60):
+    """Wait until so many different loss plots have been seen; what they said of the newest step."""
+    seen = []
+    for _ in range(timeout * 5):
+        shown = book.panel.locator("svg[role=img]")
+        label = shown.first.get_attribute("aria-label") if shown.count() else ""
+        if "training loss" in label and label not in seen:
+            seen.append(label)
+        if len(seen) >= count:
+            return [
+                int(re.search(r"(\d+)(?:;|$)", label.partition(" at step ")[2].partition(" at ")[2]).group(1))
+                for label in seen
+            ]
+        book.page.wait_for_timeout(200)
+    raise AssertionError(f"only {len(seen)} plots: {seen}")
+
+
+def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny, screenshots):
+    book = opened(lab, [*PANEL, "%bizassist"])
+    show(book)
+    book.see("No run yet")
+    book.see("tokens an epoch")
+    book.page.screenshot(path=screenshots / "idle-light.png")
+    fill_in(book, tiny, "first")
+    book.press("Start")
+    steps = plots(book, 3)
+    assert steps == sorted(set(steps))
+    book.page.screenshot(path=screenshots / "training-light.png")
+    book.press("Stop")
+    book.see("first: stopped")
+    run = Run(lab.root / "runs" / "first")
+    assert run.status == "stopped"
+    assert run.adapter
+    done = len(run.steps)
+    book.press("Resume")
+    assert plots(book, 1)[0] >= done
+    book.tab("Chat")
+    book.fill("question", "")
+    box = book.panel.get_by_label("question", exact=True)
+    box.type("How should we **price** it?")
+    box.press("Enter")
+    book.page.screenshot(path=screenshots / "chatting-light.png")
