@@ -52,6 +52,7 @@ def opened(browser):
 
     yield open_book
     for book in books:
+        print(book.text())  # pytest shows it where a test fails
         book.close()
 
 

@@ -102,7 +102,6 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        print(self.log.read_text(errors="replace")[-3000:])  # pytest shows it where a test fails
         shutil.rmtree(self.home, ignore_errors=True)
 
     def notebook(self, name: str, cells: list[str], kernel: str = "python3") -> str:

@@ -60,18 +60,50 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny, s
     book.press("Start")
     steps = plots(book, 3)
     assert steps == sorted(set(steps))
+    book.unfold("More settings")
     book.page.screenshot(path=screenshots / "training-light.png")
     book.press("Stop")
     book.see("first: stopped")
     run = Run(lab.root / "runs" / "first")
+    assert run.settings.subset == 12
     assert run.status == "stopped"
     assert run.adapter
     done = len(run.steps)
     book.press("Resume")
     assert plots(book, 1)[0] >= done
-    book.tab("Chat")
-    book.fill("question", "")
+
+    book.tab("Chat")  # while it trains
     box = book.panel.get_by_label("question", exact=True)
     box.type("How should we **price** it?")
     box.press("Enter")
+    panes = book.panel.locator(".bn-pane")
+    lengths = growing(book, panes)
+    assert all(length > 0 for length in lengths)
     book.page.screenshot(path=screenshots / "chatting-light.png")
+    book.press("Stop generating")
+    book.see("stopped")
+    book.press("Clear")
+    book.see("take one of those suggested")
+
+    book.tab("Train")
+    book.press("Stop")
+    book.see("first: stopped")
+    book.run(2)  # a second view of the same panel
+    assert book.page.locator(".bizassist").count() == 2
+    book.see("first: stopped")
+    book.save()
+    book.reload()
+    book.see("first: stopped")
+    assert book.panel.get_by_label("rows to train on, as a number").first.input_value() == "12"
+    assert book.errors == []
+
+
+def growing(book, panes):
+    """How long the answers in both panes were, once both have been seen to grow at the same time."""
+    before = [len(panes.nth(i).locator(".bn-answer").last.inner_text()) for i in (0, 1)]
+    for _ in range(300):
+        now = [len(panes.nth(i).locator(".bn-answer").last.inner_text()) for i in (0, 1)]
+        if all(a < b for a, b in zip(before, now, strict=True)):
+            return now
+        book.page.wait_for_timeout(100)
+    raise AssertionError(f"answers did not grow: {before} {now}")

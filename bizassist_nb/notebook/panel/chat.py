@@ -106,8 +106,9 @@ class Chat:
         self._notice = ""
         name = self._picked
         run = self._state.runs.get(name) if name else None
+        who = (BASE, TUNED) if run else (BASE,)
+        self._answering = Answering(Assistant(run), question, who, self._options.values())
         self._turns.append(Turn(question, run.name if run else None))
-        self._answering = Answering(Assistant(run), question, (BASE, TUNED) if run else (BASE,), self._options.values())
 
     def _halt(self) -> None:
         if self._answering:
@@ -322,7 +323,8 @@ class Options:
 
     def values(self) -> dict[str, Any]:
         """By name, as `Assistant.stream` takes them."""
-        return {name: field.value for name, field in self._fields.items()}
+        usable = ("max_new_tokens", "temperature", "seed")  # TODO all, once stream takes them
+        return {name: field.value for name, field in self._fields.items() if name in usable}
 
     @property
     def greedy(self) -> bool:

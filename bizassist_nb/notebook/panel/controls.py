@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import math
 import tomllib
 from typing import Any, Final
 
@@ -110,7 +111,9 @@ class Slider(Control):
         if number != self._seen[1]:
             self.put(number)
         elif slid != self._seen[0]:
-            self._number.value = number = _round(slid)
+            # A front end puts a slider that it was given a value between two steps on one of them, and says so.
+            if number < 1 or abs(math.log(slid / number, self._slider.base)) > 0.51 * self._slider.step:
+                self._number.value = number = _round(slid)
             self._seen = (slid, number)
         return int(number)
 

@@ -316,8 +316,8 @@ def _bar(share: float) -> str:
 
 
 def _tiles(pairs: Iterable[tuple[str, str]]) -> str:
-    shown = "".join(f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>" for label, value in pairs)
-    return f'<dl class="bn-tiles">{shown}</dl>'
+    shown = "".join(f"<div><span>{html.escape(label)}</span> <b>{html.escape(value)}</b></div>" for label, value in pairs)
+    return f'<div class="bn-tiles">{shown}</div>'
 
 
 def _short(name: str) -> str:
