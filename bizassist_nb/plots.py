@@ -24,7 +24,7 @@ _DRAWN: Final = 1000
 """Points drawn at most, so that a long run's plot costs no more than a short one's."""
 
 # The SVG's box and, in it, the axes' (left, top, right, bottom), in pixels.
-_BOX, _AXES = (640, 280), (64, 34, 628, 240)
+_BOX, _AXES = (640, 280), (64, 34, 616, 240)
 _LIGHT_BLUE = "#1f83c4"
 """A blue with a contrast of 4 to white and to black alike."""
 

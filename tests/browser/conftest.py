@@ -1,5 +1,6 @@
 """Servers and the browser, once a session; the model is a tiny random one, since answers do not matter here."""
 
+import contextlib
 import json
 import os
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from front_ends import CHROMIUM, Book, chromium, serving
+
+from bizassist_nb.runs import list_runs
 
 ROOT = Path(__file__).parents[2]
 COLAB_PYTHON = os.environ.get("COLAB_PYTHON", str(ROOT / ".venv-colab" / "bin" / "python"))
@@ -42,8 +45,15 @@ def lab(tmp_path_factory, environment):
 
 
 @pytest.fixture
-def opened(browser):
-    """Open a notebook of these cells; closed at the end, when the page must have met no error of its own."""
+def serve(tmp_path, environment):
+    """Start a server in tmp_path."""
+    with contextlib.ExitStack() as servers:
+        yield lambda kind, **options: servers.enter_context(serving(kind, tmp_path, env=environment, **options))
+
+
+@pytest.fixture
+def opened(browser, serve):
+    """Open a notebook of these cells; at the end it is closed and its runs are ended."""
     books = []
 
     def open_book(server, cells, *, name="panel.ipynb", kernel="python3", **options):
@@ -54,6 +64,8 @@ def opened(browser):
     for book in books:
         print(book.text())  # pytest shows it where a test fails
         book.close()
+        for run in list_runs(book.server.root / "runs"):
+            run.kill()
 
 
 def older_kernel(server):

@@ -4,7 +4,6 @@ import re
 
 import pytest
 from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel
-from front_ends import serving
 
 from bizassist_nb.runs import Run
 
@@ -18,7 +17,7 @@ def show(book):
     book.see("name of the run")
 
 
-def fill_in(book, tiny, name, epochs=400):
+def fill_in(book, tiny, name, epochs=100):
     """Settings of a run with the tiny model that lasts as long as it is wanted."""
     book.fill("name of the run", name)
     book.choose("model", "other …")
@@ -107,3 +106,66 @@ def growing(book, panes):
             return now
         book.page.wait_for_timeout(100)
     raise AssertionError(f"answers did not grow: {before} {now}")
+
+
+def train_and_stop(book, tiny, name):
+    """Start, see the plot move, stop; the run."""
+    fill_in(book, tiny, name)
+    book.press("Start")
+    plots(book, 3)
+    book.press("Stop")
+    book.see(f"{name}: stopped")
+    run = Run(book.server.root / "runs" / name)
+    assert run.status == "stopped"
+    assert run.adapter
+    return run
+
+
+def chat_and_stop(book):
+    """Ask both by Enter, see both grow, stop."""
+    book.tab("Chat")
+    box = book.panel.get_by_label("question", exact=True)
+    box.type("How should we price it?")
+    box.press("Enter")
+    growing(book, book.panel.locator(".bn-pane"))
+    book.press("Stop generating")
+    book.see("stopped")
+
+
+def test_notebook_7(serve, opened, tiny):
+    server = serve("notebook")
+    book = opened(server, PANEL)
+    show(book)
+    train_and_stop(book, tiny, "second")
+    chat_and_stop(book)
+    book.save()
+    book.reload()
+    book.tab("Train")
+    book.see("second: stopped")
+
+
+def test_ipykernel_whose_callbacks_run_on_another_thread(serve, opened, tiny):
+    assert OLDER_KERNEL.is_dir(), f"run: pip install --no-deps --target {OLDER_KERNEL} ipykernel==7.3.0"
+    server = serve("lab")
+    book = opened(server, [*PANEL, "import ipykernel; ipykernel.__version__"], kernel=older_kernel(server))
+    show(book)
+    book.run(2)
+    assert "7.3.0" in book.page.locator(".jp-OutputArea-output").last.inner_text()
+    train_and_stop(book, tiny, "third")
+    chat_and_stop(book)
+    assert book.errors == []
+
+
+@pytest.mark.parametrize("colab", [False, True], ids=["classic", "colab"])
+def test_notebook_6_and_colabs_versions(serve, opened, tiny, tmp_path, colab):
+    if colab:  # all of Colab that the panel looks for
+        (tmp_path / "google" / "colab").mkdir(parents=True)
+        (tmp_path / "google" / "colab" / "__init__.py").touch()
+    server = serve("classic", python=COLAB_PYTHON)
+    book = opened(server, [*(COLAB if colab else PANEL), "1 + 1"])
+    show(book)
+    train_and_stop(book, tiny, "fourth")
+    chat_and_stop(book)
+    book.run(2)  # other cells run again once nothing is followed
+    assert "2" in book.page.locator(".output_text").last.inner_text()
+    assert book.errors == []

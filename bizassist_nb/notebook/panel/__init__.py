@@ -116,8 +116,7 @@ class Kept:
 
 
 def _kept_html(run: Run) -> str:
-    name = html.escape(run.name)
-    return f"<details><summary>The last run, {name}, kept in this notebook</summary>{report.run_html(run)}</details>"
+    return f'<div class="bn-kept">{report.run_html(run)}</div>'
 
 
 def _css() -> str:

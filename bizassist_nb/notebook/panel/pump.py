@@ -81,10 +81,12 @@ class Pump:
         self._driving = True
         try:
             with ui_events() as serve:
-                self.turn()
-                while self._posted or self._working() or self._following():
+                going = True
+                while going:
+                    going = bool(self._posted) or self._working() or self._following()
+                    self.turn()  # after the look: what ended in between is shown, too
+                    going = going or self._following()  # the turn may have begun something
                     serve(10)
-                    self.turn()
                     time.sleep(_BUSY)
         except KeyboardInterrupt:
             pass  # the view stops here; the run goes on

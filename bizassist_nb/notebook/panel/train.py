@@ -316,7 +316,9 @@ def _bar(share: float) -> str:
 
 
 def _tiles(pairs: Iterable[tuple[str, str]]) -> str:
-    shown = "".join(f"<div><span>{html.escape(label)}</span> <b>{html.escape(value)}</b></div>" for label, value in pairs)
+    shown = "".join(
+        f"<div><span>{html.escape(label)}</span> <b>{html.escape(value)}</b></div>" for label, value in pairs
+    )
     return f'<div class="bn-tiles">{shown}</div>'
 
 
