@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bizassist_nb.assistant.comparison import Comparison as Comparison
     from bizassist_nb.comparing import compare as compare
     from bizassist_nb.errors import BizassistError as BizassistError
+    from bizassist_nb.notebook.panel import Panel as Panel
     from bizassist_nb.runs import Run as Run
     from bizassist_nb.runs import open_run as open_run
     from bizassist_nb.settings import Settings as Settings
@@ -25,13 +26,14 @@ _HOMES = {
     "Assistant": "bizassist_nb.assistant.assistant",
     "BizassistError": "bizassist_nb.errors",
     "Comparison": "bizassist_nb.assistant.comparison",
+    "Panel": "bizassist_nb.notebook.panel",
     "Run": "bizassist_nb.runs",
     "Settings": "bizassist_nb.settings",
     "compare": "bizassist_nb.comparing",
     "finetune": "bizassist_nb.training.launch",
     "open_run": "bizassist_nb.runs",
 }
-__all__ = ["Assistant", "BizassistError", "Comparison", "Run", "Settings", "compare", "finetune", "open_run"]
+__all__ = ["Assistant", "BizassistError", "Comparison", "Panel", "Run", "Settings", "compare", "finetune", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

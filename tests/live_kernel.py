@@ -51,8 +51,8 @@ class Kernel:
         self.client.wait_for_ready(timeout=60)
 
     def start(self, code: str) -> str:
-        """Send a cell; its message id, for `finish`."""
-        return self.client.execute(code)
+        """Send a cell; its message id, for `finish`. One that fails must not have the next one aborted."""
+        return self.client.execute(code, stop_on_error=False)
 
     def finish(self, message: str, timeout: float = 240) -> Cell:
         """Collect a cell's outputs until it is idle."""
