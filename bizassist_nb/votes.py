@@ -29,6 +29,7 @@ CHOICES: Final[dict[Choice, str]] = {
 
 KEYS: Final[dict[str, Choice]] = {"1": "left", "2": "right", "3": "tie", "4": "bad"}
 """Keys that vote; the choice's first letter does, too."""
+KEYS_IN_WORDS: Final = " · ".join(f"{key} {choice}" for key, choice in KEYS.items())
 
 
 class VoteError(BizassistError):
@@ -182,6 +183,12 @@ class Ballot:
 def blind_html(comparison: Comparison, order: tuple[str, str]) -> str:
     """Two answers as they grow, in that order and without names."""
     return render.columns(["left", "right"], [render.plain(comparison.answers[who]) for who in order])
+
+
+def chosen(key: str) -> Choice | None:
+    """What a key that was typed votes for, if anything."""
+    typed = key.strip().lower()[:1]
+    return KEYS.get(typed) or next((choice for choice in CHOICES if choice[0] == typed), None)
 
 
 def draw_order() -> tuple[str, str]:

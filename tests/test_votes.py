@@ -14,7 +14,18 @@ from bizassist_nb.__main__ import main
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
-from bizassist_nb.votes import Ballot, Tally, Vote, VoteError, append, blind_html, preference_pairs, tally, votes
+from bizassist_nb.votes import (
+    Ballot,
+    Tally,
+    Vote,
+    VoteError,
+    append,
+    blind_html,
+    chosen,
+    preference_pairs,
+    tally,
+    votes,
+)
 
 BOTH = Comparison("How <b>much</b>?", "The base's **words**.", "Tuned words.", run="pricing", cut=("tuned",))
 
@@ -71,6 +82,15 @@ def test_a_vote_is_for_whose_answer_stood_there_and_reveals_it(run, choice, orde
     for side, who in zip(("left", "right"), order, strict=True):
         assert f"{side}: {'tuned (pricing)' if who == 'tuned' else 'base'}" in ballot._repr_html_()
     assert "You voted: " in repr(ballot)
+
+
+@pytest.mark.parametrize(
+    ("key", "choice"),
+    [("1", "left"), ("2", "right"), ("3", "tie"), ("4", "bad"), ("L", "left"), (" r", "right"), ("tie", "tie"), ("b", "bad"),
+     ("5", None), ("x", None), ("", None)],
+)  # fmt: skip
+def test_keys_vote_by_number_and_by_first_letter(key, choice):
+    assert chosen(key) == choice
 
 
 def test_a_ballot_is_cast_once_and_only_for_what_there_is(run):

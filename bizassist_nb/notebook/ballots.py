@@ -10,7 +10,7 @@ from typing import Any
 
 from IPython.display import display, update_display
 
-from bizassist_nb.votes import CHOICES, KEYS, Ballot, Choice
+from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Choice, chosen
 
 
 class BallotView:
@@ -24,7 +24,7 @@ class BallotView:
         self._html: Any = ipywidgets.HTML(ballot.html(), layout=ipywidgets.Layout(width="100%"))
         self._key: Any = ipywidgets.Text(
             description="or a key",
-            placeholder=" · ".join(f"{key} {choice}" for key, choice in KEYS.items()),
+            placeholder=KEYS_IN_WORDS,
             layout=ipywidgets.Layout(width="320px"),
         )
         self._key.observe(self._on_key, "value")
@@ -48,9 +48,7 @@ class BallotView:
         return button
 
     def _on_key(self, change: Any) -> None:
-        typed = change["new"].strip().lower()[:1]
-        choice = KEYS.get(typed) or next((choice for choice in CHOICES if choice[0] == typed), None)
-        if choice:
+        if choice := chosen(change["new"]):
             self._cast(choice)
         elif change["new"]:
             self._key.value = ""
