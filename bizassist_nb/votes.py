@@ -185,7 +185,7 @@ def blind_html(comparison: Comparison, order: tuple[str, str]) -> str:
     return render.columns(["left", "right"], [render.plain(comparison.answers[who]) for who in order])
 
 
-def chosen(key: str) -> Choice | None:
+def choice_of(key: str) -> Choice | None:
     """What a key that was typed votes for, if anything."""
     typed = key.strip().lower()[:1]
     return KEYS.get(typed) or next((choice for choice in CHOICES if choice[0] == typed), None)

@@ -21,7 +21,7 @@ from bizassist_nb.votes import (
     VoteError,
     append,
     blind_html,
-    chosen,
+    choice_of,
     preference_pairs,
     tally,
     votes,
@@ -86,11 +86,11 @@ def test_a_vote_is_for_whose_answer_stood_there_and_reveals_it(run, choice, orde
 
 @pytest.mark.parametrize(
     ("key", "choice"),
-    [("1", "left"), ("2", "right"), ("3", "tie"), ("4", "bad"), ("L", "left"), (" r", "right"), ("tie", "tie"), ("b", "bad"),
-     ("5", None), ("x", None), ("", None)],
+    [("1", "left"), ("2", "right"), ("3", "tie"), ("4", "bad"), ("L", "left"), (" r", "right"), ("tie", "tie"),
+     ("b", "bad"), ("5", None), ("x", None), ("", None)],
 )  # fmt: skip
 def test_keys_vote_by_number_and_by_first_letter(key, choice):
-    assert chosen(key) == choice
+    assert choice_of(key) == choice
 
 
 def test_a_ballot_is_cast_once_and_only_for_what_there_is(run):

@@ -10,7 +10,7 @@ from typing import Any
 
 from IPython.display import display, update_display
 
-from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Choice, chosen
+from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Choice, choice_of
 
 
 class BallotView:
@@ -48,7 +48,7 @@ class BallotView:
         return button
 
     def _on_key(self, change: Any) -> None:
-        if choice := chosen(change["new"]):
+        if choice := choice_of(change["new"]):
             self._cast(choice)
         elif change["new"]:
             self._key.value = ""
