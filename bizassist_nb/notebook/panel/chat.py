@@ -16,7 +16,7 @@ from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
 from bizassist_nb.notebook.panel.controls import tip
 from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Vote, chosen, draw_order, tally
+from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Vote, choice_of, draw_order, tally
 
 _SLICE: Final = 0.1
 """Seconds of answering before the panes are written again: smooth to the eye, and the kernel's messages get a turn."""
@@ -318,7 +318,7 @@ class VoteRow:
 
     def _typed(self, text: str, vote: Callable[[str], None]) -> None:
         self._key.value = ""
-        if choice := chosen(text):
+        if choice := choice_of(text):
             vote(choice)
 
 
