@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bizassist_nb.assistant.conversation import Conversation as Conversation
     from bizassist_nb.comparing import compare as compare
     from bizassist_nb.errors import BizassistError as BizassistError
+    from bizassist_nb.notebook.panel import Panel as Panel
     from bizassist_nb.runs import Run as Run
     from bizassist_nb.runs import open_run as open_run
     from bizassist_nb.settings import Settings as Settings
@@ -27,6 +28,7 @@ _HOMES = {
     "BizassistError": "bizassist_nb.errors",
     "Comparison": "bizassist_nb.assistant.comparison",
     "Conversation": "bizassist_nb.assistant.conversation",
+    "Panel": "bizassist_nb.notebook.panel",
     "Run": "bizassist_nb.runs",
     "Settings": "bizassist_nb.settings",
     "compare": "bizassist_nb.comparing",
@@ -34,7 +36,8 @@ _HOMES = {
     "open_run": "bizassist_nb.runs",
 }
 __all__ = [
-    "Assistant", "BizassistError", "Comparison", "Conversation", "Run", "Settings", "compare", "finetune", "open_run",
+    "Assistant", "BizassistError", "Comparison", "Conversation", "Panel", "Run", "Settings", "compare",
+    "finetune", "open_run",
 ]  # fmt: skip
 
 

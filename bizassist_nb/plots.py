@@ -1,14 +1,19 @@
-"""The loss curve of a run. Object-oriented matplotlib only: pyplot's global state breaks when threads share it."""
+"""The loss curve of a run: live as SVG, which is cheap to draw and follows the page's theme, and to keep as a PNG.
 
+Object-oriented matplotlib only: pyplot's global state breaks when threads share it.
+"""
+
+import html
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bizassist_nb.runs import Run, write_whole
 
@@ -19,6 +24,11 @@ _SMOOTHING: Final = 0.9
 """Weight of the past in the smoothed loss."""
 _DRAWN: Final = 1000
 """Points drawn at most, so that a long run's plot costs no more than a short one's."""
+
+# The SVG's box and, in it, the axes' (left, top, right, bottom), in pixels.
+_BOX, _AXES = (640, 280), (64, 34, 616, 240)
+_LIGHT_BLUE = "#1f83c4"
+"""A blue with a contrast of 4 to white and to black alike."""
 
 
 class LossFigure(Figure):
@@ -39,7 +49,7 @@ def loss_figure(run: Run) -> LossFigure:
     if steps:
         numbers = np.array([step.step for step in steps])
         losses = np.array([step.loss for step in steps])
-        shown = np.unique(np.linspace(0, len(steps) - 1, _DRAWN).astype(int))
+        shown = _drawn(len(steps))
         axes.plot(numbers[shown], losses[shown], color=_GREY, linewidth=0.8, label="training, each step")
         axes.plot(numbers[shown], smoothed(losses)[shown], color=_BLUE, linewidth=2, label="training, smoothed")
     if held_out := run.held_out:
@@ -68,7 +78,7 @@ def overlaid_figure(runs: Sequence[Run]) -> LossFigure:
     for run, color, mark in zip(runs, itertools.cycle(_COLORS), itertools.cycle("os^Dv"), strict=False):
         steps = run.steps
         if steps:
-            shown = np.unique(np.linspace(0, len(steps) - 1, _DRAWN).astype(int))
+            shown = _drawn(len(steps))
             numbers, losses = np.array([(step.step, step.loss) for step in steps]).T
             axes.plot(numbers[shown], smoothed(losses)[shown], color=color, label=run.name)
         if held_out := run.held_out:
@@ -80,6 +90,80 @@ def overlaid_figure(runs: Sequence[Run]) -> LossFigure:
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
+
+
+def loss_svg(run: Run) -> str:
+    """The same as an SVG element in the colours of the text around it, with a text for those who cannot see it."""
+    steps, held_out = run.steps, run.held_out
+    numbers = np.array([step.step for step in steps], dtype=float)
+    losses = np.array([step.loss for step in steps])
+    seen = [*losses, *(loss for _, loss in held_out)] or [0.0, 1.0]
+    left, top, right, bottom = _AXES
+    across = MaxNLocator(6, integer=True).tick_values(0, run.total_steps or 1)
+    up = MaxNLocator(5).tick_values(min(seen), max(seen))
+    end, low, high = run.total_steps or 1, up[0], up[-1]
+
+    def x(step: float) -> float:
+        return left + (right - left) * step / end
+
+    def y(loss: float) -> float:
+        return bottom - (bottom - top) * (loss - low) / (high - low)
+
+    def line(points: Iterable[tuple[float, float]], style: str) -> str:
+        path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
+        return f'<polyline points="{path}" fill="none" {style}/>'
+
+    grid = [
+        f'<path d="M{left},{y(loss):.1f}H{right}" stroke="currentColor" opacity="0.15"/>'
+        f'<text x="{left - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:g}</text>'
+        for loss in np.round(up, 6)
+    ] + [
+        f'<text x="{x(step):.1f}" y="{bottom + 16}" text-anchor="middle">{step:,.0f}</text>'
+        for step in across
+        if step <= end
+    ]
+    legend, curves = [], []
+    if steps:
+        shown = _drawn(len(steps))
+        each, smooth = 'stroke="currentColor" opacity="0.4"', f'stroke="{_LIGHT_BLUE}" stroke-width="2.5"'
+        curves.append(line(zip(numbers[shown], losses[shown], strict=True), each))
+        curves.append(line(zip(numbers[shown], smoothed(losses)[shown], strict=True), smooth))
+        legend += [("training, each step", each), ("training, smoothed", smooth)]
+    if held_out:
+        style = f'stroke="{_ORANGE}" stroke-width="2" stroke-dasharray="6 4"'
+        curves.append(line(held_out, style))
+        curves += [f'<circle cx="{x(step):.1f}" cy="{y(loss):.1f}" r="4" fill="{_ORANGE}"/>' for step, loss in held_out]
+        legend.append(("held-out answers", style))
+    keys = [
+        f'<path d="M{left + 170 * i},14h24" {style}/><text x="{left + 170 * i + 30}" y="18">{name}</text>'
+        for i, (name, style) in enumerate(legend)
+    ]
+    width, height = _BOX
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(loss_words(run))}" '
+        f'style="width: 100%; max-width: {width * 1.25:.0f}px; height: auto; font: 12px sans-serif" '
+        f'fill="currentColor">'
+        f"{''.join(grid)}{''.join(curves)}{''.join(keys)}"
+        f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">step</text>'
+        f'<text transform="translate(12 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">'
+        "loss (nats a token)</text></svg>"
+    )
+
+
+def loss_words(run: Run) -> str:
+    """The curve in words."""
+    steps, held_out = run.steps, run.held_out
+    words = "loss against step"
+    if steps:
+        words += (
+            f": training loss {steps[0].loss:.3f} at step {steps[0].step}, {steps[-1].loss:.3f} at {steps[-1].step}"
+        )
+    return words + "".join(f"; held-out loss {loss:.3f} at step {step}" for step, loss in held_out)
+
+
+def _drawn(count: int) -> npt.NDArray[np.int64]:
+    """Which of that many points are drawn."""
+    return np.unique(np.linspace(0, count - 1, _DRAWN).astype(np.int64))
 
 
 def smoothed(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

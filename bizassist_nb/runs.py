@@ -55,6 +55,9 @@ class Step:
     """From the end of the step before, or from the start of training."""
 
 
+_STEP_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Step))
+
+
 class Journal:
     """The writing end of events.jsonl: one flushed line an event."""
 
@@ -84,8 +87,11 @@ class Run:
         self.path = path
         if not (path / "settings.toml").is_file():
             raise RunError(f"{path} holds no run (it has no settings.toml)")
-        self._events: list[dict[str, Any]] = []
         self._offset = 0
+        self._events: list[dict[str, Any]] = []
+        self._newest: dict[str, dict[str, Any]] = {}  # of each kind
+        self._steps: list[Step] = []
+        self._held_out: dict[int, float] = {}
 
     @property
     def name(self) -> str:
@@ -121,42 +127,51 @@ class Run:
     @property
     def events(self) -> list[dict[str, Any]]:
         """All events so far. A line still being written is left for later, one that a kill cut off is passed over."""
-        path = self.path / "events.jsonl"
-        if path.is_file():
-            with path.open("rb") as file:
-                file.seek(self._offset)
-                fresh = file.read()
-            whole, newline, _ = fresh.rpartition(b"\n")
-            self._offset += len(whole) + len(newline)
-            self._events += [event for line in whole.splitlines() if (event := _parse_event(line)) is not None]
+        self._read()
         return self._events
+
+    def _read(self) -> None:
+        """Take in what has been written since the last time."""
+        path = self.path / "events.jsonl"
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
+        for line in whole.splitlines():
+            if (event := _parse_event(line)) is not None:
+                self._take(event)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        """Fold one event into what is known: looking at a long run again costs only what is new."""
+        kind = event["event"]
+        self._events.append(event)
+        self._newest[kind] = event
+        if kind == "resumed":
+            self._steps = [step for step in self._steps if step.step <= event["step"]]
+            self._held_out = {step: loss for step, loss in self._held_out.items() if step <= event["step"]}
+        elif kind == "step":
+            self._steps.append(Step(**{name: event[name] for name in _STEP_FIELDS}))
+        elif kind == "evaluation":
+            self._held_out[event["step"]] = event["loss"]
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """The newest event of that kind."""
-        return next((event for event in reversed(self.events) if event["event"] == kind), None)
+        self._read()
+        return self._newest.get(kind)
 
     @property
     def steps(self) -> list[Step]:
         """The steps that count: where a run was resumed, those done again replace those done before."""
-        steps: dict[int, Step] = {}
-        names = [field.name for field in dataclasses.fields(Step)]
-        for event in self.events:
-            if event["event"] == "resumed":
-                steps = {number: step for number, step in steps.items() if number <= event["step"]}
-            elif event["event"] == "step":
-                steps[event["step"]] = Step(**{name: event[name] for name in names})
-        return list(steps.values())
+        self._read()
+        return list(self._steps)
 
     @property
     def held_out(self) -> list[tuple[int, float]]:
         """(step, held-out loss in nats an answer token), the base's at step 0 first; like steps, those that count."""
-        losses: dict[int, float] = {}
-        for event in self.events:
-            if event["event"] == "resumed":
-                losses = {step: loss for step, loss in losses.items() if step <= event["step"]}
-            elif event["event"] == "evaluation":
-                losses[event["step"]] = event["loss"]
-        return sorted(losses.items())
+        self._read()
+        return sorted(self._held_out.items())
 
     @property
     def total_steps(self) -> int | None:

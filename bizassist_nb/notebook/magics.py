@@ -67,6 +67,7 @@ class BizassistMagics(Magics):
 
     _run: Run | None = None
     _runs_dir = "runs"
+    _panel: Any = None
 
     @cell_magic
     def finetune(self, line: str, cell: str) -> Run:
@@ -132,15 +133,25 @@ class BizassistMagics(Magics):
 
     @line_magic
     def bizassist(self, line: str) -> Any:
-        """`%bizassist runs` gives a table of runs, `%bizassist doctor` a report on this machine."""
+        """`%bizassist` shows the panel, `%bizassist runs` a table of runs, `%bizassist doctor` this machine."""
+        words = line.split()
+        if not words:
+            return self._shown_panel()
         from bizassist_nb.notebook.tables import doctor_table, runs_table
 
-        words = line.split()
         if words == ["doctor"]:
             return doctor_table()
         if words[:1] == ["runs"] and len(words) <= 2:
             return runs_table(list_runs(words[1] if len(words) == 2 else self._runs_dir))
-        raise UsageError("%bizassist runs [DIR] or %bizassist doctor")
+        raise UsageError("%bizassist, %bizassist runs [DIR] or %bizassist doctor")
+
+    def _shown_panel(self) -> Any:
+        """One panel a kernel: every cell that asks for it shows the same."""
+        if self._panel is None:
+            from bizassist_nb.notebook.panel import Panel
+
+            self._panel = Panel(self._runs_dir)
+        return self._panel
 
     def _chosen(self, options: Any) -> list[Run]:
         """The runs to ask: those named, else the one trained here last, else the newest with an adapter."""

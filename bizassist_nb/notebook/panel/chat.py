@@ -1,0 +1,404 @@
+"""The Chat tab: one question box, and the answers of base and tuned streaming into adjacent panes."""
+
+import functools
+import html
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import ipywidgets as w
+
+from bizassist_nb import render
+from bizassist_nb.assistant.assistant import Assistant
+from bizassist_nb.assistant.bases import loaded_base
+from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
+from bizassist_nb.notebook.panel.controls import tip
+from bizassist_nb.notebook.panel.pump import Pump, clicked
+from bizassist_nb.notebook.panel.state import State
+from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Vote, choice_of, draw_order, tally
+
+_SLICE: Final = 0.1
+"""Seconds of answering before the panes are written again: smooth to the eye, and the kernel's messages get a turn."""
+_QUIET: Final = 0.3
+"""Seconds without a keystroke after Enter: the front end sends the last letters after the Enter itself."""
+
+SUGGESTED: Final = (
+    "How should we price a new feature?",
+    "What should we ask in the first ten customer interviews?",
+    "Which three metrics show that a product is worth keeping?",
+    "Should we use AI to answer support requests?",
+)
+_NONE: Final = "base only"
+
+
+class Chat:
+    """The conversation, the question box, and how answers are drawn."""
+
+    title = "Chat"
+
+    def __init__(self, state: State, pump: Pump):
+        """Build the widgets."""
+        self._state = state
+        self._turns: list[Turn] = []
+        self._answering: Answering | None = None
+        self._entered: tuple[float, str] | None = None
+        self._picked: str | None = None
+        self._newest: str | None = None
+        self._notice = ""
+
+        self._run = w.Dropdown(
+            options=[_NONE], description="tuned model", **tip("the run whose adapter answers on the right")
+        )
+        self._run.add_class("bn-wide")
+        self._panes = {who: Pane(who) for who in (BASE, TUNED)}
+        panes = w.Box([pane.view for pane in self._panes.values()])
+        panes.add_class("bn-panes")
+        self._suggested = w.Box([self._suggestion(text, pump) for text in SUGGESTED])
+        self._suggested.add_class("bn-chips")
+        self._question = w.Text(
+            description="question", placeholder="Ask both, then press Enter", **tip("Enter sends it")
+        )
+        self._question.on_msg(lambda _w, content, _b: self._on_key(content, pump))
+        self._send = w.Button(description="Send", button_style="primary", icon="paper-plane")
+        self._stop = w.Button(description="Stop generating", icon="stop")
+        self._again = w.Button(description="Regenerate", icon="refresh", tooltip="answer the last question anew")
+        self._clear = w.Button(description="Clear", icon="trash", tooltip="forget the conversation")
+        clicked(self._send, pump, lambda: self._take(self._question))
+        clicked(self._stop, pump, self._halt)
+        clicked(self._again, pump, self._regenerate)
+        clicked(self._clear, pump, self._forget)
+        ask = w.Box([self._question, self._send, self._stop, self._again, self._clear])
+        ask.add_class("bn-ask")
+        self._long = w.Textarea(description="long question", rows=6, **tip("a question of several lines"))
+        send_long = w.Button(description="Send", button_style="primary", icon="paper-plane")
+        clicked(send_long, pump, lambda: self._take(self._long))
+        self._options = Options()
+        self._blind = w.Checkbox(
+            description="blind", indent=False, **tip("hide whose answer is whose until you have voted")
+        )
+        self._ballot = VoteRow(pump, self._vote)
+        folded = w.Accordion([w.VBox([self._long, send_long]), self._options.view], selected_index=None)
+        folded.set_title(0, "A longer question")
+        folded.set_title(1, "Generation settings")
+        self._status = w.HTML()
+        self._status.add_class("bn-status")
+        run = w.Box([self._run, self._blind])
+        run.add_class("bn-row")
+        self.view = w.VBox([run, panes, self._ballot.view, self._suggested, ask, self._status, folded])
+
+    def _suggestion(self, text: str, pump: Pump) -> Any:
+        button = w.Button(description=text, tooltip="ask this")
+        clicked(button, pump, lambda: self._ask(text))
+        return button
+
+    def _on_key(self, content: Any, pump: Pump) -> None:
+        if content.get("event") == "submit":
+            pump.post(self._on_enter)
+
+    # What the buttons do.
+
+    def _on_enter(self) -> None:
+        self._entered = (time.monotonic(), self._question.value)
+
+    def _take(self, box: Any) -> None:
+        """Ask what stands in the box, and empty it."""
+        question = box.value.strip()
+        if question and not self._answering:
+            box.value = ""
+            self._ask(question)
+
+    def _ask(self, question: str) -> None:
+        if self._answering:
+            return
+        self._notice = ""
+        name = self._picked
+        run = self._state.runs.get(name) if name else None
+        who = (BASE, TUNED) if run else (BASE,)
+        self._answering = Answering(Assistant(run), question, who, self._options.values())
+        order = draw_order() if run and self._blind.value else None
+        self._turns.append(Turn(question, run.name if run else None, order))
+
+    def _halt(self) -> None:
+        if self._answering:
+            self._answering.close()
+            self._answering = None
+            self._turns[-1].end("stopped")
+
+    def _regenerate(self) -> None:
+        if self._turns and not self._answering:
+            if self._options.greedy:
+                self._notice = (
+                    "With temperature 0 the answer is the same each time; raise it under Generation settings."
+                )
+            else:
+                self._options.next_seed()
+            last = self._turns.pop()
+            notice = self._notice
+            self._ask(last.question)
+            self._notice = notice
+
+    def _vote(self, choice: str) -> None:
+        turn = self._turns[-1] if self._turns else None
+        if turn and turn.votable and turn.comparison:
+            ballot = Ballot(self._state.runs.get(turn.run or ""), turn.comparison, turn.order)
+            turn.vote = ballot.cast(choice)
+            self._notice = tally(ballot.run).sentence
+
+    def _forget(self) -> None:
+        self._halt()
+        self._turns.clear()
+        self._notice = ""
+
+    # What the pump calls.
+
+    def update(self) -> None:
+        """Go on answering for a moment, and show what there is."""
+        self._choose()
+        if self._entered:
+            since, text = self._entered
+            if text != self._question.value:
+                self._entered = (time.monotonic(), self._question.value)
+            elif time.monotonic() - since >= _QUIET:
+                self._entered = None
+                self._take(self._question)
+        if self._answering:
+            self._go_on(self._answering)
+        for pane in self._panes.values():
+            pane.show(self._turns)
+        self._panes[TUNED].empty = (
+            "The tuned model answers here." if self._picked else "No tuned model yet: train one on the Train tab."
+        )
+        self._state.working = self._answering is not None or self._entered is not None
+        self._ballot.show(bool(self._turns) and self._turns[-1].votable)
+        busy = self._answering is not None
+        self._stop.disabled = not busy
+        self._send.disabled = busy
+        self._again.disabled = busy or not self._turns
+        self._clear.disabled = not self._turns
+        self._suggested.layout.display = None if not self._turns else "none"
+        words = self._answering.words if self._answering else self._notice
+        self._status.value = f'<span role="status">{html.escape(words)}</span>'
+
+    def _choose(self) -> None:
+        """List the runs that can be asked; the newest is taken when it becomes one, the person's choice otherwise."""
+        names = self._state.tuned
+        chosen = self._run.value
+        if chosen != (self._picked or _NONE):
+            self._picked = chosen if chosen in names else None
+        newest = names[0] if names else None
+        if newest != self._newest:
+            self._picked = self._newest = newest
+        if list(self._run.options) != [_NONE, *names]:
+            self._run.options = [_NONE, *names]
+        if self._picked not in names:
+            self._picked = None
+        self._run.value = self._picked or _NONE
+
+    def _go_on(self, answering: "Answering") -> None:
+        turn = self._turns[-1]
+        try:
+            going = answering.step(turn)
+        except BaseException:
+            self._answering = None
+            turn.end("not answered")
+            raise
+        if not going:
+            self._answering = None
+            turn.end("")
+
+
+class Turn:
+    """A question with what has been answered so far."""
+
+    def __init__(self, question: str, run: str | None, order: tuple[str, str] | None = None):
+        """Nothing is answered yet; of a blind question, `order` is whose answer stands on the left and on the right."""
+        self.question, self.run, self.order = question, run, order
+        self.vote: Vote | None = None
+        self.comparison: Comparison | None = None
+        self.ended = False
+        self.remark = ""
+
+    def end(self, remark: str) -> None:
+        """Nothing more is to come; `remark` says why, if it is not plain."""
+        self.ended, self.remark = True, remark
+
+    @property
+    def votable(self) -> bool:
+        """Whether it is a blind one that has been answered and not been voted on."""
+        return self.order is not None and self.ended and not self.remark and self.vote is None
+
+    def who(self, pane: str) -> str:
+        """Whose answer stands in that one's pane."""
+        return self.order[pane == TUNED] if self.order else pane
+
+    def whose(self, pane: str) -> str:
+        """What is said of a blind answer above it: whose it was and what was voted, once that was done."""
+        if self.order is None or self.vote is None:
+            return ""
+        who = self.who(pane)
+        name = who if who == BASE else f"{who} ({self.run})"
+        said = {who: " · your vote", "tie": " · a tie", "bad": " · both bad"}.get(self.vote.winner, "")
+        return f'<div class="bn-muted">{html.escape(name + said)}</div>'
+
+    def answer(self, who: str) -> str | None:
+        """The answer of base or tuned so far; None if it is not asked."""
+        return self.comparison.answers.get(who) if self.comparison else ""
+
+    def html(self, pane: str) -> str:
+        """The turn as that one's pane shows it."""
+        asked = f'<div class="bn-asked">{render.plain(self.question)}</div>{self.whose(pane)}'
+        who = self.who(pane)
+        answer = self.answer(who)
+        if answer is None:
+            return f'{asked}<div class="bn-muted">not asked</div>'
+        body = render.markdown(answer) if self.ended else render.plain(answer)
+        cut = self.comparison is not None and who in self.comparison.cut
+        remark = "cut short at max new tokens" if self.ended and cut else self.remark
+        note = f'<div class="bn-muted">{html.escape(remark)}</div>' if remark else ""
+        return f'{asked}<div class="bn-answer">{body}{"" if self.ended else CURSOR}</div>{note}'
+
+
+CURSOR: Final = '<span class="bn-cursor" aria-hidden="true">▍</span>'
+
+
+class Pane:
+    """The conversation as one of the two sees it: what is finished is written once, only the last answer anew."""
+
+    def __init__(self, who: str):
+        """An empty pane."""
+        self.empty = "Ask a question below, or take one of those suggested."
+        self._who = who
+        self._head, self._past, self._live = w.HTML(), w.HTML(), w.HTML()
+        talk = w.VBox([self._past, self._live])
+        scroll = w.Box([talk])
+        scroll.add_class("bn-talk")
+        self.view = w.VBox([self._head, scroll])
+        self.view.add_class("bn-pane")
+        self.view.add_class(f"bn-{who}")
+        self._written: tuple[object, ...] = ()
+
+    def show(self, turns: "list[Turn]") -> None:
+        """Show these turns."""
+        past = [turn for turn in turns if turn.ended]
+        blind = any(turn.order for turn in turns)
+        run = next((turn.run for turn in reversed(turns) if turn.run), None)
+        name = f"{self._who} ({run})" if run and self._who == TUNED else self._who
+        if blind:
+            name = "left" if self._who == BASE else "right"
+        self._head.value = f"<h4>{html.escape(name)}</h4>"
+        written = tuple((turn, turn.vote) for turn in past)
+        if written != self._written:
+            self._written = written
+            self._past.value = "".join(turn.html(self._who) for turn in past)
+        live = turns[-1].html(self._who) if turns and not turns[-1].ended else ""
+        self._live.value = live if turns else f'<div class="bn-muted">{html.escape(self.empty)}</div>'
+
+
+class VoteRow:
+    """Four buttons to vote with, and a field in which one key votes."""
+
+    def __init__(self, pump: Pump, vote: Callable[[str], None]):
+        """`vote` is called by the pump."""
+        buttons = []
+        for choice, words in CHOICES.items():
+            button = w.Button(description=words)
+            clicked(button, pump, functools.partial(vote, choice))
+            buttons.append(button)
+        self._key = w.Text(
+            description="vote by key", placeholder=KEYS_IN_WORDS, **tip("the first key typed here is your vote")
+        )
+        self._key.observe(lambda change: pump.post(lambda: self._typed(change["new"], vote)), "value")
+        self.view = w.Box([*buttons, self._key])
+        self.view.add_class("bn-ask")
+
+    def show(self, wanted: bool) -> None:
+        """Show it while there is something to vote on."""
+        self.view.layout.display = None if wanted else "none"
+
+    def _typed(self, text: str, vote: Callable[[str], None]) -> None:
+        self._key.value = ""
+        if choice := choice_of(text):
+            vote(choice)
+
+
+class Answering:
+    """An answer under way: first the base is loaded, on a thread since it takes long, then both are decoded here."""
+
+    def __init__(self, assistant: Assistant, question: str, who: tuple[str, ...], options: dict[str, Any]):
+        """Begin to load."""
+        self.words = "Loading the model, once for this kernel …"
+        self._stream: Iterator[Comparison] = assistant.stream(question, who=who, **options)
+        self._problem: Exception | None = None
+        run = assistant.run
+        name = run.environment.get("model", run.settings.model) if run else "auto"
+        self._loading = threading.Thread(target=self._load, args=(name,), name="bizassist-load", daemon=True)
+        self._loading.start()
+
+    def _load(self, name: str) -> None:
+        try:
+            loaded_base(name)
+        except Exception as error:  # noqa: BLE001 - raised again where it can be shown
+            self._problem = error
+
+    def step(self, turn: Turn) -> bool:
+        """Decode for a moment into the turn; whether there is more to come."""
+        if self._loading.is_alive():
+            return True
+        if self._problem:
+            raise self._problem
+        self.words = "Answering …"
+        end = time.monotonic() + _SLICE
+        while time.monotonic() < end:
+            newer = next(self._stream, None)
+            if newer is None:
+                return False
+            turn.comparison = newer
+        return True
+
+    def close(self) -> None:
+        """Stop where it is."""
+        self._stream.close()  # type: ignore[attr-defined] # a generator
+
+
+class Options:
+    """How answers are drawn."""
+
+    def __init__(self) -> None:
+        """The defaults: greedy."""
+        number, share = w.BoundedIntText, w.FloatSlider
+        fields = {
+            "max_new_tokens": (number, 256, 1, 8192, 1, "length of an answer at most, in tokens"),
+            "temperature": (share, 0.0, 0.0, 2.0, 0.05, "0 takes the likeliest token each time; higher is more varied"),
+            "top_p": (
+                share,
+                1.0,
+                0.05,
+                1.0,
+                0.05,
+                "draw from the likeliest tokens that have this probability together",
+            ),
+            "top_k": (number, 0, 0, 1000, 1, "draw from this many of the likeliest tokens; 0 for all"),
+            "repetition_penalty": (share, 1.0, 1.0, 2.0, 0.05, "makes what was said already less likely; 1 for none"),
+            "seed": (number, 0, 0, 2**31 - 1, 1, "of the drawing, with a temperature above 0"),
+        }
+        self._fields: dict[str, Any] = {
+            name: kind(value=value, min=least, max=most, step=step, description=name.replace("_", " "), **tip(text))
+            for name, (kind, value, least, most, step, text) in fields.items()
+        }
+        self.view = w.VBox(list(self._fields.values()))
+        self.view.add_class("bn-options")
+
+    def values(self) -> dict[str, Any]:
+        """By name, as `Assistant.stream` takes them."""
+        usable = ("max_new_tokens", "temperature", "seed")  # TODO all, once stream takes them
+        return {name: field.value for name, field in self._fields.items() if name in usable}
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return bool(self._fields["temperature"].value == 0)
+
+    def next_seed(self) -> None:
+        """Draw another answer next time."""
+        self._fields["seed"].value += 1

@@ -1,0 +1,68 @@
+"""What the panel's tabs share: the settings as they stand, the runs there are, and the one that is followed."""
+
+import time
+from typing import Final
+
+from bizassist_nb.runs import ENDED, Run, is_locked, list_runs
+from bizassist_nb.settings import Settings
+from bizassist_nb.survey import Watch
+
+_RUNS_EVERY: Final = 1.0
+"""Seconds between looks at which runs there are."""
+
+
+class State:
+    """Read and written by the pump's turns only, but for `Watch`, which has a thread of its own."""
+
+    def __init__(self, runs_dir: str):
+        """Look for runs; follow the one in training, if there is one."""
+        self.settings: Settings | None = Settings(runs_dir=runs_dir)
+        """As chosen; None while they are not valid."""
+        self.unsettled = False
+        """Whether the settings were changed a moment ago."""
+        self.watch = Watch()
+        self.runs: dict[str, Run] = {}
+        """By name, oldest first."""
+        self.followed: Run | None = None
+        self.working = False
+        """Whether a tab's next turn has more to do at once."""
+        self._runs_dir = runs_dir
+        self._looked = 0.0
+        self.look()
+        self.followed = self.live or next(reversed(self.runs.values()), None)
+
+    def look(self) -> None:
+        """See which runs there are, if it has been a while."""
+        runs_dir = self.settings.runs_dir if self.settings else self._runs_dir
+        if runs_dir == self._runs_dir and time.monotonic() - self._looked < _RUNS_EVERY:
+            return
+        known = {run.path: run for run in self.runs.values()} if runs_dir == self._runs_dir else {}
+        self.runs = {run.name: known.get(run.path, run) for run in list_runs(runs_dir)}
+        self._runs_dir, self._looked = runs_dir, time.monotonic()
+        if self.followed and self.followed.name not in self.runs:
+            self.followed = None
+
+    def follow(self, run: Run) -> None:
+        """Show this run from now on."""
+        self.runs[run.name] = self.runs.pop(run.name, run)
+        self.followed = self.runs[run.name]
+
+    @property
+    def live(self) -> Run | None:
+        """The run whose worker is at work, if any is."""
+        return next((run for run in reversed(self.runs.values()) if is_locked(run.path)), None)
+
+    @property
+    def following(self) -> bool:
+        """Whether something goes on that the views have to keep up with."""
+        return self.live is not None or self.watch.busy or self.unsettled
+
+    @property
+    def tuned(self) -> list[str]:
+        """Names of the runs that have an adapter, newest first."""
+        return [name for name, run in reversed(self.runs.items()) if run.adapter]
+
+
+def over(run: Run) -> bool:
+    """Whether it has ended and its worker is gone: only then can it be resumed."""
+    return run.status in ENDED and not is_locked(run.path)

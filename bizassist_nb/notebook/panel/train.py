@@ -1,0 +1,335 @@
+"""The Train tab: settings, what they lead to, and a run from its start to its verdict."""
+
+import dataclasses
+import html
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import ipywidgets as w
+import tomli_w
+
+from bizassist_nb import render, report
+from bizassist_nb.assistant.bases import release
+from bizassist_nb.errors import BizassistError, SettingsError
+from bizassist_nb.notebook.panel.controls import Control, control, tip
+from bizassist_nb.notebook.panel.pump import Pump, clicked
+from bizassist_nb.notebook.panel.state import State, over
+from bizassist_nb.runs import Run, check_name
+from bizassist_nb.scorecard import rising
+from bizassist_nb.settings import Settings
+from bizassist_nb.survey import Survey, device_memory, past_speed
+from bizassist_nb.training.launch import start
+
+_FIRST: Final = ("model", "data", "subset", "rank")
+"""The settings that are seen at once; the rest are under "More settings"."""
+_SETTLED: Final = 0.5
+"""Seconds for which settings have to stay as they are before their rows are counted."""
+_PLOT_EVERY: Final = 0.5
+"""Seconds between redraws of the plot."""
+
+
+class Train:
+    """Settings on the left, the run on the right; below each other where it is narrow."""
+
+    title = "Train"
+
+    def __init__(self, state: State, pump: Pump):
+        """Build the widgets."""
+        self._settings = SettingsForm(state, pump)
+        self._run = RunView(state, pump, self._settings)
+        self.view = w.Box([self._settings.view, self._run.view])
+        self.view.add_class("bn-split")
+
+    def update(self) -> None:
+        """Bring both sides up to date."""
+        self._settings.update()
+        self._run.update()
+
+
+class SettingsForm:
+    """A control for every setting, a name for the run, and the same as a cell."""
+
+    def __init__(self, state: State, pump: Pump):
+        """Show the defaults, in the state's folder of runs."""
+        self._state = state
+        self._name = w.Text(
+            description="name of the run",
+            placeholder="made from the data's name",
+            **tip("letters, digits, '.', '-' and '_'; the run's folder gets this name"),
+        )
+        self._name_problem = w.HTML()
+        self._name_problem.add_class("bn-problem")
+        self.controls: dict[str, Control] = {f.name: control(f) for f in dataclasses.fields(Settings)}
+        if state.settings:
+            self.controls["runs_dir"].put(state.settings.runs_dir)
+        self._cell = w.Textarea(
+            description="as a cell", rows=7, **tip("the same settings as a %%finetune cell: select it all and copy it")
+        )
+        self._cell.add_class("bn-code")
+        self._from = w.Dropdown(
+            description="settings of run", **tip("a run whose settings are to be loaded into the form")
+        )
+        load = w.Button(description="Load", tooltip="load that run's settings into the form")
+        clicked(load, pump, self._load)
+        more = w.VBox([c.view for name, c in self.controls.items() if name not in _FIRST])
+        source = w.Box([self._from, load])
+        source.add_class("bn-row")
+        folded = w.Accordion([more, w.VBox([self._cell]), w.VBox([source])], selected_index=None)
+        for i, title in enumerate(("More settings", "Copy as cell", "From run")):
+            folded.set_title(i, title)
+        name = w.VBox([self._name, self._name_problem])
+        name.add_class("bn-field")
+        self.view = w.VBox([w.HTML("<h3>Settings</h3>"), name, *(self.controls[n].view for n in _FIRST), folded])
+        self._raw: Mapping[str, Any] = {}
+        self._changed_at = 0.0
+        self.name_problem = ""
+
+    @property
+    def name(self) -> str | None:
+        """The name asked for, if one was."""
+        return self._name.value.strip() or None
+
+    @property
+    def valid(self) -> bool:
+        """Whether a run could be started with these."""
+        return self._state.settings is not None and not self.name_problem
+
+    def update(self) -> None:
+        """Read the controls, say what is wrong beside each, and have the rows counted once nothing changes any more."""
+        raw = {name: shown.read() for name, shown in self.controls.items()}
+        if raw != self._raw:
+            self._raw, self._changed_at = raw, time.monotonic()
+            self._take(raw)
+        self._check_name()
+        self._state.unsettled = time.monotonic() - self._changed_at < _SETTLED
+        if not self._state.unsettled or self._state.settings is None:
+            self._state.watch.want(self._state.settings)
+        names = list(reversed(self._state.runs))
+        if list(self._from.options) != names:
+            self._from.options = names
+        self._cell.value = self._as_cell()
+
+    def _take(self, raw: Mapping[str, Any]) -> None:
+        problems: dict[str, str] = {}
+        try:
+            self._state.settings = Settings(**raw)
+        except SettingsError as error:
+            self._state.settings = None
+            problems = {problem.partition(" ")[0]: problem for problem in error.problems}
+        for name, shown in self.controls.items():
+            shown.complain(problems.get(name, ""))
+
+    def _check_name(self) -> None:
+        self.name_problem = ""
+        if self.name:
+            try:
+                check_name(self.name)
+            except BizassistError as error:
+                self.name_problem = str(error)
+        shown = f'<span role="alert">⚠ {html.escape(self.name_problem)}</span>' if self.name_problem else ""
+        self._name_problem.value = shown
+
+    def _as_cell(self) -> str:
+        if not self._state.settings:
+            return "(the settings are not valid yet)"
+        return f"%%finetune {self.name or ''}".rstrip() + "\n" + tomli_w.dumps(self._state.settings.changed())
+
+    def _load(self) -> None:
+        if self._from.value:
+            settings = self._state.runs[self._from.value].settings
+            for name, shown in self.controls.items():
+                shown.put(getattr(settings, name))
+
+
+class RunView:
+    """What the settings lead to, the buttons, and the run that is followed."""
+
+    def __init__(self, state: State, pump: Pump, form: SettingsForm):
+        """Build the widgets."""
+        self._state, self._form = state, form
+        self._before = w.HTML()
+        self._before.add_class("bn-before")
+        self._start = w.Button(description="Start", button_style="primary", icon="play")
+        self._stop = w.Button(description="Stop", icon="stop")
+        self._resume = w.Button(description="Resume", icon="step-forward")
+        clicked(self._start, pump, self._on_start)
+        clicked(self._resume, pump, self._on_resume)
+        self._stop.on_click(lambda _: self._on_stop())  # only a signal, so at once, whatever the kernel is busy with
+        self._stopping: Run | None = None
+        self._choice = w.Dropdown(description="run", **tip("the run that is shown here"))
+        buttons = w.Box([self._start, self._stop, self._resume, self._choice])
+        buttons.add_class("bn-buttons")
+        self._head, self._plot, self._tail = w.HTML(), w.HTML(), w.HTML()
+        self.view = w.VBox([w.HTML("<h3>Training</h3>"), self._before, buttons, self._head, self._plot, self._tail])
+        self._plotted: tuple[Run | None, int, float] = (None, -1, 0.0)
+        self._told: tuple[object, ...] = ()
+        self._chosen: str | None = None
+
+    def update(self) -> None:
+        """Bring it up to date."""
+        self._choose()
+        self._before.value = self._before_words()
+        run, live = self._state.followed, self._state.live
+        self._start.disabled = not self._form.valid or live is not None
+        self._start.tooltip = _why_not(self._form.valid, live)
+        self._stop.disabled = live is None
+        stopping = live is not None and self._stopping is live
+        self._stop.description = "Stop at once" if stopping else "Stop"
+        self._stop.tooltip = "end it now, without saving" if stopping else "finish the step, save, and end"
+        self._resume.disabled = live is not None or run is None or run.status not in ("stopped", "lost", "failed")
+        self._resume.tooltip = (
+            "go on from the last checkpoint" if not self._resume.disabled else "no stopped run is chosen"
+        )
+        if live is None:
+            self._stopping = None
+        self._show(run)
+
+    def _choose(self) -> None:
+        """Follow what was chosen in the list; list what there is."""
+        state = self._state
+        if self._choice.value != self._chosen and self._choice.value in state.runs:
+            state.followed = state.runs[self._choice.value]
+        names, name = list(reversed(state.runs)), state.followed.name if state.followed else None
+        if list(self._choice.options) != names:
+            self._choice.options = names
+        self._choice.layout.display = None if names else "none"
+        self._choice.value = self._chosen = name
+
+    # What the settings lead to.
+
+    def _before_words(self) -> str:
+        watch, settings = self._state.watch, self._state.settings
+        if settings is None or not self._form.valid:
+            return '<span class="bn-muted">The settings are not valid yet: see what stands beside them.</span>'
+        if watch.problem:
+            return f'<span role="alert">⚠ {html.escape(str(watch.problem))}</span>'
+        if watch.found is None:
+            return '<span class="bn-muted">Reading the rows …</span>'
+        return _tiles(self._consequences(watch.found))
+
+    def _consequences(self, found: Survey) -> list[tuple[str, str]]:
+        """(label, value) of what is known before training."""
+        about = "" if found.finished else "≈ "
+        words = [
+            ("rows", f"{found.rows:,}"),
+            ("tokens an epoch", f"{about}{found.epoch_tokens:,.0f}"),
+            ("steps", f"{found.steps:,}"),
+            ("rows cut", f"{about}{found.truncated_share:.1%}"),
+        ]
+        if bad := len(found.unusable) + len(found.too_long):
+            words.append(("rows not usable", f"{bad:,}"))
+        words += [("model", _short(found.base.name)), ("memory free", device_memory())]
+        speed = past_speed(list(self._state.runs.values()), found.base.name)
+        if speed is None:
+            return [*words, ("expected time", "not known before a first run of this model here")]
+        seconds = found.epoch_tokens * found.settings.epochs / speed.tokens_per_second
+        pace = f"{_duration(seconds)} at the {speed.tokens_per_second:,.0f} tokens/s of {speed.run}"
+        return [*words, ("expected time", f"about {pace}")]
+
+    # The buttons.
+
+    def _on_start(self) -> None:
+        if self._state.settings and self._form.valid:
+            release()
+            self._state.follow(start(self._state.settings, self._form.name))
+
+    def _on_resume(self) -> None:
+        run = self._state.followed
+        if run and over(run):
+            release()
+            start(run.settings, run.name, resume=True)
+
+    def _on_stop(self) -> None:
+        live = self._state.live
+        if live and self._stopping is live:
+            live.kill()
+        elif live:
+            self._stopping = live
+            live.stop()
+
+    # The run.
+
+    def _show(self, run: Run | None) -> None:
+        if run is None:
+            self._head.value = '<p class="bn-muted">No run yet. Choose the settings, then press Start.</p>'
+            self._plot.value = self._tail.value = ""
+            return
+        ended = over(run)
+        self._head.value = "" if ended else self._progress(run)
+        points = len(run.steps) + len(run.held_out)
+        now = time.monotonic()
+        of, drawn, at = self._plotted
+        if run is not of or (points != drawn and (ended or now - at >= _PLOT_EVERY)):
+            self._plot.value = _plot(run) if points else ""
+            self._plotted = (run, points, now)
+        told = (run, ended, run.status if ended else None, len(report.facts(run)))
+        if told != self._told:  # seldom: what was unfolded in it is folded up again by a change
+            self._tail.value = _outcome(run) if ended else render.table(report.facts(run))
+            self._told = told
+
+    def _progress(self, run: Run) -> str:
+        now, state = report.progress(run), run.last("state")
+        stopping = self._stopping is run
+        doing = "stopping: it finishes its step and saves" if stopping else report.headline(run).partition(": ")[2]
+        doing = doing.partition(" · ")[0]
+        since = f", for {_duration(time.time() - state['time'])}" if state and run.status != "training" else ""
+        head = f"<p><b>{html.escape(run.name)}</b>: {html.escape(doing)}{since}</p>"
+        if now is None:
+            return head + _bar(0.0)
+        held_out = run.held_out
+        tiles = [
+            ("step", f"{now.step:,} / {now.total:,}"),
+            ("loss", f"{now.loss:.3f}"),
+            ("held-out loss", f"{held_out[-1][1]:.3f}" if held_out else "–"),
+            ("tokens/s", f"{now.tokens_per_second:,.0f}"),
+            ("time left", _duration(now.seconds_left)),
+        ]
+        rises = f'<p role="status">{html.escape(words)}</p>' if (words := rising(run)) else ""
+        return head + _bar(now.share) + _tiles(tiles) + rises
+
+
+def _plot(run: Run) -> str:
+    from bizassist_nb.plots import loss_svg  # matplotlib, which is not needed before there is a curve
+
+    return loss_svg(run)
+
+
+def _outcome(run: Run) -> str:
+    """How it ended; for a failure with the last lines of its log, whatever the reason."""
+    told = report.run_html(run)
+    if run.status in ("failed", "lost") and (lines := run.log(12)):
+        log = html.escape("\n".join(lines))
+        told += f"<details><summary>the last lines of its log</summary><pre>{log}</pre></details>"
+    return told
+
+
+def _why_not(valid: bool, live: Run | None) -> str:
+    if live:
+        return f"{live.name} is being trained; one run at a time"
+    return "train with these settings" if valid else "the settings are not valid yet"
+
+
+def _bar(share: float) -> str:
+    return (
+        f'<div class="bn-bar" role="progressbar" aria-label="training" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{100 * share:.0f}"><div style="width: {share:.1%}"></div></div>'
+    )
+
+
+def _tiles(pairs: Iterable[tuple[str, str]]) -> str:
+    shown = "".join(
+        f"<div><span>{html.escape(label)}</span> <b>{html.escape(value)}</b></div>" for label, value in pairs
+    )
+    return f'<div class="bn-tiles">{shown}</div>'
+
+
+def _short(name: str) -> str:
+    """A model's name; of a path its end."""
+    return name if len(name) <= 40 else "…" + name[-39:]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,171 @@
+"""A person at the panel, in real front ends: settings, training, chat, and coming back to it."""
+
+import re
+
+import pytest
+from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel
+
+from bizassist_nb.runs import Run
+
+PANEL = ["%load_ext bizassist_nb", "%bizassist"]
+COLAB = ["import google.colab\n%load_ext bizassist_nb", "%bizassist"]
+
+
+def show(book):
+    for cell in range(2):
+        book.run(cell)
+    book.see("name of the run")
+
+
+def fill_in(book, tiny, name, epochs=100):
+    """Settings of a run with the tiny model that lasts as long as it is wanted."""
+    book.fill("name of the run", name)
+    book.choose("model", "other …")
+    book.fill("model: which", tiny)
+    book.choose("data", "sample")
+    book.fill("rows to train on, as a number", 12)
+    book.unfold("More settings")
+    book.fill("held out", 4)
+    book.fill("epochs", epochs)
+    book.choose("engine", "transformers")
+    book.fill("max length", 512)
+    book.see("tokens an epoch")
+
+
+def plots(book, count, timeout=60):
+    """Wait until so many different loss plots have been seen; what they said of the newest step."""
+    seen = []
+    for _ in range(timeout * 5):
+        shown = book.panel.locator("svg[role=img]")
+        label = shown.first.get_attribute("aria-label") if shown.count() else ""
+        if "training loss" in label and label not in seen:
+            seen.append(label)
+        if len(seen) >= count:
+            return [
+                int(re.search(r"(\d+)(?:;|$)", label.partition(" at step ")[2].partition(" at ")[2]).group(1))
+                for label in seen
+            ]
+        book.page.wait_for_timeout(200)
+    raise AssertionError(f"only {len(seen)} plots: {seen}")
+
+
+def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny, screenshots):
+    book = opened(lab, [*PANEL, "%bizassist"])
+    show(book)
+    book.see("No run yet")
+    book.see("tokens an epoch")
+    book.page.screenshot(path=screenshots / "idle-light.png")
+    fill_in(book, tiny, "first")
+    book.press("Start")
+    steps = plots(book, 3)
+    assert steps == sorted(set(steps))
+    book.unfold("More settings")
+    book.page.screenshot(path=screenshots / "training-light.png")
+    book.press("Stop")
+    book.see("first: stopped")
+    run = Run(lab.root / "runs" / "first")
+    assert run.settings.subset == 12
+    assert run.status == "stopped"
+    assert run.adapter
+    done = len(run.steps)
+    book.press("Resume")
+    assert plots(book, 1)[0] >= done
+
+    book.tab("Chat")  # while it trains
+    box = book.panel.get_by_label("question", exact=True)
+    box.type("How should we **price** it?")
+    box.press("Enter")
+    panes = book.panel.locator(".bn-pane")
+    lengths = growing(book, panes)
+    assert all(length > 0 for length in lengths)
+    book.page.screenshot(path=screenshots / "chatting-light.png")
+    book.press("Stop generating")
+    book.see("stopped")
+    book.press("Clear")
+    book.see("take one of those suggested")
+
+    book.tab("Train")
+    book.press("Stop")
+    book.see("first: stopped")
+    book.run(2)  # a second view of the same panel
+    assert book.page.locator(".bizassist").count() == 2
+    book.see("first: stopped")
+    book.save()
+    book.reload()
+    book.see("first: stopped")
+    assert book.panel.get_by_label("rows to train on, as a number").first.input_value() == "12"
+    assert book.errors == []
+
+
+def growing(book, panes):
+    """How long the answers in both panes were, once both have been seen to grow at the same time."""
+    before = [len(panes.nth(i).locator(".bn-answer").last.inner_text()) for i in (0, 1)]
+    for _ in range(300):
+        now = [len(panes.nth(i).locator(".bn-answer").last.inner_text()) for i in (0, 1)]
+        if all(a < b for a, b in zip(before, now, strict=True)):
+            return now
+        book.page.wait_for_timeout(100)
+    raise AssertionError(f"answers did not grow: {before} {now}")
+
+
+def train_and_stop(book, tiny, name):
+    """Start, see the plot move, stop; the run."""
+    fill_in(book, tiny, name)
+    book.press("Start")
+    plots(book, 3)
+    book.press("Stop")
+    book.see(f"{name}: stopped")
+    run = Run(book.server.root / "runs" / name)
+    assert run.status == "stopped"
+    assert run.adapter
+    return run
+
+
+def chat_and_stop(book):
+    """Ask both by Enter, see both grow, stop."""
+    book.tab("Chat")
+    box = book.panel.get_by_label("question", exact=True)
+    box.type("How should we price it?")
+    box.press("Enter")
+    growing(book, book.panel.locator(".bn-pane"))
+    book.press("Stop generating")
+    book.see("stopped")
+
+
+def test_notebook_7(serve, opened, tiny):
+    server = serve("notebook")
+    book = opened(server, PANEL)
+    show(book)
+    train_and_stop(book, tiny, "second")
+    chat_and_stop(book)
+    book.save()
+    book.reload()
+    book.tab("Train")
+    book.see("second: stopped")
+
+
+def test_ipykernel_whose_callbacks_run_on_another_thread(serve, opened, tiny):
+    assert OLDER_KERNEL.is_dir(), f"run: pip install --no-deps --target {OLDER_KERNEL} ipykernel==7.3.0"
+    server = serve("lab")
+    book = opened(server, [*PANEL, "import ipykernel; ipykernel.__version__"], kernel=older_kernel(server))
+    show(book)
+    book.run(2)
+    assert "7.3.0" in book.page.locator(".jp-OutputArea-output").last.inner_text()
+    train_and_stop(book, tiny, "third")
+    chat_and_stop(book)
+    assert book.errors == []
+
+
+@pytest.mark.parametrize("colab", [False, True], ids=["classic", "colab"])
+def test_notebook_6_and_colabs_versions(serve, opened, tiny, tmp_path, colab):
+    if colab:  # all of Colab that the panel looks for
+        (tmp_path / "google" / "colab").mkdir(parents=True)
+        (tmp_path / "google" / "colab" / "__init__.py").touch()
+    server = serve("classic", python=COLAB_PYTHON)
+    book = opened(server, [*(COLAB if colab else PANEL), "1 + 1"])
+    show(book)
+    train_and_stop(book, tiny, "fourth")
+    chat_and_stop(book)
+    book.run(2)  # other cells run again once nothing is followed
+    assert "2" in book.page.locator(".output_text").last.inner_text()
+    assert book.errors == []
