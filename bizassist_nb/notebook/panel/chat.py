@@ -12,7 +12,7 @@ from bizassist_nb import render
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.bases import loaded_base
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
-from bizassist_nb.notebook.panel.controls import tip
+from bizassist_nb.notebook.panel.controls import fold, tip
 from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State
 
@@ -72,12 +72,13 @@ class Chat:
         send_long = w.Button(description="Send", button_style="primary", icon="paper-plane")
         clicked(send_long, pump, lambda: self._take(self._long))
         self._options = Options()
-        folded = w.Accordion([w.VBox([self._long, send_long]), self._options.view], selected_index=None)
-        folded.set_title(0, "A longer question")
-        folded.set_title(1, "Generation settings")
+        folded = [
+            fold("A longer question", self._long, send_long),
+            fold("Generation settings", self._options.view),
+        ]
         self._status = w.HTML()
         self._status.add_class("bn-status")
-        self.view = w.VBox([self._run, panes, self._suggested, ask, self._status, folded])
+        self.view = w.VBox([self._run, panes, self._suggested, ask, self._status, *folded])
 
     def _suggestion(self, text: str, pump: Pump) -> Any:
         button = w.Button(description=text, tooltip="ask this")
