@@ -81,3 +81,10 @@ def older_kernel(server):
     }
     (folder / "kernel.json").write_text(json.dumps(spec))
     return "older"
+
+
+def show(book):
+    """Run the two cells that show the panel."""
+    for cell in range(2):
+        book.run(cell)
+    book.see("name of the run")

@@ -4,19 +4,13 @@ import re
 
 import nbformat
 import pytest
-from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel
+from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel, show
 from nbconvert import HTMLExporter
 
 from bizassist_nb.runs import Run
 
 PANEL = ["%load_ext bizassist_nb", "%bizassist"]
 COLAB = ["import google.colab\n%load_ext bizassist_nb", "%bizassist"]
-
-
-def show(book):
-    for cell in range(2):
-        book.run(cell)
-    book.see("name of the run")
 
 
 def fill_in(book, tiny, name, epochs=100):
@@ -51,18 +45,16 @@ def plots(book, count, timeout=60):
     raise AssertionError(f"only {len(seen)} plots: {seen}")
 
 
-def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny, screenshots):
+def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book = opened(lab, [*PANEL, "%bizassist"])
     show(book)
     book.see("No run yet")
     book.see("tokens an epoch")
-    book.page.screenshot(path=screenshots / "idle-light.png")
     fill_in(book, tiny, "first")
     book.press("Start")
     steps = plots(book, 3)
     assert steps == sorted(set(steps))
     book.unfold("More settings")
-    book.page.screenshot(path=screenshots / "training-light.png")
     book.press("Stop")
     book.see("first: stopped")
     run = Run(lab.root / "runs" / "first")
@@ -80,7 +72,6 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny, s
     panes = book.panel.locator(".bn-pane")
     lengths = growing(book, panes)
     assert all(length > 0 for length in lengths)
-    book.page.screenshot(path=screenshots / "chatting-light.png")
     book.press("Stop generating")
     book.see("stopped")
     book.press("Clear")
