@@ -24,7 +24,7 @@ def _parser() -> MarkdownIt:
 def markdown(text: str) -> str:
     """Markdown rendered to HTML in which nothing can run or be fetched."""
     return nh3.clean(
-        _parser().render(text),
+        _parser().render(_whole(text)),
         tags=_TAGS,
         attributes={"a": {"href"}, "*": set()},
         url_schemes={"http", "https", "mailto"},
@@ -33,7 +33,12 @@ def markdown(text: str) -> str:
 
 def plain(text: str) -> str:
     """Text as it is, escaped, with its line breaks."""
-    return f'<div style="white-space: pre-wrap; overflow-wrap: anywhere">{html.escape(text)}</div>'
+    return f'<div style="white-space: pre-wrap; overflow-wrap: anywhere">{html.escape(_whole(text))}</div>'
+
+
+def _whole(text: str) -> str:
+    """The text without halves of characters (lone surrogates), which no message to a front end can carry."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:

@@ -62,8 +62,8 @@ class Server:
         module = {"lab": "jupyterlab", "notebook": "notebook", "classic": "notebook"}[kind]
         app = "NotebookApp" if kind == "classic" else "ServerApp"
         token = f"--NotebookApp.token={self.token}" if kind == "classic" else f"--IdentityProvider.token={self.token}"
-        command = [python, "-m", module, "--no-browser", "--allow-root", f"--{app}.ip=127.0.0.1", f"--{app}.port={self.port}",
-                   f"--{app}.port_retries=0", token]  # fmt: skip
+        command = [python, "-m", module, "--no-browser", "--allow-root", f"--{app}.ip=127.0.0.1",
+                   f"--{app}.port={self.port}", f"--{app}.port_retries=0", token]  # fmt: skip
         command += [f"--NotebookApp.notebook_dir={root}"] if kind == "classic" else [
             f"--ServerApp.root_dir={root}", "--expose-app-in-browser"
         ]  # fmt: skip
@@ -83,7 +83,7 @@ class Server:
         end = time.monotonic() + 60
         while time.monotonic() < end and self.process.poll() is None:
             try:
-                urllib.request.urlopen(f"{self.url}/api", timeout=2).read()
+                urllib.request.urlopen(f"{self.url}/api", timeout=2).read()  # noqa: S310 - our own server
             except urllib.error.HTTPError:
                 return
             except OSError:
@@ -185,7 +185,10 @@ class Book:
                 " window.jupyterapp.commands.execute('notebook:run-cell'); }",
                 index,
             )
-            done = "i => /\\[\\d+\\]/.test(document.querySelectorAll('.jp-Notebook .jp-Cell')[i].querySelector('.jp-InputPrompt').textContent)"
+            done = (
+                "i => /\\[\\d+\\]/.test(document.querySelectorAll('.jp-Notebook .jp-Cell')[i]"
+                ".querySelector('.jp-InputPrompt').textContent)"
+            )
         if wait:
             self.page.wait_for_timeout(200)
             self.page.wait_for_function(done, arg=index, timeout=120_000)
@@ -227,7 +230,8 @@ class Book:
         self.panel.get_by_label(label, exact=True).first.select_option(value)
 
     def unfold(self, title: str) -> None:
-        self.panel.get_by_text(title, exact=True).first.click()
+        """Show what is folded away, or hide it."""
+        self.press(title)
 
     def see(self, text: str, *, timeout: float = 60) -> None:
         """Wait until the panel shows that text."""

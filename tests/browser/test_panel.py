@@ -2,19 +2,15 @@
 
 import re
 
+import nbformat
 import pytest
-from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel
+from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel, show
+from nbconvert import HTMLExporter
 
 from bizassist_nb.runs import Run
 
 PANEL = ["%load_ext bizassist_nb", "%bizassist"]
 COLAB = ["import google.colab\n%load_ext bizassist_nb", "%bizassist"]
-
-
-def show(book):
-    for cell in range(2):
-        book.run(cell)
-    book.see("name of the run")
 
 
 def fill_in(book, tiny, name, epochs=100):
@@ -49,18 +45,16 @@ def plots(book, count, timeout=60):
     raise AssertionError(f"only {len(seen)} plots: {seen}")
 
 
-def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny, screenshots):
+def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book = opened(lab, [*PANEL, "%bizassist"])
     show(book)
     book.see("No run yet")
     book.see("tokens an epoch")
-    book.page.screenshot(path=screenshots / "idle-light.png")
     fill_in(book, tiny, "first")
     book.press("Start")
     steps = plots(book, 3)
     assert steps == sorted(set(steps))
     book.unfold("More settings")
-    book.page.screenshot(path=screenshots / "training-light.png")
     book.press("Stop")
     book.see("first: stopped")
     run = Run(lab.root / "runs" / "first")
@@ -78,7 +72,6 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny, s
     panes = book.panel.locator(".bn-pane")
     lengths = growing(book, panes)
     assert all(length > 0 for length in lengths)
-    book.page.screenshot(path=screenshots / "chatting-light.png")
     book.press("Stop generating")
     book.see("stopped")
     book.press("Clear")
@@ -169,3 +162,87 @@ def test_notebook_6_and_colabs_versions(serve, opened, tiny, tmp_path, colab):
     book.run(2)  # other cells run again once nothing is followed
     assert "2" in book.page.locator(".output_text").last.inner_text()
     assert book.errors == []
+
+
+def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
+    """A worker that dies at once; then wrong settings; then a run while another cell is busy; then a new kernel."""
+    (tmp_path / "trl.py").write_text('import os\nprint("trl went up in smoke", flush=True)\nos._exit(3)\n')
+    cells = [
+        f"import os; old = os.environ.get('PYTHONPATH', ''); os.environ['PYTHONPATH'] = {str(tmp_path)!r} + ':' + old",
+        "os.environ['PYTHONPATH'] = old",
+        "import time; time.sleep(6)",
+    ]
+    book = opened(lab, [*PANEL, *cells], name="crash.ipynb")
+    show(book)
+    book.run(2)
+    fill_in(book, tiny, "dead")
+    book.press("Start")
+    book.see("ended without a word")
+    book.see("trl went up in smoke")
+    book.run(3)
+
+    start = book.panel.locator("button", has_text="Start")
+    book.fill("batch size", 0)
+    book.see("batch_size = 0: has to be a whole number from 1")
+    assert start.is_disabled()
+    book.fill("batch size", 4)
+    book.fill("name of the run", "../up")
+    book.see("cannot be the name of a run")
+    assert start.is_disabled()
+    book.fill("name of the run", "long")
+    book.unfold("Copy as cell")
+    cell = book.panel.get_by_label("as a cell")
+    book.page.wait_for_function("box => box.value.startsWith('%%finetune long')", arg=cell.element_handle())
+    assert "epochs = 100" in cell.input_value()
+
+    book.press("Start")
+    before = plots(book, 1)[0]
+    book.run(4)  # six seconds in which the kernel shows nothing
+    assert plots(book, 1)[0] > before
+    book.save()
+    book.restart()
+    show(book)
+    book.see("long: training")
+    assert plots(book, 2)[-1] > before
+    book.press("Stop")
+    book.see("long: stopped")
+    book.unfold("From run")
+    book.choose("settings of run", "long")
+    book.press("Load")
+    box = book.panel.get_by_label("epochs")
+    book.unfold("More settings")
+    book.page.wait_for_function("box => box.value === '100'", arg=box.element_handle())
+
+    book.save()
+    saved = nbformat.read(lab.root / "crash.ipynb", as_version=4)
+    page, _ = HTMLExporter().from_notebook_node(saved)  # what one sees without a kernel
+    assert "data:image/png;base64" in page
+    assert "long: stopped" in page
+
+
+def test_keys_alone_reach_everything(lab, opened):
+    book = opened(lab, PANEL, name="keys.ipynb")
+    show(book)
+    book.see("tokens an epoch")
+    reached = []
+    book.panel.locator("button").first.focus()
+    for _ in range(20):
+        reached.append(
+            book.page.evaluate(
+                "() => { const e = document.activeElement; return e.labels?.[0]?.textContent || e.textContent }"
+            ).strip()
+        )
+        book.page.keyboard.press("Tab")
+    for name in ("Train", "name of the run", "model", "rows to train on, as a number", "More settings", "Start"):
+        assert name in reached
+    book.panel.locator("button", has_text="More settings").focus()
+    book.page.keyboard.press("Enter")
+    book.panel.get_by_label("learning rate").wait_for()
+    book.panel.get_by_role("tab", name="Train").focus()
+    book.page.keyboard.press("ArrowRight")
+    book.page.keyboard.press("Enter")
+    book.see("as the model reads it")
+    unnamed = book.panel.locator("input, select, textarea").evaluate_all(
+        "all => all.filter(e => !e.labels?.length && !e.ariaLabel).length"
+    )
+    assert unnamed == 0

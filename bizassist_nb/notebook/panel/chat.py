@@ -13,7 +13,7 @@ from bizassist_nb import render
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.bases import loaded_base
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
-from bizassist_nb.notebook.panel.controls import tip
+from bizassist_nb.notebook.panel.controls import fold, tip
 from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Vote, choice_of, draw_order, tally
@@ -78,14 +78,15 @@ class Chat:
             description="blind", indent=False, **tip("hide whose answer is whose until you have voted")
         )
         self._ballot = VoteRow(pump, self._vote)
-        folded = w.Accordion([w.VBox([self._long, send_long]), self._options.view], selected_index=None)
-        folded.set_title(0, "A longer question")
-        folded.set_title(1, "Generation settings")
+        folded = [
+            fold("A longer question", self._long, send_long),
+            fold("Generation settings", self._options.view),
+        ]
         self._status = w.HTML()
         self._status.add_class("bn-status")
         run = w.Box([self._run, self._blind])
         run.add_class("bn-row")
-        self.view = w.VBox([run, panes, self._ballot.view, self._suggested, ask, self._status, folded])
+        self.view = w.VBox([run, panes, self._ballot.view, self._suggested, ask, self._status, *folded])
 
     def _suggestion(self, text: str, pump: Pump) -> Any:
         button = w.Button(description=text, tooltip="ask this")

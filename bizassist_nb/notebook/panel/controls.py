@@ -25,6 +25,17 @@ def tip(text: str) -> dict[str, str]:
     return {"tooltip" if _VERSION >= 8 else "description_tooltip": text}
 
 
+def fold(title: str, *content: Any) -> Any:
+    """Content behind a button that shows it. The front end does so alone (panel.css), and keys reach it, which they
+    do not with an `Accordion`.
+    """
+    button = w.ToggleButton(description=title, icon="caret-right", tooltip=f"show or hide: {title}")
+    button.add_class("bn-fold")
+    box = w.VBox(content)
+    box.add_class("bn-folded")
+    return w.VBox([button, box])
+
+
 def control(field: "dataclasses.Field[Any]") -> "Control":
     """The control for that field."""
     if field.name in _SLIDERS:

@@ -12,7 +12,7 @@ import tomli_w
 from bizassist_nb import render, report
 from bizassist_nb.assistant.bases import release
 from bizassist_nb.errors import BizassistError, SettingsError
-from bizassist_nb.notebook.panel.controls import Control, control, tip
+from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
 from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.runs import Run, check_name
@@ -72,15 +72,13 @@ class SettingsForm:
         )
         load = w.Button(description="Load", tooltip="load that run's settings into the form")
         clicked(load, pump, self._load)
-        more = w.VBox([c.view for name, c in self.controls.items() if name not in _FIRST])
+        more = [c.view for name, c in self.controls.items() if name not in _FIRST]
         source = w.Box([self._from, load])
         source.add_class("bn-row")
-        folded = w.Accordion([more, w.VBox([self._cell]), w.VBox([source])], selected_index=None)
-        for i, title in enumerate(("More settings", "Copy as cell", "From run")):
-            folded.set_title(i, title)
+        folded = [fold("More settings", *more), fold("Copy as cell", self._cell), fold("From run", source)]
         name = w.VBox([self._name, self._name_problem])
         name.add_class("bn-field")
-        self.view = w.VBox([w.HTML("<h3>Settings</h3>"), name, *(self.controls[n].view for n in _FIRST), folded])
+        self.view = w.VBox([w.HTML("<h3>Settings</h3>"), name, *(self.controls[n].view for n in _FIRST), *folded])
         self._raw: Mapping[str, Any] = {}
         self._changed_at = 0.0
         self.name_problem = ""
