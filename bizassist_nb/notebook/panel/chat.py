@@ -116,7 +116,7 @@ class Chat:
         name = self._picked
         run = self._state.runs.get(name) if name else None
         who = (BASE, TUNED) if run else (BASE,)
-        self._answering = Answering(Assistant(run), question, who, self._options.values())
+        self._answering = Answering(Assistant(*filter(None, [run])), question, who, self._options.values())
         order = draw_order() if run and self._blind.value else None
         self._turns.append(Turn(question, run.name if run else None, order))
 
@@ -331,7 +331,7 @@ class Answering:
         self.words = "Loading the model, once for this kernel …"
         self._stream: Iterator[Comparison] = assistant.stream(question, who=who, **options)
         self._problem: Exception | None = None
-        run = assistant.run
+        run = next(iter(assistant.runs), None)
         name = run.environment.get("model", run.settings.model) if run else "auto"
         self._loading = threading.Thread(target=self._load, args=(name,), name="bizassist-load", daemon=True)
         self._loading.start()
