@@ -63,6 +63,14 @@ def test_run_directory_holds_everything(trained):
     assert sum(step.tokens for step in trained.steps) == trained.last("data")["training"]["tokens"]
 
 
+def test_memory_is_about_what_was_expected(trained):
+    expected, measured = trained.last("preflight"), trained.last("memory")
+    assert measured["of"] == "process"
+    assert expected["memory"] == "RAM"
+    assert expected["ram"] == pytest.approx(measured["peak"] / 2**30, rel=0.15)
+    assert expected["ram"] > expected["peak"]
+
+
 def test_tuned_is_better_on_held_out_rows(trained):
     found = trained.evaluation
     assert found["tuned"]["loss"] < found["base"]["loss"] - 2 * found["standard_error"]

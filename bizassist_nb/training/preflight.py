@@ -23,6 +23,8 @@ _SPARE: Final = 0.06
 """Share of the memory that is left alone: what the allocator cannot hand out because it lies in pieces."""
 _MARGIN: Final = 0.25
 """GiB left alone besides: libraries' own workspaces, which the allocator does not see."""
+_SCORING: Final = 1.5
+"""GiB that held-out scoring takes on a CPU: logits, copied in line, and their logarithms (`evaluation.score`)."""
 _PROCESS_RAM: Final = {"cuda:0": 3.6, "cpu": 1.0}
 """GiB of RAM of a worker without its weights: Python, torch with its kernels, and the engine."""
 
@@ -223,7 +225,7 @@ def _estimate(
         whole = peak(model, settings.rank, engine, on, [min(fit.kept, sum(rows))], checkpointing=False)
         parts = max(parts, whole, key=lambda found: sum(found.values()))
     adapter = model.adapter(settings.rank)
-    ram = process_ram(on) + (0.0 if on.on_gpu else sum(parts.values()))
+    ram = process_ram(on) + (0.0 if on.on_gpu else max(sum(parts.values()), parts["weights"] + _SCORING))
     if fit.checkpointing and own_kernels(engine, on_gpu=on.on_gpu):
         ram += sum(rows) * model.layers * model.hidden * on.width / GIB  # where Unsloth moves the blocks' inputs
     saved = 3 * 12 + 2 * 4  # two checkpoints and one being written, with both moments; the adapter and the best one
@@ -353,10 +355,10 @@ def _kept(model: Shape, rank: int, engine: Engine, on: Device, longest_row: int)
 
 
 def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:
-    """Bytes of the logits that exist at once: both engines' losses go through the tokens in chunks."""
+    """Bytes of the logits that exist at once: the losses go through the tokens in chunks, but Unsloth's on a CPU."""
     if own_kernels(engine, on_gpu=on.on_gpu):
         return max(512, min(8192, tokens // 8)) * model.vocabulary * 8
-    return min(tokens, 256) * model.vocabulary * 20
+    return (tokens if engine.name == "unsloth" else min(tokens, 256)) * model.vocabulary * 20
 
 
 # Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,
