@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from datasets import Dataset
@@ -25,6 +25,10 @@ from bizassist_nb.training.preflight import Fit
 
 if TYPE_CHECKING:
     from bizassist_nb.training.worker import Stop
+
+
+_OVERFLOWS: Final = 24
+"""Steps in a row whose gradient may overflow in float16: the loss is scaled by 65,536 at first, half that each time."""
 
 
 def plan(examples: Sequence[Example], settings: Settings) -> list[list[Example]]:
@@ -235,6 +239,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
         self._run, self._journal, self._stop, self._after_step = run, journal, stop, after_step
         self._tokens = [sum(len(example.input_ids) for example in step) for step in steps]
         self._interval = 60 * checkpoint_minutes
+        self._overflows = 0  # steps in a row whose gradient was not finite
         self._saved = self._last = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -261,7 +266,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
         if logs is None or "loss" not in logs:
             return
         loss, norm = float(logs["loss"]), float(logs["grad_norm"])
-        if not math.isfinite(loss) or (not math.isfinite(norm) and not args.fp16):
+        self._overflows = 0 if math.isfinite(norm) else self._overflows + 1
+        if not math.isfinite(loss) or self._overflows > (_OVERFLOWS if args.fp16 else 0):
             # Checkpoints are written after this, so none has what such a step did to the adapter.
             what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
             raise RunError(
@@ -274,7 +280,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
             step=state.global_step,
             loss=loss,
             learning_rate=float(logs["learning_rate"]),
-            gradient_norm=norm if math.isfinite(norm) else None,  # fp16's loss scaling overflows now and then
+            gradient_norm=norm if math.isfinite(norm) else None,  # such a step is left out, and the scaling halved
             tokens=self._tokens[state.global_step - 1],
             seconds=now - self._last,
         )
