@@ -223,8 +223,8 @@ def _estimate(
     parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
     if fit.kept:  # the fullest may be a step that does without checkpointing
         spared = [step for step in lengths if not fit.checkpoints(step, engine, on)]
-        rows = longest(spared, fit.micro_batch, engine, on)
-        whole = peak(model, settings.rank, engine, on, rows, checkpointing=False)
+        most = longest(spared, fit.micro_batch, engine, on)
+        whole = peak(model, settings.rank, engine, on, most, checkpointing=False)
         parts = max(parts, whole, key=lambda found: sum(found.values()))
     adapter = model.adapter(settings.rank)
     ram = process_ram(on) + (0.0 if on.on_gpu else max(sum(parts.values()), parts["weights"] + _SCORING))
