@@ -408,7 +408,7 @@ def test_two_merges_at_once_are_refused(copy):
     descriptor = os.open(part, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="is being merged by another process"):
+        with pytest.raises(RunError, match="is being written by another process"):
             copy.merge()
         assert part.is_dir()
     finally:
