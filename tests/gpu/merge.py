@@ -125,7 +125,7 @@ def step_merge(run, _work):
     def merge():
         start = time.perf_counter()
         try:
-            run.merge(show=lambda line: said.append([round(time.perf_counter() - start, 2), line]))
+            run.export("merged", show=lambda line: said.append([round(time.perf_counter() - start, 2), line]))
         except BizassistError as error:
             return {"error": str(error), "event": run.last("merge")}
         return {"event": run.last("merge"), "largest_shard": largest(run.path / "merged")}
