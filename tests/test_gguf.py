@@ -86,7 +86,10 @@ def test_template_of_mistral_which_puts_the_system_prompt_into_the_last_question
 
 def test_a_template_that_counts_is_refused(random, chat):
     counting = copy.deepcopy(chat.tokenizer)
-    counting.chat_template = counting.chat_template.replace("message['role']", "message['role'] ~ loop.index")
+    counting.chat_template = counting.chat_template.replace(
+        "{% for message in messages %}",
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ loop.index }}{% endif %}",
+    )
     with pytest.raises(ModelError, match="cannot be put as one for Ollama"):
         go_template(ChatTokenizer(counting), begins=False)
 
