@@ -132,7 +132,7 @@ def test_ask_leaves_both_answers_as_static_columns(trained, live):
     assert "base" in html
     assert "tuned (trained), cut short" in html
     assert "What&#x27;s a &lt;b&gt;price&lt;/b&gt;?" in html
-    assert live.run("answer.question, answer.run").text == repr(("What's a <b>price</b>?", "trained"))
+    assert live.run("answer.question, answer.runs").text == repr(("What's a <b>price</b>?", ("trained",)))
 
 
 def widget(cell, **state) -> str:
