@@ -109,6 +109,11 @@ class Run:
         return cast("dict[str, Any]", _read_json(self.path / "environment.json") or {})
 
     @property
+    def model(self) -> str:
+        """Name of its base model, as the worker resolved it; as it was asked for before that."""
+        return str(self.environment.get("model", self.settings.model))
+
+    @property
     def evaluation(self) -> dict[str, Any] | None:
         """Held-out scores of base and tuned and the verdict (see `bizassist_nb.verdict`); None before both exist."""
         return cast("dict[str, Any] | None", _read_json(self.path / "evaluation.json"))

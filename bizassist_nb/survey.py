@@ -120,7 +120,7 @@ class Speed:
 def past_speed(runs: Sequence[Run], model: str) -> Speed | None:
     """The speed of the newest of the runs (oldest first) that trained that model; None if none did."""
     for run in reversed(runs):
-        if run.environment.get("model") == model and (steps := run.steps):
+        if run.model == model and (steps := run.steps):
             return Speed(sum(step.tokens for step in steps) / max(1e-9, sum(step.seconds for step in steps)), run.name)
     return None
 

@@ -83,9 +83,9 @@ def test_record_and_card_say_how_it_compared(trained, merged):
     found = event["parity"]
     assert (event["base"], found["passed"], found["failures"]) == ("trained", True, [])
     assert event["bytes"] == 2 * 134_515_008
-    assert found["prompts"] == 12  # as many as are held out
+    assert found["prompts"] == trained.settings.held_out
     assert found["equal_next_tokens"] > 0.97
-    assert found["equal_answers"] >= 9
+    assert found["equal_answers"] >= 0.75 * found["prompts"]
     assert found["difference"] < found["tolerance"] / 5
     assert found["largest_weight_error"] <= 1.01
     card = (merged / "README.md").read_text("utf-8")

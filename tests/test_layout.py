@@ -24,14 +24,17 @@ HEAVY = {
     "ipywidgets",
     "IPython",
 }
+PANEL = ("__init__", "chat", "controls", "preview", "pump", "runs", "train")  # imported by `%bizassist` alone
 # Modules that are about one of these from their first line on, and are only imported where they are used.
 MAY = {
     "assistant/decoding.py": {"torch", "transformers", "peft"},
+    "assistant/fused.py": {"torch", "peft"},
     "training/trainer.py": {"torch", "transformers", "trl", "datasets"},
     "plots.py": {"matplotlib"},
     "notebook/ballots.py": {"IPython"},
     "notebook/magics.py": {"IPython"},
     "notebook/views.py": {"IPython"},
+    **{f"notebook/panel/{name}.py": {"ipywidgets", "IPython"} for name in PANEL},
 }
 
 

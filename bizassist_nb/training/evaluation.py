@@ -91,7 +91,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     from bizassist_nb.training.answering import answer_run
 
     settings = run.settings
-    loaded = loaded_base(run.environment.get("model", settings.model))
+    loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
     table = read_table(settings.data, settings.columns)
     _, rows = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
