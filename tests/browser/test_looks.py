@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from conftest import show
 
 from bizassist_nb.runs import Run
 
@@ -41,7 +40,7 @@ def fits(book):
 def test_looks(serve, opened, trained, tmp_path, screenshots, theme):
     shutil.copytree(trained.path, tmp_path / "runs" / "pricing")
     book = opened(serve("lab", dark=theme == "dark"), CELLS)
-    show(book)
+    book.show()
     book.see("tokens an epoch")
     book.see("95 % interval")
     book.page.screenshot(path=screenshots / f"idle-{theme}.png")

@@ -4,7 +4,7 @@ import re
 
 import nbformat
 import pytest
-from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel, show
+from front_ends import COLAB_PYTHON, OLDER_KERNEL
 from nbconvert import HTMLExporter
 
 from bizassist_nb.runs import Run
@@ -47,7 +47,7 @@ def plots(book, count, timeout=60):
 
 def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book = opened(lab, [*PANEL, "%bizassist"])
-    show(book)
+    book.show()
     book.see("No run yet")
     book.see("tokens an epoch")
     fill_in(book, tiny, "first")
@@ -128,7 +128,7 @@ def chat_and_stop(book):
 def test_notebook_7(serve, opened, tiny):
     server = serve("notebook")
     book = opened(server, PANEL)
-    show(book)
+    book.show()
     train_and_stop(book, tiny, "second")
     chat_and_stop(book)
     book.save()
@@ -140,8 +140,8 @@ def test_notebook_7(serve, opened, tiny):
 def test_ipykernel_whose_callbacks_run_on_another_thread(serve, opened, tiny):
     assert OLDER_KERNEL.is_dir(), f"run: pip install --no-deps --target {OLDER_KERNEL} ipykernel==7.3.0"
     server = serve("lab")
-    book = opened(server, [*PANEL, "import ipykernel; ipykernel.__version__"], kernel=older_kernel(server))
-    show(book)
+    book = opened(server, [*PANEL, "import ipykernel; ipykernel.__version__"], kernel=server.older_kernel())
+    book.show()
     book.run(2)
     assert "7.3.0" in book.page.locator(".jp-OutputArea-output").last.inner_text()
     train_and_stop(book, tiny, "third")
@@ -156,7 +156,7 @@ def test_notebook_6_and_colabs_versions(serve, opened, tiny, tmp_path, colab):
         (tmp_path / "google" / "colab" / "__init__.py").touch()
     server = serve("classic", python=COLAB_PYTHON)
     book = opened(server, [*(COLAB if colab else PANEL), "1 + 1"])
-    show(book)
+    book.show()
     train_and_stop(book, tiny, "fourth")
     chat_and_stop(book)
     book.run(2)  # other cells run again once nothing is followed
@@ -173,7 +173,7 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
         "import time; time.sleep(6)",
     ]
     book = opened(lab, [*PANEL, *cells], name="crash.ipynb")
-    show(book)
+    book.show()
     book.run(2)
     fill_in(book, tiny, "dead")
     book.press("Start")
@@ -201,7 +201,7 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
     assert plots(book, 1)[0] > before
     book.save()
     book.restart()
-    show(book)
+    book.show()
     book.see("long: training")
     assert plots(book, 2)[-1] > before
     book.press("Stop")
@@ -222,7 +222,7 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
 
 def test_keys_alone_reach_everything(lab, opened):
     book = opened(lab, PANEL, name="keys.ipynb")
-    show(book)
+    book.show()
     book.see("tokens an epoch")
     reached = []
     book.panel.locator("button").first.focus()
