@@ -11,6 +11,7 @@ from IPython.display import display
 
 from bizassist_nb import report
 from bizassist_nb.notebook.panel.chat import Chat
+from bizassist_nb.notebook.panel.export import Export
 from bizassist_nb.notebook.panel.preview import Preview
 from bizassist_nb.notebook.panel.pump import Pump, clicked, in_colab
 from bizassist_nb.notebook.panel.runs import Runs
@@ -18,7 +19,7 @@ from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.notebook.panel.train import Train
 from bizassist_nb.runs import Run
 
-TABS: Final = (Train, Preview, Chat, Runs)
+TABS: Final = (Train, Preview, Chat, Runs, Export)
 _FALLBACK: Final = "The bizassist panel is live only while its kernel runs: run %bizassist to bring it back."
 
 

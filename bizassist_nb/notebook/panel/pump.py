@@ -87,7 +87,7 @@ class Pump:
                     self.turn()  # after the look: what ended in between is shown, too
                     serve(10)
                     time.sleep(_BUSY)
-                    # The turn may have begun something; and what was served, another would only take up at the next click.
+                    # The turn may have begun something, and what was served waits for another.
                     going = going or self._following() or bool(self._posted)
         except KeyboardInterrupt:
             pass  # the view stops here; the run goes on
