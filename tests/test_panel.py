@@ -50,7 +50,7 @@ class Driven:
             time.sleep(0.01)
 
     def ask(self, question):
-        self.fill("question", question)
+        self.fill("long question", question)
         self.press("Send")
         self.until(lambda: not self.named("Regenerate").disabled)
 

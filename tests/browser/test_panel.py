@@ -1,5 +1,6 @@
 """A person at the panel, in real front ends: settings, training, chat, and coming back to it."""
 
+import json
 import re
 
 import nbformat
@@ -25,7 +26,7 @@ def fill_in(book, tiny, name, epochs=100):
     book.fill("epochs", epochs)
     book.choose("engine", "transformers")
     book.fill("max length", 512)
-    book.see("tokens an epoch")
+    book.see("GiB free")
 
 
 def plots(book, count, timeout=60):
@@ -49,7 +50,7 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book = opened(lab, [*PANEL, "%bizassist"])
     book.show()
     book.see("No run yet")
-    book.see("tokens an epoch")
+    book.see("GiB free")
     fill_in(book, tiny, "first")
     book.press("Start")
     steps = plots(book, 3)
@@ -69,9 +70,7 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     box = book.panel.get_by_label("question", exact=True)
     box.type("How should we **price** it?")
     box.press("Enter")
-    panes = book.panel.locator(".bn-pane")
-    lengths = growing(book, panes)
-    assert all(length > 0 for length in lengths)
+    growing(book)
     book.press("Stop generating")
     book.see("stopped")
     book.press("Clear")
@@ -80,6 +79,8 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book.tab("Train")
     book.press("Stop")
     book.see("first: stopped")
+    votes_compares_and_exports(book, run)
+    book.tab("Train")
     book.run(2)  # a second view of the same panel
     assert book.page.locator(".bizassist").count() == 2
     book.see("first: stopped")
@@ -90,13 +91,36 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     assert book.errors == []
 
 
-def growing(book, panes):
-    """How long the answers in both panes were, once both have been seen to grow at the same time."""
+def votes_compares_and_exports(book, run):
+    """A blind vote, then the tabs for runs and exports."""
+    book.tab("Chat")
+    book.panel.get_by_label("blind").check()
+    book.unfold("Generation settings")
+    book.fill("max new tokens", 20)
+    book.press("How should we price a new feature?")
+    book.see("right")
+    book.press("Left is better")
+    book.see("your vote")
+    vote = json.loads((run.path / "votes.jsonl").read_text())
+    assert vote["question"] == "How should we price a new feature?"
+    assert vote["winner"] == vote["left"]
+    book.tab("Runs")
+    book.press("Compare")
+    book.see("Runs compared")
+    book.tab("Export")
+    book.press("Export")
+    book.see(f"{run.path.name}/adapter")
+    assert (run.adapter / "README.md").is_file()
+
+
+def growing(book):
+    """Wait until the answers in both panes have been seen to grow at the same time."""
+    panes = book.panel.locator(".bn-pane")
     before = [len(panes.nth(i).locator(".bn-answer").last.inner_text()) for i in (0, 1)]
     for _ in range(300):
         now = [len(panes.nth(i).locator(".bn-answer").last.inner_text()) for i in (0, 1)]
         if all(a < b for a, b in zip(before, now, strict=True)):
-            return now
+            return
         book.page.wait_for_timeout(100)
     raise AssertionError(f"answers did not grow: {before} {now}")
 
@@ -120,7 +144,7 @@ def chat_and_stop(book):
     box = book.panel.get_by_label("question", exact=True)
     box.type("How should we price it?")
     box.press("Enter")
-    growing(book, book.panel.locator(".bn-pane"))
+    growing(book)
     book.press("Stop generating")
     book.see("stopped")
 
@@ -129,12 +153,16 @@ def test_notebook_7(serve, opened, tiny):
     server = serve("notebook")
     book = opened(server, PANEL)
     book.show()
-    train_and_stop(book, tiny, "second")
+    fill_in(book, tiny, "second", epochs=40)
+    book.press("Start")
+    plots(book, 3)
+    book.see("second: finished")
+    book.see("Did it help?")
     chat_and_stop(book)
     book.save()
     book.reload()
     book.tab("Train")
-    book.see("second: stopped")
+    book.see("second: finished")
 
 
 def test_ipykernel_whose_callbacks_run_on_another_thread(serve, opened, tiny):
