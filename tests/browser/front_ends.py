@@ -37,7 +37,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "doNotDisturbMode": True,
     },
 }
-_DARK = {"@jupyterlab/apputils-extension/themes.jupyterlab-settings": {"theme": "JupyterLab Dark"}}
 
 
 class Server:
@@ -49,7 +48,6 @@ class Server:
         root: Path,
         *,
         python: str = sys.executable,
-        dark: bool = False,
     ):
         """`kind` is "lab", "notebook" (7) or "classic" (notebook 6)."""
         self.kind, self.root = kind, root
@@ -58,7 +56,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.token = secrets.token_hex(16)
-        for name, values in (_SETTINGS | (_DARK if dark else {})).items():
+        for name, values in _SETTINGS.items():
             path = self.home / "lab-settings" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(values))
@@ -221,6 +219,13 @@ class Book:
         """Restart the kernel."""
         self.page.evaluate(f"{_LAB_BOOK}.sessionContext.session.kernel.restart()")
         self._ready()
+
+    def theme(self, name: str) -> None:
+        """JupyterLab's "light" or "dark"."""
+        theme = f"JupyterLab {name.title()}"
+        self.page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+        self.page.wait_for_function("name => document.body.dataset.jpThemeLight === String(name === 'light')", arg=name)
+        self.page.wait_for_timeout(300)
 
     def close(self) -> None:
         self.context.close()

@@ -50,7 +50,6 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book = opened(lab, [*PANEL, "%bizassist"])
     book.show()
     book.see("No run yet")
-    book.see("GiB free")
     fill_in(book, tiny, "first")
     book.press("Start")
     steps = plots(book, 3)
@@ -251,7 +250,9 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
 def test_keys_alone_reach_everything(lab, opened):
     book = opened(lab, PANEL, name="keys.ipynb")
     book.show()
-    book.see("tokens an epoch")
+    book.choose("data", "sample")
+    book.fill("rows to train on, as a number", 24)
+    book.see("GiB free")
     reached = []
     book.panel.locator("button").first.focus()
     for _ in range(20):
