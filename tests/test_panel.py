@@ -6,7 +6,7 @@ import time
 import pytest
 from random_run import random_run
 
-from bizassist_nb import Assistant, Conversation, Panel
+from bizassist_nb import Assistant, BizassistError, Conversation, Panel
 from bizassist_nb.survey import survey
 from bizassist_nb.training import preflight
 
@@ -175,3 +175,8 @@ def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
     assert driven.named("Export").disabled
     driven.until(lambda: not driven.named("Export").disabled)
     assert "name the hub repository as OWNER/NAME" in driven.shown()
+
+
+def test_outside_a_notebook_it_says_so(driven):
+    with pytest.raises(BizassistError, match="shown in a notebook"):
+        driven.panel.show()
