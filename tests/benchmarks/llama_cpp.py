@@ -114,7 +114,7 @@ def answers(run: Run, chat: ChatTokenizer) -> tuple[list[object], list[list[tupl
 
 
 def lead(ours: list[tuple[str, float]], theirs: str) -> float | None:
-    """How far ahead of the second, in logits, the first token was that llama.cpp did not choose; None if it chose all."""
+    """By how many logits the first token led that llama.cpp did not choose; None if it chose all."""
     return next((ahead for text, ahead in ours if not theirs.strip().startswith(text)), None)
 
 
