@@ -38,10 +38,12 @@ lab: .venv/dev
 	.venv/bin/pip install -q -e . "gguf>=0.17"
 	touch $@
 
+# Triton is for the test of the GPU's kernels in its interpreter, and apart, as other packages change where it is found.
 # Unsloth comes without its dependencies: there is no CPU build of torchvision, and the CUDA one breaks transformers.
 .venv/dev: .venv/demo
 	.venv/bin/pip install -q -e ".[dev]"
 	.venv/bin/pip install -q --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9
+	.venv/bin/pip install -q --no-deps --target .venv/triton --upgrade triton==3.6.0
 	touch $@
 
 # Colab's front end of August 2026 in front of the packages of .venv.

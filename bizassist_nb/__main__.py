@@ -95,10 +95,10 @@ def _add_export(commands: Any) -> None:
     export.add_argument("run", metavar="RUN")
     export.add_argument(
         "--to",
-        choices=["merged", "adapter", "hub"],
+        choices=["merged", "adapter", "hub", "gguf"],
         required=True,
         help="merged: a 16-bit model, compared with the tuned assistant; adapter: its folder, with a model card; "
-        "hub: that folder, uploaded",
+        "hub: that folder, uploaded; gguf: the merged model as a file for llama.cpp and Ollama, with a Modelfile",
     )
     export.add_argument(
         "--base",

@@ -100,6 +100,8 @@ def test_merged_folder_has_what_loaders_ask_for(trained, merged):
     }  # fmt: skip
     ours, theirs = AutoTokenizer.from_pretrained(merged), AutoTokenizer.from_pretrained(trained.adapter)
     assert ours.chat_template == theirs.chat_template
+    saved = json.loads((merged / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows, too
     assert (ours.eos_token, ours.pad_token, ours.bos_token) == ("<|im_end|>", "<|endoftext|>", "<|im_start|>")
     generation = GenerationConfig.from_pretrained(merged)
     assert (generation.eos_token_id, generation.pad_token_id) == (2, 0)
@@ -408,7 +410,7 @@ def test_two_merges_at_once_are_refused(copy):
     descriptor = os.open(part, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="is being merged by another process"):
+        with pytest.raises(RunError, match="is being written by another process"):
             copy.merge()
         assert part.is_dir()
     finally:

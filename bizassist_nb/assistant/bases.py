@@ -115,7 +115,8 @@ def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the adapter in {folder} is damaged ({brief(error)})") from error
     other = f"the adapter in {folder} was made for another base than {base.name}"
-    if Path(str(made_for)).name != Path(base.source).name:
+    names = (base.source, models.HUB_IDS.get(base.name, base.name))  # the latter once it was made fit to be given away
+    if Path(str(made_for)).name not in {Path(name).name for name in names}:
         raise ModelError(f"{other}: for {made_for}")
     inner = {
         name.removeprefix("base_model.model."): layer.base_layer if isinstance(layer, LoraLayer) else layer

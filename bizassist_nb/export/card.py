@@ -12,9 +12,6 @@ from bizassist_nb.report import facts, how_to_go_on, settings_rows
 from bizassist_nb.runs import Run, write_json, write_whole
 from bizassist_nb.scorecard import sections
 
-_HUB_IDS: Final = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "mistral-7b": models.MISTRAL}
-"""What the hub calls the bases that have names of their own here; both are under the Apache License 2.0."""
-
 _ASK: Final = """
 messages = [
     {{"role": "system", "content": {system}}},
@@ -132,7 +129,7 @@ def _parity_words(parity: dict[str, Any]) -> str:
 def _base(run: Run) -> str:
     """The base's hub id; of a folder its name, for its path is nobody's business."""
     name = run.environment["model"]
-    return _HUB_IDS.get(name, name if _on_hub(name) else Path(name).name)
+    return models.HUB_IDS.get(name, name if _on_hub(name) else Path(name).name)
 
 
 def _data(run: Run) -> str:

@@ -91,46 +91,20 @@ def _fail(journal: Journal, error: Exception, *, expected: bool) -> int:
 
 def work(run: Run, journal: Journal) -> str:
     """The whole run, top to bottom; the state it ends in ("finished" or "stopped")."""
-    stop = Stop()
-    settings = run.settings
+    stop, settings = Stop(), run.settings
     journal.write("state", state="loading")
-    engine = engines.choose(run.environment.get("engine", settings.engine))
-    if engine.name == "unsloth":
-        import unsloth  # noqa: F401 - before everything it patches
-    journal.write("engine", **vars(engine))
+    engine = _engine(run, journal)
     base = models.resolve(run.environment.get("model", settings.model))
     journal.write("model", **vars(base))
-
-    table = read_table(settings.data, settings.columns)
-    training, held_out = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
-    chat = models.load_tokenizer(base.source)
-    examples, held = tokenise(journal, chat, settings, table, training, held_out)
-    _write_environment(run, engine.name, base, table)
-    from bizassist_nb.training.trainer import plan, train  # after unsloth, which has to be imported first
-
-    steps = plan(examples, settings)
-    journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
+    chat, steps, exam = _prepare(run, journal, engine, base)
     fit = _preflight(journal, settings, engine, base, steps)
-
-    model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
-    trainable, total = models.count_parameters(model)
-    journal.write("parameters", trainable=trainable, total=total)
-    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    model = _load(journal, engine, base, settings, fit)
 
     journal.write("state", state="scoring")
-    exam = Exam(chat, settings, held_out, held)
     with model.disable_adapter():
         base_scores = _examine(journal, "base", 0, model, exam, stop)
-
-    stop.patient = True
     best = Best(run.path)
-    watch = _watch(journal, settings, model, exam, chat, len(steps), best, stop)
-    journal.write("state", state="training")
-    done = train(run, journal, stop, engine, settings, fit, model, chat, steps, watch)
-    journal.write("memory", **_peak_memory())
-
-    save_adapter(run.path / "adapter", model, chat)
-    save_loss_png(run)
+    done = _train(run, journal, stop, engine, fit, model, chat, steps, exam, best)
     if done < len(steps):
         write_card(run)
         return "stopped"
@@ -147,7 +121,7 @@ def work(run: Run, journal: Journal) -> str:
     if engine.name == "transformers":
         answers = answer(run, model, chat, "default", between=stop.check)
     else:
-        del model, watch  # to make room for the plain model
+        del model  # to make room for the plain one
         answers = _answers_from_apart(run, journal)
     stop.patient = True
     journal.write("state", state="saving")
@@ -157,6 +131,65 @@ def work(run: Run, journal: Journal) -> str:
     save_loss_png(run)
     write_card(run)
     return "finished"
+
+
+def _engine(run: Run, journal: Journal) -> engines.Engine:
+    """What trains, imported where it has to be the first; a resumed run keeps its own."""
+    engine = engines.choose(run.environment.get("engine", run.settings.engine))
+    if engine.name == "unsloth":
+        import unsloth  # noqa: F401 - before everything it patches
+    journal.write("engine", **vars(engine))
+    return engine
+
+
+def _prepare(
+    run: Run, journal: Journal, engine: engines.Engine, base: models.Base
+) -> tuple[ChatTokenizer, list[list[Example]], Exam]:
+    """(tokenizer, examples of each step, what base and tuned are scored on)."""
+    from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
+
+    settings = run.settings
+    table = read_table(settings.data, settings.columns)
+    training, held_out = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
+    chat = models.load_tokenizer(base.source)
+    examples, held = tokenise(journal, chat, settings, table, training, held_out)
+    _write_environment(run, engine.name, base, table)
+    steps = plan(examples, settings)
+    journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
+    return chat, steps, Exam(chat, settings, held_out, held)
+
+
+def _load(journal: Journal, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit) -> Any:
+    model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
+    trainable, total = models.count_parameters(model)
+    journal.write("parameters", trainable=trainable, total=total)
+    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    return model
+
+
+def _train(
+    run: Run,
+    journal: Journal,
+    stop: Stop,
+    engine: engines.Engine,
+    fit: preflight.Fit,
+    model: Any,
+    chat: ChatTokenizer,
+    steps: list[list[Example]],
+    exam: Exam,
+    best: Best,
+) -> int:
+    """Train and save the adapter; the steps done. From here on nothing is cut short: a stop ends training in order."""
+    from bizassist_nb.training.trainer import train
+
+    stop.patient = True
+    watch = _watch(journal, run.settings, model, exam, chat, len(steps), best, stop)
+    journal.write("state", state="training")
+    done = train(run, journal, stop, engine, run.settings, fit, model, chat, steps, watch)
+    journal.write("memory", **_peak_memory())
+    save_adapter(run.path / "adapter", model, chat)
+    save_loss_png(run)
+    return done
 
 
 def _preflight(

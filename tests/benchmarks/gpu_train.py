@@ -1,13 +1,16 @@
-"""Training on a GPU, measured. Usage: gpu_train.py MODEL_FOLDER ROWS.json OUT [PART ...]
+"""Training on a GPU, measured. Usage: gpu_train.py MODEL_FOLDER ROWS.json OUT PART ...
 
 MODEL_FOLDER holds Mistral-7B's architecture in NF4 with a chat template, ROWS.json at least 1,000 rows. Each part
-runs in a process of its own (Unsloth patches its libraries for good) and appends JSON lines to OUT:
+runs in a process of its own (Unsloth patches its libraries for good) and appends JSON lines to OUT as soon as it has
+them; parts joined by + run side by side.
 
 speed         our run beside a plain script of the configuration of the notebook that this package grew out of (Unsloth,
-              micro-batch 1 x 4, checkpointing on, 8-bit Adam): the same rows, tokenised once, in the same order
-speed-t4      the same in float16 in 14.5 GiB
+              micro-batch 1 x 4, checkpointing on, 8-bit Adam): the same rows, tokenised once, in the same order; then
+              ours with 16 rows a step. Of some warm steps, which kernels ran, and how long the GPU had work
+seed-t4, ours-t4    both in float16 in 14.5 GiB
+speed-plain   ours with plain transformers
 memory        Unsloth's estimated and measured peaks; memory-plain, those of plain transformers
-t4            whole runs in float16 in 14.5 GiB: 1,000 rows; rows that are all 2,048 tokens long; too much at once
+t4            whole runs in float16 in 14.5 GiB: many rows; rows that are all 2,048 tokens long; too much at once
 
 The first five steps of each configuration are not counted: kernels are compiled in them.
 """
@@ -23,13 +26,19 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "gpu"))
 
 WARM = 5
 STEPS = 20
+"""The step after the last that is counted; `PROFILED` of those that follow are profiled."""
+PROFILED = 3
+ALL = STEPS + PROFILED + 1
+HELD_OUT = 64
 
 
 def write(out: Path, **found) -> None:
@@ -53,68 +62,147 @@ def gib(size: int) -> float:
 # --- our run -------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def callback_clock():
-    """Seconds spent in the run's callback and events, by a list that is filled meanwhile."""
-    from bizassist_nb.training.trainer import RunCallback
+class Watch:
+    """Where the time of our run goes: of the host by stage, and of the GPU by kernel."""
 
-    spent: list[float] = []
-    before = {name: getattr(RunCallback, name) for name in ("on_step_end", "on_log")}
+    def __init__(self, out: Path, name: str):
+        """Nothing is measured until `watched`."""
+        self.out, self.name = out, name
+        self.host: dict[str, list[float]] = defaultdict(list)
+        self.callback: dict[int, float] = defaultdict(float)
 
-    def timed(method):
+    def timed(self, stage: str, function):
+        """The function, with the host's seconds in it noted."""
+
         def call(*args, **kwargs):
             start = time.perf_counter()
             try:
-                return method(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
-                spent.append(time.perf_counter() - start)
+                self.host[stage].append(time.perf_counter() - start)
 
         return call
 
-    for name, method in before.items():
-        setattr(RunCallback, name, timed(method))
-    yield spent
-    for name, method in before.items():
-        setattr(RunCallback, name, method)
+    def of_callback(self, function):
+        """A method of our callback, with the seconds in it noted by step."""
+
+        def call(callback, args, state, control, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(callback, args, state, control, **kwargs)
+            finally:
+                self.callback[state.global_step] += time.perf_counter() - start
+
+        return call
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Have trainers built meanwhile measured."""
+        from bizassist_nb.training import trainer
+
+        build, methods = trainer.build_trainer, ("on_step_end", "on_log")
+        before = {name: getattr(trainer.RunCallback, name) for name in methods}
+        trainer.build_trainer = lambda *args, **kwargs: self.instrument(build(*args, **kwargs))
+        for name in methods:
+            setattr(trainer.RunCallback, name, self.of_callback(before[name]))
+        yield
+        trainer.build_trainer = build
+        for name in methods:
+            setattr(trainer.RunCallback, name, before[name])
+
+    def instrument(self, trained):
+        """The trainer, measured."""
+        import torch
+        from transformers import TrainerCallback
+
+        trained.compute_loss = self.timed("forward", trained.compute_loss)
+        trained.accelerator.backward = self.timed("backward", trained.accelerator.backward)
+        trained.accelerator.clip_grad_norm_ = self.timed("clip", trained.accelerator.clip_grad_norm_)
+        trained.get_batch_samples = self.timed("batch", trained.get_batch_samples)
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        watch = self
+
+        class Profiling(TrainerCallback):
+            def on_step_begin(self, _args, state, *_, **__):
+                if state.global_step == 1:
+                    trained.optimizer.step = watch.timed("optimizer", trained.optimizer.step)
+                if state.global_step == STEPS:
+                    torch.cuda.synchronize()
+                    profiler.start()
+
+            def on_step_end(self, _args, state, *_, **__):
+                if state.global_step == STEPS + PROFILED:
+                    torch.cuda.synchronize()
+                    profiler.stop()
+                    watch.kernels(profiler)
+
+        trained.add_callback(Profiling())
+        return trained
+
+    def kernels(self, profiler) -> None:
+        """Write which kernels ran, in milliseconds a step."""
+        took: dict[str, list[float]] = defaultdict(list)
+        for event in profiler.events():
+            if event.device_type.name == "CUDA":
+                took[event.name].append(event.time_range.elapsed_us() / 1000)
+        most = sorted(took.items(), key=lambda item: -sum(item[1]))[:20]
+        write(
+            self.out,
+            part="kernels",
+            name=self.name,
+            busy=round(sum(map(sum, took.values())) / PROFILED, 1),
+            launches=round(sum(map(len, took.values())) / PROFILED),
+            most=[[name[:70], round(len(ms) / PROFILED), round(sum(ms) / PROFILED, 2)] for name, ms in most],
+        )
 
 
 def ours(model: str, rows: str, out: Path, name: str, **changes) -> None:
     """A run by the worker's own code, in this process; warm steps are counted."""
+    if changes["engine"] == "unsloth":
+        import unsloth  # noqa: F401 - before everything it patches
     import torch
 
     from bizassist_nb import Settings
     from bizassist_nb.runs import Run
     from bizassist_nb.training import worker
 
-    batch = changes.get("batch_size", 4)
-    settings = Settings(model=model, data=rows, subset=STEPS * batch, held_out=8, warmup_steps=5, **changes)
-    path = Path("/tmp/gpu_train") / f"{os.getpid()}-{name}"
-    path.mkdir(parents=True)
+    used = ALL * changes.get("batch_size", 4)
+    settings = Settings(
+        model=model, data=rows, subset=used, held_out=HELD_OUT, warmup_steps=5, evaluate_every=10, **changes
+    )
+    path = Path(tempfile.mkdtemp(prefix="gpu_train_"))
     (path / "settings.toml").write_text(settings.to_toml())
     fresh()
-    with callback_clock() as spent:
+    watch = Watch(out, name)
+    worker.answer_apart = lambda _: None  # answers are not what is measured
+    worker.answer = lambda *_, **__: None
+    with watch.watched():
         status = worker.main(str(path))
     run = Run(path)
-    warm = run.steps[WARM:]
+    warm = run.steps[WARM:STEPS]
     seconds = sum(step.seconds for step in warm) or 1e-9
+    scored = {event["step"] for event in run.events if event["event"] == "evaluation"}
+    callback = [watch.callback[step.step] for step in warm if step.step not in scored]
     write(
         out,
         part="ours",
         name=name,
-        status=status,
-        error=run.error,
-        fits=[event for event in run.events if event["event"] == "fit"],
-        preflight=run.last("preflight"),
         tokens_per_second=round(sum(step.tokens for step in warm) / seconds),
         step_seconds=round(seconds / max(1, len(warm)), 4),
         median_step=round(statistics.median([s.seconds for s in warm] or [0]), 4),
+        host_ms={stage: round(1000 * statistics.median(s)) for stage, s in watch.host.items()},
+        callback_ms=round(1000 * statistics.mean(callback or [0]), 3),
         allocated=gib(torch.cuda.max_memory_allocated()),
         reserved=gib(torch.cuda.max_memory_reserved()),
-        callback_share=round(sum(spent[2 * WARM :]) / seconds, 5),
-        losses=[step.loss for step in run.steps],
+        status=status,
+        error=run.error,
+        scoring=[[e["who"], e["step"], round(e["seconds"], 2)] for e in run.events if e["event"] == "evaluation"],
+        fits=[event for event in run.events if event["event"] == "fit"],
+        preflight=run.last("preflight"),
+        losses=[round(step.loss, 4) for step in run.steps],
         seconds=[round(step.seconds, 3) for step in run.steps],
         tokens=[step.tokens for step in run.steps],
-        scoring=[e["seconds"] for e in run.events if e["event"] == "evaluation"],
+        states=[[e["state"], round(e["time"] - run.events[0]["time"], 1)] for e in run.events if e["event"] == "state"],
     )
 
 
@@ -132,9 +220,9 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
     from bizassist_nb import Settings, models
     from bizassist_nb.data.rows import read_table, split
 
-    settings = Settings(model=model_folder, data=rows, subset=STEPS * batch, held_out=8)
+    settings = Settings(model=model_folder, data=rows, subset=ALL * batch, held_out=HELD_OUT)
     chat = models.load_tokenizer(model_folder)
-    training, _ = split(read_table(rows).rows, subset=settings.subset, held_out=8, seed=settings.seed)
+    training, _ = split(read_table(rows).rows, subset=settings.subset, held_out=HELD_OUT, seed=settings.seed)
     examples, _ = chat.examples(training, system_prompt=settings.system_prompt, max_length=2048)
     fresh()
     model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=2048, load_in_4bit=True)
@@ -150,7 +238,7 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
             times.append(time.perf_counter())
 
     config = {
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": batch, "max_steps": STEPS,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": batch, "max_steps": ALL,
         "learning_rate": 2e-4, "warmup_steps": 5, "optim": "adamw_8bit", "lr_scheduler_type": "linear", "seed": 3407,
         "train_sampling_strategy": "sequential", "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": 2048,
         "fp16": fp16, "bf16": not fp16, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
@@ -166,16 +254,16 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
     trainer.train()
     lengths = [len(e.input_ids) for e in examples]
     tokens = [sum(lengths[i : i + batch]) for i in range(0, len(lengths), batch)]
-    seconds = times[-1] - times[WARM - 1]
+    seconds = times[STEPS - 1] - times[WARM - 1]
     write(
         out,
         part="seed",
         name=name,
-        tokens_per_second=round(sum(tokens[WARM:]) / seconds),
-        step_seconds=round(seconds / (len(times) - WARM), 4),
+        tokens_per_second=round(sum(tokens[WARM:STEPS]) / seconds),
+        step_seconds=round(seconds / (STEPS - WARM), 4),
         allocated=gib(torch.cuda.max_memory_allocated()),
         reserved=gib(torch.cuda.max_memory_reserved()),
-        losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        losses=[round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
         seconds=[round(b - a, 3) for a, b in itertools.pairwise(times)],
         tokens=tokens,
     )
@@ -304,23 +392,33 @@ def part_speed(model: str, rows: str, out: Path) -> None:
     ours(model, rows, out, "ours, batch_size 16", engine="unsloth", batch_size=16)
 
 
-def part_speed_t4(model: str, rows: str, out: Path) -> None:
+def part_seed_t4(model: str, rows: str, out: Path) -> None:
     import t4
 
     t4.pretend()
     import unsloth  # noqa: F401 - before everything it patches
 
     seed(model, rows, out, "seed in 14.5 GiB, float16", fp16=True)
+
+
+def part_ours_t4(model: str, rows: str, out: Path) -> None:
+    import t4
+
+    t4.pretend()
     ours(model, rows, out, "ours in 14.5 GiB, float16", engine="unsloth")
+
+
+def part_speed_plain(model: str, rows: str, out: Path) -> None:
+    ours(model, rows, out, "ours, plain transformers, batch_size 4", engine="transformers")
 
 
 def part_memory(model: str, rows: str, out: Path, engine: str = "unsloth") -> None:
     if engine == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
-    small, large = [(128,) * 4, (512, 300, 200, 100)], [(512,) * 4, (1024,) * 4]
+    small, large = [(128,) * 4, (512, 300, 200, 100)], [(512,) * 4, (2048,) * 4]
     if engine == "transformers":
         large = [(512,) * 4]
-    for name, rank in (("llama-1b", 16), ("mistral-7b", 16), ("llama-3b", 64), ("mistral-7b", 64)):
+    for name, rank in (("mistral-7b", 16), ("llama-3b", 64), ("llama-1b", 16), ("mistral-7b", 64)):
         folder = model if name == "mistral-7b" else build(name, model)
         for checkpointing in (False, True):
             memory(folder, out, name, engine, rank, [*small, *large], checkpointing)
@@ -377,7 +475,9 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16,
 
 PARTS = {
     "speed": part_speed,
-    "speed-t4": part_speed_t4,
+    "seed-t4": part_seed_t4,
+    "ours-t4": part_ours_t4,
+    "speed-plain": part_speed_plain,
     "memory": part_memory,
     "memory-plain": lambda *args: part_memory(*args, engine="transformers"),
     "t4": part_t4,
@@ -394,8 +494,12 @@ def main(model: str, rows: str, out: str, *parts: str) -> None:
     names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth", "unsloth_zoo", "accelerate")
     versions = {name: importlib.metadata.version(name) for name in names}
     write(target, part="machine", device=torch.cuda.get_device_name(0), versions=versions)
-    for part in parts or PARTS:
-        subprocess.run([sys.executable, __file__, model, rows, out, f"--{part}"], check=False)
+    for group in parts:
+        start = time.perf_counter()
+        command = [sys.executable, __file__, model, rows, out]
+        running = [subprocess.Popen([*command, f"--{part}"]) for part in group.split("+")]
+        statuses = [process.wait() for process in running]
+        write(target, part="done", parts=group, statuses=statuses, seconds=round(time.perf_counter() - start))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""What is chosen from memory, shape and lengths, and what a run is said to need: plain arithmetic, on devices made up."""
+
+import pytest
+
+from bizassist_nb import Settings
+from bizassist_nb.errors import ModelError
+from bizassist_nb.models import Base
+from bizassist_nb.report import run_html, run_text
+from bizassist_nb.runs import Journal, Run
+from bizassist_nb.training import preflight
+from bizassist_nb.training.engines import Engine
+from bizassist_nb.training.preflight import MISTRAL, Device, Shape
+
+UNSLOTH, PLAIN = Engine("unsloth", ""), Engine("transformers", "")
+T4 = Device("cuda:0", (7, 5), 14.6)
+H100 = Device("cuda:0", (9, 0), 79.0)
+CPU = Device("cpu", (0, 0), 12.0)
+SMOL = Shape(layers=30, hidden=576, intermediate=1536, query=576, key_value=192, vocabulary=49152, tied=True)
+DOLLY = [[992, 131, 107, 60], [300, 250, 120, 90], [180, 131, 131, 40]]
+LONG = [[2048] * 4] * 3
+
+
+def chosen(on, lengths, engine=UNSLOTH, model=MISTRAL, **changes):
+    return preflight.choose(Settings(**changes), engine, model, on, lengths)
+
+
+@pytest.mark.parametrize(
+    ("on", "engine", "lengths", "changes", "micro_batch", "checkpointing"),
+    [
+        (H100, UNSLOTH, DOLLY, {}, 4, False),
+        (H100, UNSLOTH, LONG, {}, 4, False),
+        (H100, UNSLOTH, [[2048] * 64], {"batch_size": 64}, 64, True),  # 8 and more at once beat two by two
+        (T4, UNSLOTH, DOLLY, {}, 4, False),
+        (T4, UNSLOTH, LONG, {}, 4, True),
+        (T4, UNSLOTH, LONG, {"rank": 64}, 4, True),
+        (T4, UNSLOTH, LONG, {"micro_batch": 1}, 1, False),
+        (T4, UNSLOTH, [[8192] * 4], {"max_length": 8192}, 4, True),
+        (T4, PLAIN, DOLLY, {}, 4, True),
+        (CPU, PLAIN, DOLLY, {}, 4, False),
+    ],
+)
+def test_the_largest_micro_batch_that_fits_and_checkpointing_where_it_pays(
+    on, engine, lengths, changes, micro_batch, checkpointing
+):
+    fit = chosen(on, lengths, engine, SMOL if on is CPU else MISTRAL, **changes)
+    assert (fit.micro_batch, fit.checkpointing) == (micro_batch, checkpointing), fit.reason
+    assert "GiB of" in fit.reason
+
+
+@pytest.mark.parametrize(
+    ("on", "precision"),
+    [(T4, "float16"), (Device("cuda:0", (8, 0), 40.0), "bfloat16"), (H100, "bfloat16"), (CPU, "float32")],
+)
+def test_precision_follows_the_compute_capability(on, precision):
+    assert chosen(on, DOLLY).precision == precision
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 12])
+@pytest.mark.parametrize("free", [5.5, 7.0, 9.0, 14.6, 40.0])
+@pytest.mark.parametrize("engine", [UNSLOTH, PLAIN], ids=["unsloth", "transformers"])
+def test_what_is_chosen_divides_the_step_and_fits_for_the_longest_rows(batch_size, free, engine):
+    on = Device("cuda:0", (7, 5), free)
+    lengths = [[2000, 900, 100] * (batch_size // 3 + 1)][:batch_size] * 2
+    fit = chosen(on, lengths, engine, batch_size=batch_size)
+    assert batch_size % fit.micro_batch == 0
+    rows = preflight.longest(lengths, fit.micro_batch, engine, on)
+    need = sum(preflight.peak(MISTRAL, 16, engine, on, rows, checkpointing=fit.checkpointing).values())
+    assert need < free or "would fit" in fit.reason or "too large" in fit.reason
+
+
+def test_less_memory_never_means_more_at_once():
+    sizes = []
+    for free in (4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0, 30.0, 60.0):
+        fit = chosen(Device("cuda:0", (7, 5), free), [[2048] * 16], batch_size=16)
+        sizes.append(fit.micro_batch * (1 if fit.checkpointing else 2))
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_what_cannot_fit_names_a_length_that_does():
+    on = Device("cuda:0", (7, 5), 6.2)
+    fit = chosen(on, [[8192] * 4], PLAIN, max_length=8192)
+    assert (fit.micro_batch, fit.checkpointing) == (1, True)
+    most = preflight.longest_that_fits(16, PLAIN, MISTRAL, on)
+    assert f"max_length = {most} would fit" in fit.reason
+    assert "would fit" not in chosen(on, [[most] * 4], PLAIN).reason
+    assert "too large for this device" in chosen(Device("cuda:0", (7, 5), 3.0), DOLLY).reason
+
+
+def test_a_step_goes_through_with_its_longest_rows_first():
+    assert list(preflight.micro_batches([5, 900, 7, 800, 6], 2)) == [[900, 800], [7, 6], [5]]
+    steps = [[100, 90, 10, 10], [60, 60, 60, 60]]
+    assert preflight.longest(steps, 2, PLAIN, T4) == [100, 90]  # padded: 200 tokens
+    assert preflight.longest(steps, 4, PLAIN, T4) == [100, 90, 10, 10]  # 400, of which 190 are padding
+    assert preflight.longest(steps, 4, UNSLOTH, T4) == [60, 60, 60, 60]  # laid end to end: 240 against 210
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 12])
+def test_divisors_are_all_there_largest_first(size):
+    assert preflight.divisors(size) == sorted((n for n in range(1, size + 1) if size % n == 0), reverse=True)
+
+
+@pytest.mark.parametrize("engine", [UNSLOTH, PLAIN], ids=["unsloth", "transformers"])
+@pytest.mark.parametrize("on", [T4, H100, CPU], ids=["T4", "H100", "CPU"])
+def test_peak_grows_with_rank_and_rows_and_shrinks_with_checkpointing(engine, on):
+    def need(rank=16, rows=(512,) * 4, checkpointing=False):
+        return sum(preflight.peak(MISTRAL, rank, engine, on, rows, checkpointing=checkpointing).values())
+
+    assert need(rank=64) > need()
+    assert need(rows=(512,) * 8) > need()
+    assert need(rows=(1024,) * 4) > need()
+    assert need(checkpointing=True) < need()
+
+
+def test_counts_are_those_of_the_models():
+    assert MISTRAL.adapter(16) == 41_943_040  # as the notebook that this package grew out of printed
+    assert MISTRAL.linear + MISTRAL.embeddings == pytest.approx(7.248e9, rel=1e-3)
+    assert SMOL.adapter(16) == 4_884_480
+    assert SMOL.linear + SMOL.embeddings == pytest.approx(134.5e6, rel=1e-3)
+
+
+def test_shape_of_the_embedded_model(embedded):
+    assert preflight.shape(str(embedded)) == SMOL
+
+
+def test_a_config_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        preflight.shape(str(tmp_path))
+
+
+def test_estimate_before_anything_is_loaded(monkeypatch):
+    """Rows are taken to be of `max_length` while nothing is known of them."""
+    monkeypatch.setattr(preflight, "device", lambda: T4)
+    base = Base("mistral-7b", preflight.models.MISTRAL, "")
+    blind = preflight.estimate(Settings(max_length=1024), UNSLOTH, base)
+    seen = preflight.estimate(Settings(), UNSLOTH, base, DOLLY)
+    assert blind.peak > seen.peak > sum(seen.parts[name] for name in ("weights", "adapter"))
+    assert blind.seconds is not None
+    assert blind.seconds > 60
+    assert f"about {seen.peak:.1f} GiB of GPU memory of 14.6 free" in seen.sentence
+    for word in ("weights", "adapter", "activations", "scratch", "of RAM", "of disk", "of training"):
+        assert word in seen.sentence
+    assert seen.ram < 12.7  # what a free Colab has
+    assert seen.peak < 14.6
+
+
+def test_the_choice_and_its_reason_stand_in_the_views(tmp_path):
+    (tmp_path / "settings.toml").write_text(Settings().to_toml())
+    journal = Journal(tmp_path)
+    expected = preflight._estimate(Settings(), UNSLOTH, MISTRAL, T4, DOLLY)
+    journal.write("preflight", sentence=expected.sentence)
+    journal.write("fit", step=0, micro_batch=4, checkpointing=False, precision="float16", reason=expected.fit.reason)
+    journal.write("fit", step=7, micro_batch=1, checkpointing=True, precision="float16", reason="memory ran out")
+    for shown in (run_text(Run(tmp_path)), run_html(Run(tmp_path))):
+        assert expected.sentence in shown
+        assert f"4 rows at once, checkpointing off, float16 ({expected.fit.reason})" in shown
+        assert "from step 8 on 1 row at once, checkpointing on, float16 (memory ran out)" in shown
