@@ -1,4 +1,4 @@
-"""What is chosen from memory, shape and lengths, and what a run is said to need: plain arithmetic, on devices made up."""
+"""What is chosen from memory, shape and lengths, and what a run is said to need: arithmetic, on devices made up."""
 
 import pytest
 
