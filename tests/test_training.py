@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from bizassist_nb import Settings, finetune
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.errors import RunError
+from bizassist_nb.export.card import card
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training import launch
 from bizassist_nb.training.evaluation import evaluate
@@ -96,13 +97,13 @@ def test_tuned_is_better_on_held_out_rows(trained):
 
 
 def test_card_says_what_came_of_it(trained):
-    card = (trained.path / "README.md").read_text()
-    assert trained.evaluation["sentence"] in card
-    assert "| answers that loop |" in card
-    assert trained.answers[0]["tuned"]["text"] not in card  # nor rows: a card is published, and rows may be private
-    assert "most improved" not in card
-    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
-    assert "| rank | 16 |" in card
+    text = (trained.path / "README.md").read_text()
+    assert trained.evaluation["sentence"] in text
+    assert "| answers that loop |" in text
+    assert trained.answers[0]["tuned"]["text"] not in text  # nor rows: a card is published, and rows may be private
+    assert "most improved" not in text
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in text
+    assert "| rank | 16 |" in text
 
 
 def test_bad_rows_are_listed_and_the_rest_is_used(tiny, tmp_path, rows_file):
@@ -248,6 +249,9 @@ def test_the_best_adapter_is_kept_and_saved_if_asked(worsening):
     assert worsening.evaluation["tuned"]["loss"] == pytest.approx(losses[6])
     assert "Held-out loss has risen since step 2" in worsening._repr_html_()
     assert f"the best checkpoint is kept in {worsening.path / 'best'}" in worsening._repr_html_()
+    published = card(worsening)
+    assert "the best checkpoint is kept in best (" in published
+    assert str(worsening.path) not in published
     files = [worsening.path / name / "adapter_model.safetensors" for name in ("best", "adapter")]
     assert files[0].read_bytes() != files[1].read_bytes()
 
@@ -263,8 +267,12 @@ def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monke
     assert run.evaluation["answers"] is None
     assert "the fixed prompts could not be answered (status 9" in run._repr_html_()
     monkeypatch.undo()
+    readme = run.path / "README.md"
+    assert "could not be answered" in readme.read_text()
+    assert str(run.path) not in readme.read_text()
     assert evaluate(run)["answers"]["prompts"] >= 12
-    assert "could not be answered" not in run._repr_html_()
+    for said in (run._repr_html_(), readme.read_text()):
+        assert "could not be answered" not in said
 
 
 def test_learning_on_all_tokens_counts_them_all(tiny, tmp_path):
