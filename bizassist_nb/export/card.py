@@ -1,5 +1,6 @@
 """The model card of a run: what was trained, on what, what came of it, and how to load it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -7,7 +8,7 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.data.rows import DOLLY, SUFFIXES
 from bizassist_nb.errors import ModelError
-from bizassist_nb.render import sections_markdown
+from bizassist_nb.render import Section, sections_markdown
 from bizassist_nb.report import facts, how_to_go_on, settings_rows
 from bizassist_nb.runs import Run, write_json, write_whole
 from bizassist_nb.scorecard import sections
@@ -92,7 +93,7 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
         "",
         f"{what} {base}, trained with bizassist-nb.",
         "",
-        sections_markdown(section for section in sections(run) if not section.private)
+        sections_markdown(_public_section(run, section) for section in sections(run) if not section.private)
         or f"## Did it help?\n\nNot scored yet: {how_to_go_on(run) or run.status}.",
         "",
         *([] if parity is None else ["## Is it the model that was scored?", "", parity_words(parity), ""]),
@@ -141,6 +142,11 @@ def _data(run: Run) -> str:
 def _public(run: Run, text: str) -> str:
     """A text about the run without the paths of model and data."""
     return text.replace(run.environment["data"], _data(run)).replace(run.environment["model"], _base(run))
+
+
+def _public_section(run: Run, section: Section) -> Section:
+    """It without the path of the run's folder."""
+    return dataclasses.replace(section, lines=tuple(line.replace(f"{run.path}/", "") for line in section.lines))
 
 
 def _on_hub(name: str) -> bool:
