@@ -22,6 +22,8 @@ class LoadedBase:
         """Load the base in 4 bits, as it was for training."""
         import torch
 
+        from bizassist_nb.assistant import decoding
+
         self.base = base
         self.chat = models.load_tokenizer(base.source)
         try:
@@ -32,6 +34,7 @@ class LoadedBase:
                 f"{base.name} does not fit beside what is in GPU memory ({free:.1f} GiB are free): while a run is "
                 "being trained the assistant may have to wait; look at it with %bizassist runs, or stop it"
             ) from error
+        decoding.quicken(self.model)
         self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
         self._count = itertools.count()
 
