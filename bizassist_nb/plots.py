@@ -141,7 +141,7 @@ def loss_svg(run: Run) -> str:
     width, height = _BOX
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(loss_words(run))}" '
-        f'style="width: 100%; max-width: {width * 1.25:.0f}px; height: auto; font: 12px sans-serif" '
+        f'style="width: 100%; max-width: {width * 1.25:.0f}px; height: auto; font: 14px sans-serif" '
         f'fill="currentColor">'
         f"{''.join(grid)}{''.join(curves)}{''.join(keys)}"
         f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">step</text>'

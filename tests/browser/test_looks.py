@@ -39,7 +39,7 @@ def pictures(book, folder, name):
     """One in each theme; in both every text stands out from what is behind it."""
     for theme in ("dark", "light"):
         book.theme(theme)
-        book.page.screenshot(path=folder / f"{name}-{theme}.png")
+        book.picture(folder / f"{name}-{theme}.png")
         assert book.panel.locator("*").evaluate_all(CONTRAST) == []
 
 
@@ -50,6 +50,7 @@ def panes(book):
 def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
     shutil.copytree(trained.path, tmp_path / "runs" / "pricing")
     book = opened(serve("lab"), CELLS)
+    book.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     book.show()
     book.see("GiB free")
     book.see("95 % interval")
@@ -84,7 +85,6 @@ def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
     )
     pictures(book, screenshots, "chatting")
     book.see("cut short", timeout=120)
-    book.page.screenshot(path=screenshots / "chat.png")
     left, right = panes(book)
     assert left["y"] == right["y"]
     for tab, text in (("Preview", "as the model reads it"), ("Runs", "held-out"), ("Export", "export to")):
@@ -103,5 +103,5 @@ def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
     for tab in ("Train", "Preview", "Chat", "Runs", "Export"):
         book.tab(tab)
         fits(book)
-        book.page.screenshot(path=screenshots / f"narrow-{tab.lower()}.png")
+        book.picture(screenshots / f"narrow-{tab.lower()}.png")
     assert Run(tmp_path / "runs" / "sample-1").status == "stopped"

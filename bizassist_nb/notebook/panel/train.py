@@ -25,6 +25,8 @@ from bizassist_nb.training.preflight import Estimate
 
 _FIRST: Final = ("model", "data", "subset", "rank")
 """The settings that are seen at once; the rest are under "More settings"."""
+_FACTS: Final = ("model", "engine", "data", "preflight", "fit", "parameters")
+"""Events by which what is said of a run in training changes."""
 _SETTLED: Final = 0.5
 """Seconds for which settings have to stay as they are before their rows are counted."""
 _PLOT_EVERY: Final = 0.5
@@ -277,7 +279,7 @@ class RunView:
         if run is not of or (points != drawn and (ended or now - at >= _PLOT_EVERY)):
             self._plot.value = _plot(run) if points else ""
             self._plotted = (run, points, now)
-        told = (run, ended, run.status if ended else None, len(report.facts(run)))
+        told = (run, ended, run.status if ended else None, [run.last(kind) for kind in _FACTS])
         if told != self._told:  # seldom: what was unfolded in it is folded up again by a change
             self._tail.value = _outcome(run) if ended else render.table(report.facts(run))
             self._told = told
