@@ -227,7 +227,8 @@ class RunView:
             return _tiles([*figures, ("memory and time", "counting the rows …")])
         figures.append((expected.memory, f"≈ {expected.peak:.1f} of {expected.free:.1f} GiB free"))
         time_needed, source = self._time(found, expected)
-        words = f"{expected.fit.micro_batch} at once through the model: {expected.fit.reason}. {source}"
+        rows = "1 row" if expected.fit.micro_batch == 1 else f"{expected.fit.micro_batch} rows"
+        words = f"{rows} at once ({expected.fit.reason}). {source}"
         detail = f'<div class="bn-muted">{html.escape(words)}</div>'
         if expected.peak > expected.free:
             detail = f'<div class="bn-alert" role="alert">⚠ This does not seem to fit: {html.escape(words)}</div>'
