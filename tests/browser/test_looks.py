@@ -17,7 +17,7 @@ CONTRAST = """all => {
       const a = c.length === 4 ? c[3] : 1; if (a > 0) stack.push([c.slice(0, 3), a]); if (a === 1) break; }
     return stack.reverse().reduce((under, [c, a]) => over(c, a, under), [255, 255, 255]); };
   return all.filter(e => e.offsetParent && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
-      && !e.closest(':disabled') && getComputedStyle(e).clipPath === 'none')
+      && !e.closest(':disabled, [aria-hidden]') && getComputedStyle(e).clipPath === 'none')
     .map(e => { const back = behind(e), c = parse(getComputedStyle(e).color);
       let a = c.length === 4 ? c[3] : 1; for (let n = e; n; n = n.parentElement) a *= getComputedStyle(n).opacity;
       const one = light(over(c.slice(0, 3), a, back)), two = light(back);
@@ -59,6 +59,7 @@ def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
     book.choose("data", "sample")
     book.fill("rows to train on, as a number", 96)
     book.unfold("More settings")
+    book.fill("held out", 24)
     book.fill("batch size", 1)
     book.fill("learning rate", 1e-3)
     book.unfold("More settings")
