@@ -61,7 +61,7 @@ def redraw_seconds(folder: Path, steps: int) -> float:
     return statistics.median(times)
 
 
-def training(folder: Path) -> None:
+def training(folder: Path, turns: int = 24) -> None:
     """Train the embedded model, the panel being on and off by turns."""
     settings = Settings(
         model="smollm2-135m", data="sample", subset=2, held_out=2, max_length=96, batch_size=2, epochs=1000,
@@ -75,7 +75,7 @@ def training(folder: Path) -> None:
             while len(run.steps) < 3:
                 time.sleep(0.5)
             spans, used = [], 0.0
-            for turn in range(24):
+            for turn in range(turns):
                 on = turn % 2 == 0
                 process.send_signal(signal.SIGCONT if on else signal.SIGSTOP)
                 before, begun = sum(process.cpu_times()[:2]), time.time()
