@@ -143,7 +143,7 @@ def loss_svg(run: Run) -> str:
     width, height = _BOX
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(loss_words(run))}" '
-        f'style="width: 100%; max-width: {width * 1.25:.0f}px; height: auto; font: 12px sans-serif" '
+        f'style="width: 100%; max-width: {width * 1.25:.0f}px; height: auto; font: 14px sans-serif" '
         f'fill="currentColor">{_svg_frame(scale, across, up, legend)}{"".join(curves)}</svg>'
     )
 

@@ -227,6 +227,15 @@ class Book:
         self.page.wait_for_function("name => document.body.dataset.jpThemeLight === String(name === 'light')", arg=name)
         self.page.wait_for_timeout(300)
 
+    def picture(self, path: Path) -> None:
+        """What is seen of the panel, without the front end around it."""
+        box, size = self.panel.bounding_box(), self.page.viewport_size
+        assert box is not None
+        assert size is not None
+        top, foot = max(box["y"], 80), 30  # JupyterLab's bars
+        height = min(box["y"] + box["height"], size["height"] - foot) - top
+        self.page.screenshot(path=path, clip={"x": box["x"], "y": top, "width": box["width"], "height": height})
+
     def close(self) -> None:
         self.context.close()
 

@@ -18,7 +18,7 @@ for pane in panes:
     pane.show([])
 def turn(text, ended):
     turn = Turn(text, "run")
-    turn.comparison = Comparison(text, {"base": text, "tuned": text}, ("run",))
+    turn.comparison = Comparison(text, dict.fromkeys(["base", "tuned"], text), ("run",))
     if ended:
         turn.end("")
     return turn

@@ -17,7 +17,7 @@ CONTRAST = """all => {
       const a = c.length === 4 ? c[3] : 1; if (a > 0) stack.push([c.slice(0, 3), a]); if (a === 1) break; }
     return stack.reverse().reduce((under, [c, a]) => over(c, a, under), [255, 255, 255]); };
   return all.filter(e => e.offsetParent && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
-      && !e.closest(':disabled') && getComputedStyle(e).clipPath === 'none')
+      && !e.closest(':disabled, [aria-hidden]') && getComputedStyle(e).clipPath === 'none')
     .map(e => { const back = behind(e), c = parse(getComputedStyle(e).color);
       let a = c.length === 4 ? c[3] : 1; for (let n = e; n; n = n.parentElement) a *= getComputedStyle(n).opacity;
       const one = light(over(c.slice(0, 3), a, back)), two = light(back);
@@ -39,7 +39,7 @@ def pictures(book, folder, name):
     """One in each theme; in both every text stands out from what is behind it."""
     for theme in ("dark", "light"):
         book.theme(theme)
-        book.page.screenshot(path=folder / f"{name}-{theme}.png")
+        book.picture(folder / f"{name}-{theme}.png")
         assert book.panel.locator("*").evaluate_all(CONTRAST) == []
 
 
@@ -50,6 +50,7 @@ def panes(book):
 def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
     shutil.copytree(trained.path, tmp_path / "runs" / "pricing")
     book = opened(serve("lab"), CELLS)
+    book.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     book.show()
     book.see("GiB free")
     book.see("95 % interval")
@@ -58,6 +59,7 @@ def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
     book.choose("data", "sample")
     book.fill("rows to train on, as a number", 96)
     book.unfold("More settings")
+    book.fill("held out", 24)
     book.fill("batch size", 1)
     book.fill("learning rate", 1e-3)
     book.unfold("More settings")
@@ -84,7 +86,6 @@ def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
     )
     pictures(book, screenshots, "chatting")
     book.see("cut short", timeout=120)
-    book.page.screenshot(path=screenshots / "chat.png")
     left, right = panes(book)
     assert left["y"] == right["y"]
     for tab, text in (("Preview", "as the model reads it"), ("Runs", "held-out"), ("Export", "export to")):
@@ -103,5 +104,5 @@ def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
     for tab in ("Train", "Preview", "Chat", "Runs", "Export"):
         book.tab(tab)
         fits(book)
-        book.page.screenshot(path=screenshots / f"narrow-{tab.lower()}.png")
+        book.picture(screenshots / f"narrow-{tab.lower()}.png")
     assert Run(tmp_path / "runs" / "sample-1").status == "stopped"

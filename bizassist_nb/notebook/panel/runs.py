@@ -36,9 +36,13 @@ class Runs:
         row.add_class("bn-row")
         self.view = w.VBox([self._table, row, self._comparison])
         self._shown: list[tuple[Any, ...]] = []
+        self._looked = -1.0
 
     def update(self) -> None:
         """Show the runs there are; written only when one of them has moved on."""
+        if self._looked == self._state.looked:
+            return
+        self._looked = self._state.looked
         runs = list(reversed(self._state.runs.values()))
         seen = [_moved(run) for run in runs]
         if seen == self._shown and self._table.value:

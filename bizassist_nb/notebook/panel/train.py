@@ -25,6 +25,8 @@ from bizassist_nb.training.preflight import Estimate
 
 _FIRST: Final = ("model", "data", "subset", "rank")
 """The settings that are seen at once; the rest are under "More settings"."""
+_FACTS: Final = ("model", "engine", "data", "preflight", "fit", "parameters")
+"""Events by which what is said of a run in training changes."""
 _SETTLED: Final = 0.5
 """Seconds for which settings have to stay as they are before their rows are counted."""
 _PLOT_EVERY: Final = 0.5
@@ -225,7 +227,8 @@ class RunView:
             return _tiles([*figures, ("memory and time", "counting the rows …")])
         figures.append((expected.memory, f"≈ {expected.peak:.1f} of {expected.free:.1f} GiB free"))
         time_needed, source = self._time(found, expected)
-        words = f"{expected.fit.micro_batch} at once through the model: {expected.fit.reason}. {source}"
+        rows = "1 row" if expected.fit.micro_batch == 1 else f"{expected.fit.micro_batch} rows"
+        words = f"{rows} at once ({expected.fit.reason}). {source}"
         detail = f'<div class="bn-muted">{html.escape(words)}</div>'
         if expected.peak > expected.free:
             detail = f'<div class="bn-alert" role="alert">⚠ This does not seem to fit: {html.escape(words)}</div>'
@@ -277,7 +280,7 @@ class RunView:
         if run is not of or (points != drawn and (ended or now - at >= _PLOT_EVERY)):
             self._plot.value = _plot(run) if points else ""
             self._plotted = (run, points, now)
-        told = (run, ended, run.status if ended else None, len(report.facts(run)))
+        told = (run, ended, run.status if ended else None, [run.last(kind) for kind in _FACTS])
         if told != self._told:  # seldom: what was unfolded in it is folded up again by a change
             self._tail.value = _outcome(run) if ended else render.table(report.facts(run))
             self._told = told
