@@ -190,6 +190,8 @@ def _fit_words(fit: dict[str, Any]) -> str:
     rows = "1 row" if fit["micro_batch"] == 1 else f"{fit['micro_batch']} rows"
     when = f"from step {fit['step'] + 1} on " if fit["step"] else ""
     checkpointing = "on" if fit["checkpointing"] else "off"
+    if fit["checkpointing"] and fit.get("kept"):
+        checkpointing = f"where more than {fit['kept']:,} tokens go through at once"
     return f"{when}{rows} at once, checkpointing {checkpointing}, {fit['precision']} ({fit['reason']})"
 
 

@@ -24,7 +24,6 @@ HEAVY = {
     "ipywidgets",
     "IPython",
 }
-PANEL = ("__init__", "chat", "controls", "preview", "pump", "runs", "train")  # imported by `%bizassist` alone
 # Modules that are about one of these from their first line on, and are only imported where they are used.
 MAY = {
     "assistant/decoding.py": {"torch", "transformers", "peft"},
@@ -34,7 +33,7 @@ MAY = {
     "notebook/ballots.py": {"IPython"},
     "notebook/magics.py": {"IPython"},
     "notebook/views.py": {"IPython"},
-    **{f"notebook/panel/{name}.py": {"ipywidgets", "IPython"} for name in PANEL},
+    **{f"notebook/panel/{path.name}": {"IPython", "ipywidgets"} for path in (PACKAGE / "notebook/panel").glob("*.py")},
 }
 
 

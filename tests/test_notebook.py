@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -188,6 +189,27 @@ def test_base_alone_does_not_claim_that_there_is_no_run(trained, live):
 def test_ask_line_can_be_assigned(trained, live):
     live.run("first = %ask --run trained --max-new-tokens 4 --base Why?")
     assert live.run("first.question").text == "'Why?'"
+
+
+def test_ask_each_line_of_a_cell_gives_a_table_for_pandas(trained, live):
+    cell = live.run("%%ask --run trained --each --max-new-tokens 4 --strength 0.5 -o table\nWhy?\n\nWhat <i>now</i>?")
+    assert cell.status == "ok"
+    (html,) = cell.mime("text/html")
+    assert html.count("<tr>") == 3
+    assert "What &lt;i&gt;now&lt;/i&gt;?" in html
+    assert "tuned (trained), strength 0.5" in html
+    live.run("import pandas; frame = pandas.DataFrame(table.to_dict())")
+    assert live.run("list(frame.question)").text == "['Why?', 'What <i>now</i>?']"
+    assert live.run("list(frame.columns[:3]), set(frame.strength)").text == "(['question', 'base', 'tuned'], {0.5})"
+
+
+def test_ask_of_several_runs_has_a_column_for_each(trained, place, live):
+    shutil.copytree(place / "runs" / "trained", place / "runs" / "second")
+    cell = live.run("%%ask --run trained --run second --max-new-tokens 4 -o answers\nWhy?")
+    shutil.rmtree(place / "runs" / "second")
+    assert cell.status == "ok"
+    assert live.run("list(answers.answers)").text == "['base', 'tuned (trained)', 'tuned (second)']"
+    assert live.run("answers.answers['tuned (trained)'] == answers.answers['tuned (second)']").text == "True"
 
 
 def test_ask_without_a_run_asks_the_base_alone_and_says_so(live, tmp_path):

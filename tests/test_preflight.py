@@ -18,6 +18,7 @@ CPU = Device("cpu", (0, 0), 12.0)
 SMOL = Shape(layers=30, hidden=576, intermediate=1536, query=576, key_value=192, vocabulary=49152, tied=True)
 DOLLY = [[992, 131, 107, 60], [300, 250, 120, 90], [180, 131, 131, 40]]
 LONG = [[2048] * 4] * 3
+MIXED = [*DOLLY * 20, [2048, 300, 200, 100]]
 
 
 def chosen(on, lengths, engine=UNSLOTH, model=MISTRAL, **changes):
@@ -29,13 +30,14 @@ def chosen(on, lengths, engine=UNSLOTH, model=MISTRAL, **changes):
     [
         (H100, UNSLOTH, DOLLY, {}, 4, False),
         (H100, UNSLOTH, LONG, {}, 4, False),
-        (H100, UNSLOTH, [[2048] * 64], {"batch_size": 64}, 64, True),  # 8 and more at once beat two by two
+        (H100, UNSLOTH, [[2048] * 64], {"batch_size": 64}, 8, False),  # as many as can do without checkpointing
         (T4, UNSLOTH, DOLLY, {}, 4, False),
-        (T4, UNSLOTH, LONG, {}, 4, True),
+        (T4, UNSLOTH, MIXED, {}, 4, True),  # few steps are as long as that, and only they are done twice
+        (T4, UNSLOTH, LONG, {}, 1, False),  # so much arithmetic that doing it twice costs more than more launches
         (T4, UNSLOTH, LONG, {"rank": 64}, 4, True),
         (T4, UNSLOTH, LONG, {"micro_batch": 1}, 1, False),
         (T4, UNSLOTH, [[8192] * 4], {"max_length": 8192}, 4, True),
-        (T4, PLAIN, DOLLY, {}, 4, True),
+        (T4, PLAIN, DOLLY, {}, 1, False),
         (CPU, PLAIN, DOLLY, {}, 4, False),
     ],
 )
@@ -68,13 +70,28 @@ def test_what_is_chosen_divides_the_step_and_fits_for_the_longest_rows(batch_siz
     assert need < free or "would fit" in fit.reason or "too large" in fit.reason
 
 
-def test_less_memory_never_means_more_at_once():
-    sizes = []
-    for free in (4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0, 30.0, 60.0):
-        fit = chosen(Device("cuda:0", (7, 5), free), [[2048] * 16], batch_size=16)
-        sizes.append(fit.micro_batch * (1 if fit.checkpointing else 2))
-    assert sizes == sorted(sizes)
-    assert sizes[0] < sizes[-1]
+def test_more_memory_never_takes_longer():
+    def seconds(free):
+        on = Device("cuda:0", (7, 5), free)
+        return preflight._work(MISTRAL, UNSLOTH, on, LONG, chosen(on, LONG))
+
+    took = [seconds(free) for free in (5.5, 6.0, 8.0, 10.0, 14.0, 20.0, 30.0, 60.0)]
+    assert took == sorted(took, reverse=True)
+    assert took[-1] < took[0]
+
+
+def test_only_steps_without_room_for_their_activations_are_done_twice():
+    fit = chosen(T4, MIXED)
+    assert 2048 < fit.kept < 2648
+    assert [fit.checkpoints(step, UNSLOTH, T4) for step in MIXED] == [False] * 60 + [True]
+    assert fit.checkpoints([fit.kept + 1], UNSLOTH, T4)
+    assert not fit.checkpoints([fit.kept], UNSLOTH, T4)
+    room = preflight.peak(MISTRAL, 16, UNSLOTH, T4, [fit.kept], checkpointing=False)
+    assert sum(room.values()) < T4.free
+    expected = preflight._estimate(Settings(), UNSLOTH, MISTRAL, T4, MIXED)
+    assert expected.peak == pytest.approx(sum(room.values()))  # fuller than the longest step, which checkpoints
+    never = chosen(H100, MIXED)
+    assert not any(never.checkpoints(step, UNSLOTH, H100) for step in MIXED)
 
 
 def test_what_cannot_fit_names_a_length_that_does():
@@ -152,7 +169,9 @@ def test_the_choice_and_its_reason_stand_in_the_views(tmp_path):
     journal.write("preflight", sentence=expected.sentence)
     journal.write("fit", step=0, micro_batch=4, checkpointing=False, precision="float16", reason=expected.fit.reason)
     journal.write("fit", step=7, micro_batch=1, checkpointing=True, precision="float16", reason="memory ran out")
+    journal.write("fit", step=8, micro_batch=1, checkpointing=True, precision="float16", reason="long", kept=2112)
     for shown in (run_text(Run(tmp_path)), run_html(Run(tmp_path))):
         assert expected.sentence in shown
         assert f"4 rows at once, checkpointing off, float16 ({expected.fit.reason})" in shown
         assert "from step 8 on 1 row at once, checkpointing on, float16 (memory ran out)" in shown
+        assert "1 row at once, checkpointing where more than 2,112 tokens go through at once, float16 (long)" in shown

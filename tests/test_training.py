@@ -88,6 +88,14 @@ def test_run_directory_holds_everything(trained):
     assert sum(step.tokens for step in trained.steps) == trained.last("data")["training"]["tokens"]
 
 
+def test_memory_is_about_what_was_expected(trained):
+    expected, measured = trained.last("preflight"), trained.last("memory")
+    assert measured["of"] == "process"
+    assert expected["memory"] == "RAM"
+    assert expected["ram"] == pytest.approx(measured["peak"] / 2**30, rel=0.15)
+    assert expected["ram"] > expected["peak"]
+
+
 def test_tuned_is_better_on_held_out_rows(trained):
     found = trained.evaluation
     assert found["tuned"]["loss"] < found["base"]["loss"] - 2 * found["standard_error"]
@@ -202,6 +210,35 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tin
     run = Run(tmp_path / "nan")
     assert (run.status, len(run.steps)) == ("failed", 4)
     assert run.last("checkpoint")["step"] == 4
+
+
+def test_float16_may_overflow_while_its_scaling_settles_but_not_for_ever(tmp_path):
+    from types import SimpleNamespace
+
+    from bizassist_nb.runs import Journal
+    from bizassist_nb.training.trainer import RunCallback
+
+    (tmp_path / "settings.toml").write_text(Settings().to_toml())
+    run = Run(tmp_path)
+    callback = RunCallback(run, Journal(tmp_path), SimpleNamespace(asked=False), [[]] * 99, 10.0, lambda _: None)
+    callback.on_train_begin(None, None, None)
+
+    def step(number, norm, fp16=True):
+        logs = {"loss": 2.0, "grad_norm": norm, "learning_rate": 1e-4}
+        args = SimpleNamespace(fp16=fp16, learning_rate=2e-4)
+        callback.on_log(args, SimpleNamespace(global_step=number), None, logs)
+
+    for number in range(1, 21):
+        step(number, float("inf"))
+    step(21, 1.5)
+    for number in range(22, 46):
+        step(number, float("nan"))
+    assert [event["gradient_norm"] for event in run.events[19:22]] == [None, 1.5, None]
+    with pytest.raises(RunError, match="gradient's norm became nan at step 46"):
+        step(46, float("nan"))
+    assert len(run.steps) == 45
+    with pytest.raises(RunError, match="gradient's norm became inf at step 47"):
+        step(47, float("inf"), fp16=False)
 
 
 def test_a_base_that_scores_no_number_is_refused(tiny, tmp_path):

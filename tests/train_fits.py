@@ -22,29 +22,32 @@ from bizassist_nb.training.worker import Stop
 
 
 def main(engine_name: str, folder: str, target: str) -> None:
-    settings = Settings(model=folder, data="sample", subset=18, held_out=2, max_length=512, warmup_steps=0, seed=1)
+    settings = Settings(model=folder, data="sample", subset=10, held_out=2, max_length=512, warmup_steps=0, seed=1)
     engine = engines.choose(engine_name)
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
     from bizassist_nb.training import trainer
 
     chat = models.load_tokenizer(folder)
-    rows, _ = split(read_table("sample").rows, subset=18, held_out=2, seed=1)
+    rows, _ = split(read_table("sample").rows, subset=10, held_out=2, seed=1)
     examples, _ = chat.examples(rows, system_prompt="", max_length=512)
     steps = trainer.plan(examples, settings)
     whole_step = trainer.SFTTrainer.training_step
     stop = Stop()
     first: list[torch.Tensor] = []
+    shortest = min(len(step) * max(len(example.input_ids) for example in step) for step in steps)  # tokens, padded
 
-    def train(name, micro_batch, checkpointing=False, full=lambda _: False):
+    def train(name, micro_batch, checkpointing=False, kept=0, full=lambda _: False):
         """`full` says of (step, rows, checkpointing) whether memory runs out, once the backward pass is through."""
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             loss = whole_step(self, model, inputs, num_items_in_batch)
+            checkpointed.append(self.is_checkpointing())
             if full((self.state.global_step, self.args.per_device_train_batch_size, self.is_checkpointing())):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             return loss
 
+        checkpointed: list[bool] = []
         trainer.SFTTrainer.training_step = training_step
         trainer.SFTTrainer.is_checkpointing = lambda self: any(
             getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
@@ -53,7 +56,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
         path.mkdir()
         (path / "settings.toml").write_text(settings.to_toml())
         model = engines.load(engine, models.resolve(folder), settings, checkpointing=checkpointing)
-        fit = Fit(micro_batch, checkpointing, "float32", "asked for")
+        fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept)
         found: dict[str, object] = {}
         try:
             found["done"] = trainer.train(Run(path), Journal(path), stop, engine, settings, fit, model, chat, steps)
@@ -69,17 +72,18 @@ def main(engine_name: str, folder: str, target: str) -> None:
         found["fits"] = [
             [e["step"], e["micro_batch"], e["checkpointing"], e["reason"]] for e in run.events if e["event"] == "fit"
         ]
+        found["checkpointed"] = checkpointed
         found["checkpoints"] = [e["step"] for e in run.events if e["event"] == "checkpoint"]
         return found
 
     result = {
         "4": train("4", 4),
-        "2": train("2", 2),
         "1": train("1", 1),
         "checkpointing": train("checkpointing", 4, checkpointing=True),
-        "halved": train("halved", 4, full=lambda now: now[0] == 2 and now[1] == 4),
+        "sparing": train("sparing", 4, checkpointing=True, kept=shortest, full=lambda now: not now[2]),
+        "halved": train("halved", 4, full=lambda now: now[0] == 1 and now[1] == 4),
         "from the start": train("from-the-start", 4, full=lambda now: not now[2]),
-        "never": train("never", 2, full=lambda now: now[0] == 3),
+        "never": train("never", 2, full=lambda now: now[0] == 2),
     }
     print(json.dumps(result | {"engine": dataclasses.asdict(engine), "shapes": [len(step) for step in steps]}))
 

@@ -96,7 +96,7 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
         sections_markdown(_public_section(run, section) for section in sections(run) if not section.private)
         or f"## Did it help?\n\nNot scored yet: {how_to_go_on(run) or run.status}.",
         "",
-        *([] if parity is None else ["## Is it the model that was scored?", "", _parity_words(parity), ""]),
+        *([] if parity is None else ["## Is it the model that was scored?", "", parity_words(parity), ""]),
         "## How it was made",
         "",
         *(f"- **{label}**: {_public(run, text)}" for label, text in facts(run)),
@@ -118,7 +118,8 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _parity_words(parity: dict[str, Any]) -> str:
+def parity_words(parity: dict[str, Any]) -> str:
+    """What the comparison of a merged model with the tuned assistant found."""
     return (
         f"It was loaded again and compared with the tuned model on {parity['prompts']} held-out prompts: "
         f"{parity['equal_next_tokens']:.1%} of {parity['positions']} next tokens and {parity['equal_answers']} answers "

@@ -23,6 +23,8 @@ _SPARE: Final = 0.06
 """Share of the memory that is left alone: what the allocator cannot hand out because it lies in pieces."""
 _MARGIN: Final = 0.25
 """GiB left alone besides: libraries' own workspaces, which the allocator does not see."""
+_SCORING: Final = 1.5
+"""GiB that held-out scoring takes on a CPU: logits, copied in line, and their logarithms (`evaluation.score`)."""
 _PROCESS_RAM: Final = {"cuda:0": 3.6, "cpu": 1.0}
 """GiB of RAM of a worker without its weights: Python, torch with its kernels, and the engine."""
 
@@ -120,10 +122,17 @@ class Fit:
     micro_batch: int
     """Rows that go through the model at once; it divides the batch size."""
     checkpointing: bool
-    """Whether activations are computed again on the way back instead of kept."""
+    """Whether activations are computed again on the way back instead of kept, in steps that have no room for them."""
     precision: str
     """dtype of arithmetic: "bfloat16", "float16" or "float32"."""
     reason: str
+    kept: int = 0
+    """With checkpointing: tokens up to which a micro-batch has room for its activations, and does without it."""
+
+    def checkpoints(self, rows: Sequence[int], engine: Engine, on: Device) -> bool:
+        """Whether rows of these lengths, which go through in this fit's micro-batches, need checkpointing."""
+        batches = micro_batches(rows, self.micro_batch)
+        return self.checkpointing and any(_tokens(batch, engine, on) > self.kept for batch in batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +221,11 @@ def _estimate(
     fit = choose(settings, engine, model, on, lengths)
     rows = longest(lengths, fit.micro_batch, engine, on)
     parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
+    if fit.kept:  # the fullest may be a step that does without checkpointing
+        whole = peak(model, settings.rank, engine, on, [min(fit.kept, sum(rows))], checkpointing=False)
+        parts = max(parts, whole, key=lambda found: sum(found.values()))
     adapter = model.adapter(settings.rank)
-    ram = process_ram(on) + (0.0 if on.on_gpu else sum(parts.values()))
+    ram = process_ram(on) + (0.0 if on.on_gpu else max(sum(parts.values()), parts["weights"] + _SCORING))
     if fit.checkpointing and own_kernels(engine, on_gpu=on.on_gpu):
         ram += sum(rows) * model.layers * model.hidden * on.width / GIB  # where Unsloth moves the blocks' inputs
     saved = 3 * 12 + 2 * 4  # two checkpoints and one being written, with both moments; the adapter and the best one
@@ -229,10 +241,10 @@ def _estimate(
 
 
 def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths: Sequence[Sequence[int]]) -> Fit:
-    """The largest micro-batch that fits for the longest rows that will occur, and whether it needs checkpointing.
+    """How steps are cut so that they take the least time, of all ways in which the longest rows that will occur fit.
 
-    Checkpointing does the forward pass twice; a micro-batch half the size goes through the model twice as often.
-    So it is used only where it allows more than twice as many rows at once.
+    A step that has room for its activations goes without checkpointing, which does the forward pass twice; and fewer
+    micro-batches mean fewer launches of kernels. Which of the two weighs more, the device decides (see `_SPEED`).
     """
     sizes = [settings.micro_batch] if isinstance(settings.micro_batch, int) else divisors(settings.batch_size)
     room = on.free * (1 - _SPARE) - _MARGIN
@@ -241,23 +253,23 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
         rows = longest(lengths, size, engine, on)
         return sum(peak(model, settings.rank, engine, on, rows, checkpointing=checkpointing).values())
 
-    plain = next((size for size in sizes if need(size, False) <= room), 0)
-    again = next((size for size in sizes if need(size, True) <= room), 0)
-    if 2 * plain >= again and plain:
-        size, checkpointing = plain, False
-        reason = _why(settings, need(size, False), on)
-        if size < sizes[0]:
-            reason += f"; {sizes[0]} at once would take {need(sizes[0], False):.1f}"
-    elif again:
-        size, checkpointing = again, True
-        reason = _why(settings, need(size, True), on) + f"; without checkpointing {need(size, False):.1f}"
-    else:
-        size, checkpointing = sizes[-1], True
-        most = longest_that_fits(settings.rank, engine, model, on)
-        reason = f"even so the longest row is expected to take {need(size, True):.1f} GiB of {on.free:.1f} free; " + (
-            f"max_length = {most} would fit" if most else "the model itself is too large for this device"
-        )
-    return Fit(size, checkpointing, on.precision, reason)
+    def fit(size: int) -> Fit | None:
+        if need(size, False) <= room:
+            return Fit(size, False, on.precision, _why(settings, need(size, False), on))
+        if need(size, True) > room:
+            return None
+        kept = longest_that_fits(settings.rank, engine, model, on, checkpointing=False)
+        why = f"{_why(settings, need(size, True), on)}; without checkpointing {need(size, False):.1f}"
+        return Fit(size, True, on.precision, why, kept)
+
+    fits = [found for size in sizes if (found := fit(size))]
+    if fits:
+        return min(fits, key=lambda found: _work(model, engine, on, lengths, found))
+    most = longest_that_fits(settings.rank, engine, model, on)
+    reason = f"even so the longest row is expected to take {need(sizes[-1], True):.1f} GiB of {on.free:.1f} free; " + (
+        f"max_length = {most} would fit" if most else "the model itself is too large for this device"
+    )
+    return Fit(sizes[-1], True, on.precision, reason)
 
 
 def _why(settings: Settings, need: float, on: Device) -> str:
@@ -265,15 +277,17 @@ def _why(settings: Settings, need: float, on: Device) -> str:
     return f"{asked}: the longest take about {need:.1f} GiB of {on.free:.1f} free"
 
 
-def longest_that_fits(rank: int, engine: Engine, model: Shape, on: Device, *, beside: bool = False) -> int:
-    """Tokens of a row that fits alone with checkpointing, a multiple of 64; 0 if none does.
+def longest_that_fits(
+    rank: int, engine: Engine, model: Shape, on: Device, *, checkpointing: bool = True, beside: bool = False
+) -> int:
+    """Tokens of a row that fits alone, a multiple of 64; 0 if none does.
 
     `beside` weights and adapter that are loaded already, where it is True, so that the free memory is without them.
     """
     room = on.free * (1 - _SPARE) - _MARGIN
     fits = 0
     for tokens in range(64, 131_072, 64):
-        parts = peak(model, rank, engine, on, [tokens], checkpointing=True)
+        parts = peak(model, rank, engine, on, [tokens], checkpointing=checkpointing)
         if sum(size for name, size in parts.items() if not beside or name in ("activations", "scratch")) > room:
             break
         fits = tokens
@@ -341,30 +355,42 @@ def _kept(model: Shape, rank: int, engine: Engine, on: Device, longest_row: int)
 
 
 def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:
-    """Bytes of the logits that exist at once: both engines' losses go through the tokens in chunks."""
+    """Bytes of the logits that exist at once: the losses go through the tokens in chunks, but Unsloth's on a CPU."""
     if own_kernels(engine, on_gpu=on.on_gpu):
         return max(512, min(8192, tokens // 8)) * model.vocabulary * 8
-    return min(tokens, 256) * model.vocabulary * 20
+    return (tokens if engine.name == "unsloth" else min(tokens, 256)) * model.vocabulary * 20
 
 
-# Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing, and
-# operations a second. Hopper's are from docs/benchmarks.md; a T4's from the recorded run of the notebook that this
-# package grew out of (1,033.9 s for 1,000 Dolly rows one by one), so that larger micro-batches may be faster.
-_SPEED: Final[dict[tuple[int, int], tuple[float, float]]] = {
-    (7, 5): (0.011, 8.5e12),
-    (9, 0): (0.010, 2.3e14),
+# Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,
+# operations a second, and bytes of memory a second. Hopper's are from docs/benchmarks.md. No T4 was at hand: its bytes
+# are its data sheet's less a fifth, and the rest gives the 1,033.9 s that the notebook that this package grew out of
+# recorded there for 1,000 Dolly rows one by one.
+_SPEED: Final[dict[tuple[int, int], tuple[float, float, float]]] = {
+    (7, 5): (0.011, 1.35e13, 2.5e11),
+    (9, 0): (0.010, 2.3e14, 2.5e12),
 }
 
 
 def _seconds(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[int]], fit: Fit) -> float | None:
-    """Seconds of training: of each micro-batch, the longer of launching its kernels and computing them."""
-    if on.capability not in _SPEED:
-        return None
-    launch, operations = _SPEED[on.capability]
-    launch *= model.layers * (1.5 if fit.checkpointing else 1) * (1 if engine.name == "unsloth" else 2)
-    each = (6 if fit.checkpointing else 4) * model.linear / operations
-    batches = (rows for step in lengths for rows in micro_batches(step, fit.micro_batch))
-    return sum(max(launch, each * _tokens(rows, engine, on)) for rows in batches)
+    """Seconds of training, where the device's speed is known."""
+    return _work(model, engine, on, lengths, fit) if on.capability in _SPEED else None
+
+
+def _work(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[int]], fit: Fit) -> float:
+    """Seconds of training: of each micro-batch, the longer of launching its kernels and running them.
+
+    Where the device is not known they are a Hopper's, which is good enough to compare by.
+    """
+    launch, operations, bandwidth = _SPEED.get(on.capability, _SPEED[9, 0])
+    launch *= model.layers * (1 if engine.name == "unsloth" else 2)
+    weights = 2 * model.linear * (_NF4 + 2 * on.width) / bandwidth  # read, written in 16 bits, and read again
+    each = 4 * model.linear / operations  # a token's two passes, as gradients of the base's weights are not wanted
+    seconds = 0.0
+    for step in lengths:
+        passes = 1.5 if fit.checkpoints(step, engine, on) else 1
+        batches = micro_batches(step, fit.micro_batch)
+        seconds += passes * sum(max(launch, weights + each * _tokens(rows, engine, on)) for rows in batches)
+    return seconds
 
 
 def _free_ram() -> float:

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from datasets import Dataset
@@ -25,6 +25,10 @@ from bizassist_nb.training.preflight import Fit
 
 if TYPE_CHECKING:
     from bizassist_nb.training.worker import Stop
+
+
+_OVERFLOWS: Final = 24
+"""Steps in a row whose gradient may overflow in float16: the loss is scaled by 65,536 at first, half that each time."""
 
 
 def plan(examples: Sequence[Example], settings: Settings) -> list[list[Example]]:
@@ -103,7 +107,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: list[Example], problem: str) -> Fit:
-    """The next fit to try when memory ran out: half the micro-batch, or the largest below; then checkpointing."""
+    """The next fit to try when memory ran out in that step.
+
+    Checkpointing where it was thought to do without; then half the micro-batch, or the largest below; then
+    checkpointing in every step.
+    """
+    on, lengths = preflight.device(), [len(example.input_ids) for example in step]
+    if fit.kept and not fit.checkpoints(lengths, engine, on):
+        why = f"memory ran out in a step without checkpointing ({problem})"
+        return dataclasses.replace(fit, kept=0, reason=why)
     smaller = [size for size in preflight.divisors(settings.batch_size) if size <= fit.micro_batch / 2]
     if smaller:
         why = f"memory ran out with {fit.micro_batch} rows at once ({problem})"
@@ -111,10 +123,8 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     if not fit.checkpointing:
         why = f"memory ran out with a single row at once ({problem})"
         return dataclasses.replace(fit, checkpointing=True, reason=why)
-    row = max(len(example.input_ids) for example in step)
-    most = preflight.longest_that_fits(
-        settings.rank, engine, preflight.Shape.of(model.config), preflight.device(), beside=True
-    )
+    row = max(lengths)
+    most = preflight.longest_that_fits(settings.rank, engine, preflight.Shape.of(model.config), on, beside=True)
     raise RunError(
         f"memory ran out with a single row at once and checkpointing on ({problem}). The longest row of this step has "
         f"{row} tokens; try max_length = {max(16, min(most, row // 2))}. What is done so far is kept"
@@ -176,6 +186,10 @@ def build_trainer(
         processing_class=chat.tokenizer,
         callbacks=[RunCallback(run, journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )
+    if fit.kept:
+        lengths = [[len(example.input_ids) for example in step] for step in steps]
+        device = preflight.device()
+        trainer.add_callback(_Sparing(model, [fit.checkpoints(rows, engine, device) for rows in lengths]))
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
     for parameter in model.parameters():
@@ -189,6 +203,24 @@ def _save(trainer: SFTTrainer) -> None:
     """A checkpoint of the last whole step, written and reported as when the callback asks the Trainer for one."""
     trainer._save_checkpoint(trainer.model, trial=None)
     trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+
+
+class _Sparing(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
+    """Checkpointing only in the steps that need it. The model's modules look at their flag in each forward pass."""
+
+    def __init__(self, model: Any, needed: Sequence[bool]):
+        """`needed` says of each step whether it needs checkpointing."""
+        self._model, self._needed = model, needed
+        self._flags: dict[Any, Any] = {}
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the flags of the modules in which the trainer has turned checkpointing on."""
+        if not self._flags:
+            flags = {module: getattr(module, "gradient_checkpointing", False) for module in self._model.modules()}
+            self._flags = {module: flag for module, flag in flags.items() if flag}
+        needed = self._needed[state.global_step]
+        for module, flag in self._flags.items():
+            module.gradient_checkpointing = flag if needed else False
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
@@ -207,6 +239,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
         self._run, self._journal, self._stop, self._after_step = run, journal, stop, after_step
         self._tokens = [sum(len(example.input_ids) for example in step) for step in steps]
         self._interval = 60 * checkpoint_minutes
+        self._overflows = 0  # steps in a row whose gradient was not finite
         self._saved = self._last = time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -233,7 +266,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
         if logs is None or "loss" not in logs:
             return
         loss, norm = float(logs["loss"]), float(logs["grad_norm"])
-        if not math.isfinite(loss) or (not math.isfinite(norm) and not args.fp16):
+        self._overflows = 0 if math.isfinite(norm) else self._overflows + 1
+        if not math.isfinite(loss) or self._overflows > (_OVERFLOWS if args.fp16 else 0):
             # Checkpoints are written after this, so none has what such a step did to the adapter.
             what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
             raise RunError(
@@ -246,7 +280,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
             step=state.global_step,
             loss=loss,
             learning_rate=float(logs["learning_rate"]),
-            gradient_norm=norm if math.isfinite(norm) else None,  # fp16's loss scaling overflows now and then
+            gradient_norm=norm if math.isfinite(norm) else None,  # such a step is left out, and the scaling halved
             tokens=self._tokens[state.global_step - 1],
             seconds=now - self._last,
         )

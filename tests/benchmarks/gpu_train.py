@@ -424,8 +424,11 @@ def part_memory(model: str, rows: str, out: Path, engine: str = "unsloth") -> No
             memory(folder, out, name, engine, rank, [*small, *large], checkpointing)
 
 
-def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16, batch: int = 4) -> None:
-    """Whole runs in 14.5 GiB, side by side: the rows given, rows of 2,048 tokens, and those with too much at once."""
+def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16) -> None:
+    """Whole runs in 14.5 GiB, side by side: the rows given, rows of 2,048 tokens, and those with too much at once.
+
+    What has come of them is also written when they are stopped early, by the seconds in T4_SECONDS.
+    """
     import t4
 
     from bizassist_nb import Settings
@@ -443,23 +446,27 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16,
     for name, arguments, changes in (
         ("long", (), {"data": str(longest), "subset": long, "held_out": 4}),
         ("too much", ("--unaware",), {"data": str(longest), "subset": long, "held_out": 4}),
-        ("dolly", (), {"data": rows, "subset": dolly, "held_out": 64, "batch_size": batch, "checkpoint_minutes": 1.0}),
+        ("dolly", (), {"data": rows, "subset": dolly, "checkpoint_minutes": 0.5}),
     ):
-        path = Path("/tmp/gpu_train") / f"t4-{name.replace(' ', '-')}"
+        path = Path(tempfile.mkdtemp(prefix="gpu_train_")) / f"t4-{name.replace(' ', '-')}"
         path.mkdir(parents=True)
         (path / "settings.toml").write_text(Settings(model=model, engine="unsloth", **changes).to_toml())
         log = (path / "log").open("w")
-        process = subprocess.Popen([sys.executable, t4.__file__, str(path), *arguments], stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, t4.__file__, str(path), *arguments], stdout=log, stderr=log, cwd=path
+        )
         started[name] = (path, process)
+    end = time.monotonic() + float(os.environ.get("T4_SECONDS", "3600"))
     for name, (path, process) in started.items():
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(1, end - time.monotonic()))
         run = Run(path)
         steps = run.steps
         write(
             out,
             part="t4",
             name=name,
-            state=(run.last("state") or {}).get("state"),
+            states=[e["state"] for e in run.events if e["event"] == "state"],
             error=run.last("error"),
             fits=[event for event in run.events if event["event"] == "fit"],
             preflight=run.last("preflight"),
@@ -470,7 +477,11 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16,
             checkpoints=[e["step"] for e in run.events if e["event"] == "checkpoint"],
             evaluations=[[e["who"], e["loss"], e["seconds"]] for e in run.events if e["event"] == "evaluation"],
             training_seconds=round(sum(step.seconds for step in steps), 1),
+            tokens=sum(step.tokens for step in steps),
+            learned=(run.last("memory"), (run.path / "adapter").is_dir()),
         )
+        if process.poll() is None:
+            process.kill()
 
 
 PARTS = {

@@ -95,17 +95,27 @@ func main() {
 """
 
 
-def answers(run: Run, chat: ChatTokenizer) -> tuple[list[object], list[str]]:
-    """What is asked, as token ids and as messages, and what transformers answers."""
+def answers(run: Run, chat: ChatTokenizer) -> tuple[list[object], list[list[tuple[str, float]]]]:
+    """What is asked, as token ids and as messages; what transformers answers: the text so far and the token's lead."""
     model = AutoModelForCausalLM.from_pretrained(run.path / "merged", dtype=torch.float32)
     asked, answered = [], []
     for question in QUESTIONS:
         messages = conversation(run.settings.system_prompt, [], question)
         ids = chat.prompt(messages)
-        answer = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)[0, len(ids) :]
+        told = model.generate(
+            torch.tensor([ids]), max_new_tokens=32, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        answer = told.sequences[0, len(ids) :]
+        texts = [chat.tokenizer.decode(answer[: i + 1], skip_special_tokens=True).strip() for i in range(len(answer))]
+        best = [logits[0].topk(2).values for logits in told.logits]
         asked.append((ids, messages))
-        answered.append(chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
+        answered.append([(text, float(two[0] - two[1])) for text, two in zip(texts, best, strict=True)])
     return asked, answered
+
+
+def lead(ours: list[tuple[str, float]], theirs: str) -> float | None:
+    """By how many logits the first token led that llama.cpp did not choose; None if it chose all."""
+    return next((ahead for text, ahead in ours if not theirs.strip().startswith(text)), None)
 
 
 def main(run: Run) -> None:
@@ -132,16 +142,17 @@ def main(run: Run) -> None:
             stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "GOTOOLCHAIN": "local"},
         ).stdout  # fmt: skip
     theirs = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
-    equal = [[answer.strip() == our for answer in pair] for our, pair in zip(ours, theirs, strict=True)]
+    leads = [[lead(our, answer) for answer in pair] for our, pair in zip(ours, theirs, strict=True)]
     written = ["".join(text for text, _ in chat.rendered(each, answer_next=True)) for each in conversations]
     begin = chat.tokenizer.bos_token or ""
     same = [a in (b, b.removeprefix(begin)) for a, b in zip(json.loads(rendered), written, strict=True)]
     print(
         json.dumps(
             {
-                "questions": len(equal),
-                "equal_to_ids": sum(told for told, _ in equal),
-                "equal_as_chat": sum(chatted for _, chatted in equal),
+                "questions": len(leads),
+                "equal_to_ids": sum(told is None for told, _ in leads),
+                "equal_as_chat": sum(chatted is None for _, chatted in leads),
+                "leads_where_not": [ahead for pair in leads for ahead in pair if ahead is not None],
                 "templates": len(same),
                 "equal_templates": sum(same),
                 "gguf": run.last("gguf"),

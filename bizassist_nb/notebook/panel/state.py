@@ -26,6 +26,7 @@ class State:
         self.followed: Run | None = None
         self.working = False
         """Whether a tab's next turn has more to do at once."""
+        self.exporting = False
         self._runs_dir = runs_dir
         self._looked = 0.0
         self.look()
@@ -55,7 +56,7 @@ class State:
     @property
     def following(self) -> bool:
         """Whether something goes on that the views have to keep up with."""
-        return self.live is not None or self.watch.busy or self.unsettled
+        return self.live is not None or self.watch.busy or self.unsettled or self.exporting
 
     @property
     def tuned(self) -> list[str]:
