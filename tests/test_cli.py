@@ -43,6 +43,8 @@ def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "--- base, cut short ---" in out
     assert "--- tuned (random), cut short ---" in out
+    assert main(["ask", "random", "Why?", "--max-new-tokens", "5", "--strength", "0", *where]) == 0
+    assert "--- tuned (random), strength 0, cut short ---" in capsys.readouterr().out
     assert main(["evaluate", "random", *where]) == 0
     card = capsys.readouterr().out
     assert card.startswith(f"Did it help?\n{run.evaluation['sentence']}\n")
