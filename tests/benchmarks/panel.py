@@ -64,7 +64,7 @@ def redraw_seconds(folder: Path, steps: int) -> float:
 def training(folder: Path, turns: int = 24) -> None:
     """Train the embedded model, the panel being on and off by turns."""
     settings = Settings(
-        model="smollm2-135m", data="sample", subset=2, held_out=2, max_length=96, batch_size=2, epochs=1000,
+        model="smollm2-135m", data="sample", subset=2, held_out=12, max_length=384, batch_size=2, epochs=1000,
         evaluate_every=1_000_000, engine="transformers", runs_dir=str(folder / "runs"),
     )  # fmt: skip
     with kernel(folder) as live:
@@ -73,6 +73,8 @@ def training(folder: Path, turns: int = 24) -> None:
             live.run(SHOWN)
             process = psutil.Process(live.manager.provisioner.process.pid)
             while len(run.steps) < 3:
+                if run.error:
+                    sys.exit(run.error)
                 time.sleep(0.5)
             spans, used = [], 0.0
             for turn in range(turns):

@@ -23,6 +23,7 @@ class Runs:
         """Build the widgets."""
         self._state = state
         self._table = w.HTML()
+        self._table.add_class("bn-scroll")
         self._choice = w.SelectMultiple(
             description="runs to compare",
             rows=5,
