@@ -82,11 +82,11 @@ def test_more_memory_never_takes_longer():
 
 def test_only_steps_without_room_for_their_activations_are_done_twice():
     fit = chosen(T4, MIXED)
-    assert 2048 < fit.kept < 2648
+    assert fit.kept == sum(DOLLY[0])  # the longest of the others
     assert [fit.checkpoints(step, UNSLOTH, T4) for step in MIXED] == [False] * 60 + [True]
     assert fit.checkpoints([fit.kept + 1], UNSLOTH, T4)
     assert not fit.checkpoints([fit.kept], UNSLOTH, T4)
-    room = preflight.peak(MISTRAL, 16, UNSLOTH, T4, [fit.kept], checkpointing=False)
+    room = preflight.peak(MISTRAL, 16, UNSLOTH, T4, DOLLY[0], checkpointing=False)
     assert sum(room.values()) < T4.free
     expected = preflight._estimate(Settings(), UNSLOTH, MISTRAL, T4, MIXED)
     assert expected.peak == pytest.approx(sum(room.values()))  # fuller than the longest step, which checkpoints

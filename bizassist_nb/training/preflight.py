@@ -222,7 +222,9 @@ def _estimate(
     rows = longest(lengths, fit.micro_batch, engine, on)
     parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
     if fit.kept:  # the fullest may be a step that does without checkpointing
-        whole = peak(model, settings.rank, engine, on, [min(fit.kept, sum(rows))], checkpointing=False)
+        spared = [step for step in lengths if not fit.checkpoints(step, engine, on)]
+        most = longest(spared, fit.micro_batch, engine, on)
+        whole = peak(model, settings.rank, engine, on, most, checkpointing=False)
         parts = max(parts, whole, key=lambda found: sum(found.values()))
     adapter = model.adapter(settings.rank)
     ram = process_ram(on) + (0.0 if on.on_gpu else max(sum(parts.values()), parts["weights"] + _SCORING))
@@ -258,9 +260,18 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
             return Fit(size, False, on.precision, _why(settings, need(size, False), on))
         if need(size, True) > room:
             return None
-        kept = longest_that_fits(settings.rank, engine, model, on, checkpointing=False)
         why = f"{_why(settings, need(size, True), on)}; without checkpointing {need(size, False):.1f}"
-        return Fit(size, True, on.precision, why, kept)
+        return Fit(size, True, on.precision, why, roomy(size))
+
+    def roomy(size: int) -> int:
+        """Tokens of the largest micro-batch of the run that fits without checkpointing, as all smaller ones do."""
+        kept = 0
+        batches = (rows for step in lengths for rows in micro_batches(step, size))
+        for rows in sorted(batches, key=lambda rows: _tokens(rows, engine, on)):
+            if sum(peak(model, settings.rank, engine, on, rows, checkpointing=False).values()) > room:
+                break
+            kept = _tokens(rows, engine, on)
+        return kept
 
     fits = [found for size in sizes if (found := fit(size))]
     if fits:
@@ -277,17 +288,15 @@ def _why(settings: Settings, need: float, on: Device) -> str:
     return f"{asked}: the longest take about {need:.1f} GiB of {on.free:.1f} free"
 
 
-def longest_that_fits(
-    rank: int, engine: Engine, model: Shape, on: Device, *, checkpointing: bool = True, beside: bool = False
-) -> int:
-    """Tokens of a row that fits alone, a multiple of 64; 0 if none does.
+def longest_that_fits(rank: int, engine: Engine, model: Shape, on: Device, *, beside: bool = False) -> int:
+    """Tokens of a row that fits alone with checkpointing, a multiple of 64; 0 if none does.
 
     `beside` weights and adapter that are loaded already, where it is True, so that the free memory is without them.
     """
     room = on.free * (1 - _SPARE) - _MARGIN
     fits = 0
     for tokens in range(64, 131_072, 64):
-        parts = peak(model, rank, engine, on, [tokens], checkpointing=checkpointing)
+        parts = peak(model, rank, engine, on, [tokens], checkpointing=True)
         if sum(size for name, size in parts.items() if not beside or name in ("activations", "scratch")) > room:
             break
         fits = tokens
@@ -322,36 +331,41 @@ def peak(
 ) -> dict[str, float]:
     """GiB that the device holds at its fullest, by what takes it, when rows of these lengths go through at once."""
     tokens = _tokens(rows, engine, on)
-    weights = model.linear * _NF4 + model.embeddings * on.width
-    block = _kept(model, rank, engine, on, max(rows))
-    inputs = 2 * model.hidden * on.width
+    block = _kept(model, rank, engine, on, rows)
+    inputs = model.hidden * on.width
+    matrix = model.hidden * model.intermediate * on.width  # a weight in the dtype of arithmetic
+    logits = _logits(model, engine, on, tokens)
+    # (bytes of an adapter weight, activations, scratch) at the moments that may be the fullest
+    plain = on.on_gpu and engine.name == "transformers"
     if not checkpointing:
-        activations = tokens * (model.layers * block + inputs)
+        kept = tokens * (model.layers * block + 2 * inputs)
+        moments = [(12, kept, logits)] if plain else [(_ADAPTER, kept, 2 * matrix + logits)]
     elif own_kernels(engine, on_gpu=on.on_gpu):  # it moves the blocks' inputs to RAM, all but two
-        activations = tokens * (inputs + block + 1.5 * model.intermediate * on.width)
-    else:
-        inputs = model.layers * model.hidden * on.width
-        activations = tokens * (inputs + block + 2 * model.intermediate * on.width)
-    scratch = 2 * model.hidden * model.intermediate * on.width + _logits(model, engine, on, tokens)
+        passing = tokens * (2 * inputs + block + 1.5 * model.intermediate * on.width)
+        moments = [(_ADAPTER, passing, 2 * matrix + logits)]
+    else:  # the loss, before there are gradients, or a block on the way back
+        inputs *= model.layers
+        moments = [(12, tokens * inputs, logits), (_ADAPTER, tokens * (inputs + block), matrix)]
+    adapter, activations, scratch = max(moments, key=lambda moment: model.adapter(rank) * moment[0] + sum(moment[1:]))
     return {
-        "weights": weights / GIB,
-        "adapter": model.adapter(rank) * _ADAPTER / GIB,
+        "weights": (model.linear * _NF4 + model.embeddings * on.width) / GIB,
+        "adapter": model.adapter(rank) * adapter / GIB,
         "activations": activations / GIB,
         "scratch": scratch / GIB,
     }
 
 
-def _kept(model: Shape, rank: int, engine: Engine, on: Device, longest_row: int) -> float:
-    """Bytes that one block keeps of a token for the way back; attention keeps keys and values for every head."""
-    h, i, q = model.hidden, model.intermediate, model.query
+def _kept(model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[int]) -> float:
+    """Bytes that one block keeps of a token for the way back."""
+    h, i, q, kv = model.hidden, model.intermediate, model.query, model.key_value
     if own_kernels(engine, on_gpu=on.on_gpu):
         # What goes into and comes out of both norms, attention's four, gate and up. Its kernels compute the rest anew.
         return on.width * (4 * h + 4 * q + 2 * i)
-    mask = longest_row  # a padded batch has one, and each block its own
-    if not on.on_gpu:  # the same, and the activated gate and its product with up; counted by saved_tensors_hooks
-        return on.width * (4 * h + 4 * q + 4 * i + 7 * rank + mask)
-    # Norms go through float32. Autocast makes a copy of what goes into each of the seven layers with an adapter.
-    return 8 * h + on.width * (5 * h + 5 * q + 4 * i + 13 * rank + mask)
+    if not on.on_gpu:  # the same, the activated gate and its product with up, and a mask; by saved_tensors_hooks
+        return on.width * (4 * h + 4 * q + 4 * i + 7 * rank + max(rows))
+    # Norms go through float32. A batch with padding has a mask, with which keys and values are kept for every head.
+    masked = 2 * (q - kv) + max(rows) if len(set(rows)) > 1 else 0
+    return 8 * h + on.width * (2 * h + 2 * q + 2 * kv + 4 * i + 13 * rank + masked)
 
 
 def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:

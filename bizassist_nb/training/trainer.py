@@ -179,10 +179,13 @@ def build_trainer(
     # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
     ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for step in ordered for e in step]
+    dataset = Dataset.from_list(rows)
+    if own_kernels:  # Unsloth lays tokenised rows end to end only if their dataset vouches for their length (rl.py)
+        dataset._unsloth_truncated_to = settings.max_length
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset,
         processing_class=chat.tokenizer,
         callbacks=[RunCallback(run, journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )

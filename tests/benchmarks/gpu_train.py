@@ -65,9 +65,9 @@ def gib(size: int) -> float:
 class Watch:
     """Where the time of our run goes: of the host by stage, and of the GPU by kernel."""
 
-    def __init__(self, out: Path, name: str):
-        """Nothing is measured until `watched`."""
-        self.out, self.name = out, name
+    def __init__(self, out: Path, name: str, frozen: bool):
+        """Nothing is measured until `watched`. `frozen` keeps Python's collector from what there is before training."""
+        self.out, self.name, self.frozen = out, name, frozen
         self.host: dict[str, list[float]] = defaultdict(list)
         self.callback: dict[int, float] = defaultdict(float)
 
@@ -115,6 +115,9 @@ class Watch:
         import torch
         from transformers import TrainerCallback
 
+        if self.frozen:
+            gc.collect()
+            gc.freeze()
         trained.compute_loss = self.timed("forward", trained.compute_loss)
         trained.accelerator.backward = self.timed("backward", trained.accelerator.backward)
         trained.accelerator.clip_grad_norm_ = self.timed("clip", trained.accelerator.clip_grad_norm_)
@@ -156,7 +159,7 @@ class Watch:
         )
 
 
-def ours(model: str, rows: str, out: Path, name: str, **changes) -> None:
+def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **changes) -> None:
     """A run by the worker's own code, in this process; warm steps are counted."""
     if changes["engine"] == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
@@ -173,11 +176,12 @@ def ours(model: str, rows: str, out: Path, name: str, **changes) -> None:
     path = Path(tempfile.mkdtemp(prefix="gpu_train_"))
     (path / "settings.toml").write_text(settings.to_toml())
     fresh()
-    watch = Watch(out, name)
+    watch = Watch(out, name, frozen)
     worker.answer_apart = lambda _: None  # answers are not what is measured
     worker.answer = lambda *_, **__: None
     with watch.watched():
         status = worker.main(str(path))
+    gc.unfreeze()
     run = Run(path)
     warm = run.steps[WARM:STEPS]
     seconds = sum(step.seconds for step in warm) or 1e-9
@@ -244,10 +248,12 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
         "fp16": fp16, "bf16": not fp16, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
         "disable_tqdm": True, "output_dir": "/tmp/gpu_train/plain",
     }  # fmt: skip
+    dataset = Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in examples])
+    dataset._unsloth_truncated_to = 2048  # as with rows of text, which Unsloth lays end to end
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**(config | changes)),
-        train_dataset=Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in examples]),
+        train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[Clock()],
     )
