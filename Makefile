@@ -1,21 +1,23 @@
 # Everything here works on a machine that reaches nothing but package registries.
 #
 #   make demo   fine-tune the embedded model on a CPU and see base and tuned answer
-#   make test   all checks: ruff, mypy, pytest, notebooks, and the front-end tests under Colab's versions
+#   make test   all checks: ruff, mypy, pytest, notebooks, and the front-end tests under Colab's versions; its tests of
+#               the panel drive Chromium, which has to be there (apt-get install chromium, or CHROMIUM=path)
 #   make lab    JupyterLab with the notebooks
 #
 # On a machine with a GPU, install the torch build for it first, then this package.
 
 PYTHON ?= python3.11
 TORCH  ?= torch==2.13.0
+export CHROMIUM ?= /usr/bin/chromium
 
-.PHONY: demo test lab lint notebooks clean
+.PHONY: demo test lab lint chromium notebooks clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
 	.venv/bin/bizassist demo
 
-test: lint .venv/dev .venv-colab/ready
+test: chromium lint .venv/dev .venv/ipykernel-7.3.0 .venv-colab/ready
 	.venv/bin/python -m pytest
 	rm -rf notebooks/runs
 	.venv/bin/python -m pytest --nbval notebooks
@@ -25,6 +27,10 @@ lint: .venv/dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+chromium:
+	@test -x $(CHROMIUM) || { echo "The tests of the panel need Chromium, and there is no $(CHROMIUM)."; \
+	  echo "Run: apt-get install chromium, or give its path: make test CHROMIUM=/path/of/chromium"; exit 1; }
 
 lab: .venv/dev
 	.venv/bin/jupyter lab notebooks
@@ -38,10 +44,17 @@ lab: .venv/dev
 	.venv/bin/pip install -q -e . "gguf>=0.17"
 	touch $@
 
+# Triton is for the test of the GPU's kernels in its interpreter, and apart, as other packages change where it is found.
 # Unsloth comes without its dependencies: there is no CPU build of torchvision, and the CUDA one breaks transformers.
 .venv/dev: .venv/demo
 	.venv/bin/pip install -q -e ".[dev]"
 	.venv/bin/pip install -q --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9
+	.venv/bin/pip install -q --no-deps --target .venv/triton --upgrade triton==3.6.0
+	touch $@
+
+# An older ipykernel, beside the packages of .venv: its callbacks run on other threads than the newest's.
+.venv/ipykernel-7.3.0: .venv/dev
+	.venv/bin/pip install -q --no-deps --upgrade --target $@ ipykernel==7.3.0
 	touch $@
 
 # Colab's front end of August 2026 in front of the packages of .venv.
@@ -59,4 +72,4 @@ notebooks: .venv/dev
 	.venv/bin/python notebooks/strip.py
 
 clean:
-	rm -rf .venv .venv-colab runs
+	rm -rf .venv .venv-colab runs screenshots

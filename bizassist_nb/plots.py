@@ -3,6 +3,7 @@
 Object-oriented matplotlib only: pyplot's global state breaks when threads share it.
 """
 
+import dataclasses
 import html
 import io
 import itertools
@@ -11,6 +12,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -42,9 +44,7 @@ class LossFigure(Figure):
 
 def loss_figure(run: Run) -> LossFigure:
     """Training loss, smoothed and as it is, and held-out loss, against the step; white behind, for dark themes too."""
-    figure = LossFigure(figsize=(6.4, 3.2), dpi=100, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _empty(3.2)
     steps = run.steps
     if steps:
         numbers = np.array([step.step for step in steps])
@@ -63,18 +63,12 @@ def loss_figure(run: Run) -> LossFigure:
         )
     axes.set_xlim(0, run.total_steps or 1)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.grid(alpha=0.3)
-    if steps or held_out:
-        figure.legend(loc="outside upper left", ncols=3, frameon=False)
-    return figure
+    return _with_legend(figure)
 
 
 def overlaid_figure(runs: Sequence[Run]) -> LossFigure:
     """Smoothed training loss (lines) and held-out loss (dashed, with marks) of several runs against the step."""
-    figure = LossFigure(figsize=(6.4, 3.6), dpi=100, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _empty(3.6)
     for run, color, mark in zip(runs, itertools.cycle(_COLORS), itertools.cycle("os^Dv"), strict=False):
         steps = run.steps
         if steps:
@@ -85,68 +79,95 @@ def overlaid_figure(runs: Sequence[Run]) -> LossFigure:
             axes.plot(*zip(*held_out, strict=True), color=color, linestyle="--", marker=mark, clip_on=False)
     axes.set_xlim(left=0)
     axes.set_xlabel("step (lines: training, smoothed; dashed: held-out answers)")
+    return _with_legend(figure)
+
+
+def _empty(height: float) -> tuple[LossFigure, Axes]:
+    figure = LossFigure(figsize=(6.4, height), dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
+    return figure, axes
+
+
+def _with_legend(figure: LossFigure) -> LossFigure:
+    if figure.axes[0].get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", ncols=3, frameon=False)
     return figure
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """Where a step and a loss are drawn between the axes."""
+
+    end: int
+    """The step at the right edge; the left one is 0."""
+    low: float
+    high: float
+
+    def x(self, step: float) -> float:
+        left, _, right, _ = _AXES
+        return left + (right - left) * step / self.end
+
+    def y(self, loss: float) -> float:
+        _, top, _, bottom = _AXES
+        return bottom - (bottom - top) * (loss - self.low) / (self.high - self.low)
+
+    def line(self, points: Iterable[tuple[float, float]], style: str) -> str:
+        path = " ".join(f"{self.x(step):.1f},{self.y(loss):.1f}" for step, loss in points)
+        return f'<polyline points="{path}" fill="none" {style}/>'
 
 
 def loss_svg(run: Run) -> str:
     """The same as an SVG element in the colours of the text around it, with a text for those who cannot see it."""
     steps, held_out = run.steps, run.held_out
-    numbers = np.array([step.step for step in steps], dtype=float)
-    losses = np.array([step.loss for step in steps])
-    seen = [*losses, *(loss for _, loss in held_out)] or [0.0, 1.0]
-    left, top, right, bottom = _AXES
-    across = MaxNLocator(6, integer=True).tick_values(0, run.total_steps or 1)
-    up = MaxNLocator(5).tick_values(min(seen), max(seen))
-    end, low, high = run.total_steps or 1, up[0], up[-1]
-
-    def x(step: float) -> float:
-        return left + (right - left) * step / end
-
-    def y(loss: float) -> float:
-        return bottom - (bottom - top) * (loss - low) / (high - low)
-
-    def line(points: Iterable[tuple[float, float]], style: str) -> str:
-        path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
-        return f'<polyline points="{path}" fill="none" {style}/>'
-
-    grid = [
-        f'<path d="M{left},{y(loss):.1f}H{right}" stroke="currentColor" opacity="0.15"/>'
-        f'<text x="{left - 6}" y="{y(loss) + 4:.1f}" text-anchor="end">{loss:g}</text>'
-        for loss in np.round(up, 6)
-    ] + [
-        f'<text x="{x(step):.1f}" y="{bottom + 16}" text-anchor="middle">{step:,.0f}</text>'
-        for step in across
-        if step <= end
-    ]
+    end = run.total_steps or 1
+    losses = [*(step.loss for step in steps), *(loss for _, loss in held_out)] or [0.0, 1.0]
+    up = MaxNLocator(5).tick_values(min(losses), max(losses))
+    scale = _Scale(end, up[0], up[-1])
+    across = [step for step in MaxNLocator(6, integer=True).tick_values(0, end) if step <= end]
     legend, curves = [], []
     if steps:
         shown = _drawn(len(steps))
+        numbers, values = np.array([(step.step, step.loss) for step in steps]).T
         each, smooth = 'stroke="currentColor" opacity="0.4"', f'stroke="{_LIGHT_BLUE}" stroke-width="2.5"'
-        curves.append(line(zip(numbers[shown], losses[shown], strict=True), each))
-        curves.append(line(zip(numbers[shown], smoothed(losses)[shown], strict=True), smooth))
+        curves.append(scale.line(zip(numbers[shown], values[shown], strict=True), each))
+        curves.append(scale.line(zip(numbers[shown], smoothed(values)[shown], strict=True), smooth))
         legend += [("training, each step", each), ("training, smoothed", smooth)]
     if held_out:
         style = f'stroke="{_ORANGE}" stroke-width="2" stroke-dasharray="6 4"'
-        curves.append(line(held_out, style))
-        curves += [f'<circle cx="{x(step):.1f}" cy="{y(loss):.1f}" r="4" fill="{_ORANGE}"/>' for step, loss in held_out]
+        dots = (f'<circle cx="{scale.x(step):.1f}" cy="{scale.y(loss):.1f}" r="4"/>' for step, loss in held_out)
+        curves += [scale.line(held_out, style), f'<g fill="{_ORANGE}">{"".join(dots)}</g>']
         legend.append(("held-out answers", style))
+    width, height = _BOX
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(loss_words(run))}" '
+        f'style="width: 100%; max-width: {width * 1.25:.0f}px; height: auto; font: 14px sans-serif" '
+        f'fill="currentColor">{_svg_frame(scale, across, up, legend)}{"".join(curves)}</svg>'
+    )
+
+
+def _svg_frame(scale: _Scale, across: Iterable[float], up: Sequence[float], legend: Sequence[tuple[str, str]]) -> str:
+    """Ticks at these steps and losses, what the axes show, and (name, style) of each curve."""
+    left, top, right, bottom = _AXES
+    losses = [
+        f'<path d="M{left},{scale.y(loss):.1f}H{right}" stroke="currentColor" opacity="0.15"/>'
+        f'<text x="{left - 6}" y="{scale.y(loss) + 4:.1f}" text-anchor="end">{loss:g}</text>'
+        for loss in np.round(up, 6)
+    ]
+    steps = [
+        f'<text x="{scale.x(step):.1f}" y="{bottom + 16}" text-anchor="middle">{step:,.0f}</text>' for step in across
+    ]
     keys = [
         f'<path d="M{left + 170 * i},14h24" {style}/><text x="{left + 170 * i + 30}" y="18">{name}</text>'
         for i, (name, style) in enumerate(legend)
     ]
-    width, height = _BOX
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(loss_words(run))}" '
-        f'style="width: 100%; max-width: {width * 1.25:.0f}px; height: auto; font: 12px sans-serif" '
-        f'fill="currentColor">'
-        f"{''.join(grid)}{''.join(curves)}{''.join(keys)}"
-        f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">step</text>'
+        f"{''.join([*losses, *steps, *keys])}"
+        f'<text x="{(left + right) / 2}" y="{_BOX[1] - 4}" text-anchor="middle">step</text>'
         f'<text transform="translate(12 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">'
-        "loss (nats a token)</text></svg>"
+        "loss (nats a token)</text>"
     )
 
 

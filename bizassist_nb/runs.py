@@ -109,6 +109,11 @@ class Run:
         return cast("dict[str, Any]", _read_json(self.path / "environment.json") or {})
 
     @property
+    def model(self) -> str:
+        """Name of its base model, as the worker resolved it; as it was asked for before that."""
+        return str(self.environment.get("model", self.settings.model))
+
+    @property
     def evaluation(self) -> dict[str, Any] | None:
         """Held-out scores of base and tuned and the verdict (see `bizassist_nb.verdict`); None before both exist."""
         return cast("dict[str, Any] | None", _read_json(self.path / "evaluation.json"))
@@ -233,18 +238,19 @@ class Run:
 
     def export(
         self,
-        to: Literal["merged", "adapter", "hub"],
+        to: Literal["merged", "adapter", "hub", "gguf"],
         *,
         base: Literal["trained", "original"] = "trained",
         repo: str | None = None,
         private: bool = False,
         show: Callable[[str], None] = lambda _: None,
     ) -> Path | str:
-        """Write the merged model or complete the adapter's folder (its path), or upload the adapter (its address).
+        """Write the merged model, as GGUF too, or complete the adapter's folder (its path), or upload it (its address).
 
         `base` is for "merged", `repo` and `private` are for "hub"; `show` is told what is being done.
         """
         from bizassist_nb.export.card import complete_adapter
+        from bizassist_nb.export.gguf import convert
         from bizassist_nb.export.hub import upload
         from bizassist_nb.export.merge import merge
 
@@ -254,6 +260,8 @@ class Run:
             raise RunError(f"another base is for an export to merged, not to {to}")
         if to == "merged":
             return merge(self, base, show=show)
+        if to == "gguf":
+            return convert(self, show=show)
         return complete_adapter(self) if to == "adapter" else upload(self, repo, private=private)
 
     def __repr__(self) -> str:

@@ -53,8 +53,8 @@ def _summary(run: Run, found: dict[str, Any]) -> Section:
     lines = [found["sentence"], *found["notes"]]
     if words := rising(run):
         lines.append(words)
-    if missing := run.last("unanswered"):
-        lines += [missing["reason"]] if found["answers"] is None else []
+    if found["answers"] is None and (missing := run.last("unanswered")):
+        lines.append(missing["reason"])
     rows = [*_loss_rows("held-out", found), *_loss_rows("general", found["general"])]
     if answers := found["answers"]:
         of = answers["prompts"]

@@ -12,8 +12,10 @@ from bizassist_nb import models
 from bizassist_nb.data.chat import row_messages
 from bizassist_nb.data.rows import Rejected, Row, Table, read_table, split
 from bizassist_nb.data.tokens import ChatTokenizer, Example
+from bizassist_nb.errors import DataError
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings, user_path
+from bizassist_nb.training import engines, preflight
 
 _SLICE: Final = 50
 """Rows tokenised between two looks at whether the survey is still wanted: some 50 ms."""
@@ -37,16 +39,16 @@ class Survey:
     """Training rows tokenised."""
     tokens: int = 0
     """Input tokens an epoch."""
-    learned: int = 0
-    """Tokens of them that the loss is taken over, with train_on = "response"."""
     truncated: int = 0
     too_long: tuple[Rejected, ...] = ()
     """Rows whose question alone fills max_length."""
+    expected: preflight.Estimate | None = None
+    """What an epoch will need on this machine, once every row has been counted."""
 
     @property
     def finished(self) -> bool:
         """Whether every training row has been counted."""
-        return self.counted == len(self.training)
+        return self.expected is not None
 
     @property
     def rows(self) -> int:
@@ -82,18 +84,26 @@ def survey(settings: Settings) -> Iterator[Survey]:
     """What the settings lead to, again after every slice of rows; the last one is finished. May be closed at any time.
 
     Raises:
-        DataError: if the rows cannot be read, or are too few.
+        DataError: if the rows cannot be read, are too few, or too long all of them.
+        EngineError: if the engine asked for cannot run here.
         ModelError: if the model or its tokenizer cannot be had.
     """
+    engine = engines.choose(settings.engine)
     table = _table(settings.data, tuple(sorted(settings.columns.items())), _state_of(settings.data))
     training, _ = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
     base = models.resolve(settings.model)
     chat = _tokenizer(base.source)
     found = Survey(settings, base, chat, table.source, training, table.rejected)
     lengths = _lengths(base.source, table.fingerprint, settings.system_prompt)
-    while not found.finished:
+    while found.counted < len(training):
         found = _counted(found, training[found.counted : found.counted + _SLICE], lengths)
         yield found
+    if not found.rows:
+        raise DataError(f"in all rows the question alone has max_length = {settings.max_length} tokens; raise it")
+    unused = {bad.number for bad in found.too_long}
+    order = [min(lengths[row.number][1], settings.max_length) for row in training if row.number not in unused]
+    steps = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
+    yield dataclasses.replace(found, expected=preflight.estimate(settings, engine, base, steps))
 
 
 def tokens(chat: ChatTokenizer, example: Example) -> list[tuple[str, bool]]:
@@ -120,7 +130,7 @@ class Speed:
 def past_speed(runs: Sequence[Run], model: str) -> Speed | None:
     """The speed of the newest of the runs (oldest first) that trained that model; None if none did."""
     for run in reversed(runs):
-        if run.environment.get("model") == model and (steps := run.steps):
+        if run.model == model and (steps := run.steps):
             return Speed(sum(step.tokens for step in steps) / max(1e-9, sum(step.seconds for step in steps)), run.name)
     return None
 
@@ -131,7 +141,7 @@ _Lengths = dict[int, tuple[int, int]]
 
 def _counted(found: Survey, rows: Sequence[Row], lengths: _Lengths) -> Survey:
     most = found.settings.max_length
-    tokens, learned, truncated = found.tokens, found.learned, found.truncated
+    tokens, truncated = found.tokens, found.truncated
     too_long = list(found.too_long)
     for row in rows:
         if row.number not in lengths:
@@ -142,13 +152,11 @@ def _counted(found: Survey, rows: Sequence[Row], lengths: _Lengths) -> Survey:
             too_long.append(Rejected(row.number, f"the question alone has {question:,} tokens"))
             continue
         tokens += min(whole, most)
-        learned += min(whole, most) - question
         truncated += whole > most
     return dataclasses.replace(
         found,
         counted=found.counted + len(rows),
         tokens=tokens,
-        learned=learned,
         truncated=truncated,
         too_long=tuple(too_long),
     )
@@ -232,17 +240,3 @@ class Watch:
             with self._changed:
                 if self._wanted is wanted:
                     self.problem = error
-
-
-def device_memory() -> str:
-    """The device and its free memory, in words."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info(0)
-        name = torch.cuda.get_device_name(0)
-    else:
-        memory = psutil.virtual_memory()
-        free, total, name = memory.available, memory.total, "CPU"
-    return f"{name}, {free / 2**30:.1f} of {total / 2**30:.0f} GiB free"

@@ -78,7 +78,7 @@ def assess(held_out: dict[str, Any], general: dict[str, Any], answers: dict[str,
     """What evaluation.json holds: the held-out rows' comparison, "general" and "answers" beside it, and the verdict.
 
     `held_out` and `general` come from `judge`, `answers` from `bizassist_nb.degeneration.counted` (None where there are
-    none). A model whose answers broken down is one that was hurt, whatever its loss: "verdict" and "sentence" say so.
+    none). A model whose answers have broken down was hurt, whatever its loss: "verdict" and "sentence" say so.
     "notes" are sentences on what was forgotten, and on the answers.
     """
     verdict, sentence = held_out["verdict"], _sentence(held_out)

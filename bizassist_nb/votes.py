@@ -110,13 +110,15 @@ class Ballot:
     """Two answers in random order without names, to be voted on once; then whose they are is revealed.
 
     Raises:
-        VoteError: if the comparison lacks one of the two answers, or its run.
+        VoteError: if the comparison lacks one of the two answers, or its run, or is not of the run as it was trained.
     """
 
     def __init__(self, run: Run | None, comparison: Comparison, order: tuple[str, str] | None = None):
         """`order` is who stands on the left and who on the right, where that has been drawn already."""
-        if run is None or comparison.base is None or comparison.tuned is None:
+        if run is None or not {BASE, TUNED} <= comparison.answers.keys():
             raise VoteError("a blind vote needs a base and a tuned answer; train a run first, and ask both")
+        if comparison.strength != 1:
+            raise VoteError(f"a blind vote is on the run as it was trained, not at strength {comparison.strength:g}")
         self.run, self.comparison = run, comparison
         self.order = order or draw_order()
         self.vote: Vote | None = None
@@ -136,8 +138,8 @@ class Ballot:
         vote = Vote(
             time=time.time(),
             question=self.comparison.question,
-            base=str(self.comparison.base),
-            tuned=str(self.comparison.tuned),
+            base=self.comparison.answers[BASE],
+            tuned=self.comparison.answers[TUNED],
             winner=cast("Any", winner),
             left=cast("Any", left),
         )

@@ -89,15 +89,15 @@ def rows_file(tmp_path):
 
 @pytest.fixture(scope="session")
 def trained(embedded, tmp_path_factory):
-    """A real run: the embedded model, fine-tuned on 32 of the package's rows, by the engine that "auto" takes."""
+    """A real run: the embedded model, fine-tuned on 16 of the package's rows, by the engine that "auto" takes."""
     from bizassist_nb import Settings, finetune
 
     settings = Settings(
         data="sample",
-        subset=32,
-        held_out=12,
+        subset=16,
+        held_out=8,
         max_length=384,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         runs_dir=str(tmp_path_factory.mktemp("trained")),
     )
     return finetune(settings, "trained")

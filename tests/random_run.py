@@ -34,6 +34,7 @@ def random_run(path: Path, base: Path, **changes) -> Run:
         for name, parameter in model.named_parameters()
         if "lora_" in name
     }
+    model.peft_config["default"].base_model_name_or_path = str(base)
     model.peft_config["default"].save_pretrained(path / "adapter")
     save(tensors, path / "adapter" / "adapter_model.safetensors")
     models.load_tokenizer(base).tokenizer.save_pretrained(path / "adapter")

@@ -1,16 +1,29 @@
 """Base and tuned from one copy of the weights: exact, and leaving no trace."""
 
+import gc
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from random_run import random_run, save
+from safetensors.torch import load_file
 
 from bizassist_nb import models
+from bizassist_nb.assistant import decoding
 from bizassist_nb.assistant.assistant import Assistant, QuestionError
-from bizassist_nb.assistant.bases import loaded_base
-from bizassist_nb.assistant.decoding import scaled
+from bizassist_nb.assistant.bases import LoadedBase, loaded_base
+from bizassist_nb.assistant.conversation import Conversation
+from bizassist_nb.assistant.decoding import Sampling, scaled
 from bizassist_nb.data.chat import conversation
+from bizassist_nb.data.rows import read_table
 from bizassist_nb.errors import ModelError
 from bizassist_nb.runs import Run
 
@@ -64,7 +77,8 @@ def test_rows_have_the_logits_of_base_and_of_tuned(assistant, prompts):
     assistant.ask(QUESTIONS[0], max_new_tokens=1)
     loaded = loaded_base("smollm2-135m")
     ids = torch.tensor([prompts[0]])
-    adapter = loaded.adapter(assistant.run)
+    adapter = loaded.adapter(assistant.runs[0])
+    loaded.use([adapter])
     with torch.inference_mode():
         with scaled(loaded.model, {adapter: [0.0, 1.0]}):
             pair = loaded.model(input_ids=ids.repeat(2, 1)).logits
@@ -144,13 +158,249 @@ def test_unanswerable_questions_are_refused(assistant, question, options, words)
 
 
 def test_a_damaged_adapter_is_refused_by_name(trained, tmp_path):
-    import shutil
-
     copy = Run(shutil.copytree(trained.path, tmp_path / "damaged"))
     weights = copy.adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="adapter of run 'damaged' cannot be loaded"):
+    with pytest.raises(ModelError, match=r"adapter in .*damaged.* is damaged"):
         Assistant(copy).ask("How?", max_new_tokens=1)
     shutil.rmtree(copy.path / "adapter")
-    with pytest.raises(ModelError, match="has no adapter yet"):
+    with pytest.raises(ModelError, match="'damaged' has no adapter"):
         Assistant(copy).ask("How?", max_new_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def twin(trained, tmp_path_factory):
+    """A second run on the same base, whose adapter does the opposite of the trained one's."""
+    run = Run(shutil.copytree(trained.path, tmp_path_factory.mktemp("twin") / "twin"))
+    weights = run.adapter / "adapter_model.safetensors"
+    save({name: -each if "lora_B" in name else each for name, each in load_file(weights).items()}, weights)
+    return run
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tmp_path_factory):
+    """Two runs on the tiny random model, and the base as it is loaded."""
+    folder = tmp_path_factory.mktemp("small")
+    runs = [random_run(folder / name, tiny) for name in ("one", "two")]
+    return runs, loaded_base(str(tiny))
+
+
+@pytest.fixture(scope="module")
+def fifty():
+    """Questions of the package's own rows that stand without a context."""
+    rows = [row for row in read_table("sample").rows if not row.context]
+    return [row.instruction for row in rows][:50]
+
+
+def logits(model, prompt, answer):
+    """Plain logits (tokens, vocabulary) before each token of the answer."""
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+
+
+def test_fifty_questions_are_answered_as_by_each_model_alone(assistant, fifty):
+    assert len(fifty) == 50
+    loaded = loaded_base("smollm2-135m")
+    adapter = loaded.adapter(assistant.runs[0])
+    loaded.use([adapter])
+    differ = 0
+    for question in fifty:
+        prompt = loaded.chat.prompt(conversation(assistant.runs[0].settings.system_prompt, [], question))
+        answers = {0: [], 1: []}
+        for row, token in decoding.decode(
+            loaded.model, [prompt] * 2, strengths={adapter: [0.0, 1.0]}, stop_ids=loaded.chat.stop_ids,
+            pad_id=loaded.chat.pad_id, max_new_tokens=6, sampling=Sampling(),
+        ):  # fmt: skip
+            answers[row].append(token)
+        with loaded.model.disable_adapter():
+            assert logits(loaded.model, prompt, answers[0]).argmax(-1).tolist() == answers[0]
+        assert logits(loaded.model, prompt, answers[1]).argmax(-1).tolist() == answers[1]
+        differ += answers[0] != answers[1]
+    assert differ > 25
+
+
+def test_several_runs_answer_beside_the_base_as_each_does_alone(assistant, trained, twin, alone):
+    together = Assistant(trained, twin).ask(QUESTIONS[0], max_new_tokens=24)
+    assert list(together.answers) == ["base", "tuned (trained)", "tuned (twin)"]
+    assert together.runs == ("trained", "twin")
+    assert [together.base, together.tuned] == [alone["base"][0], alone["tuned"][0]]
+    assert together.answers["tuned (twin)"] == Assistant(twin).ask(QUESTIONS[0], max_new_tokens=24).tuned
+    assert len(set(together.answers.values())) == 3
+
+
+def test_strength_is_exact_at_0_and_1_and_scales_in_between(assistant, trained, prompts):
+    answers = {s: assistant.ask(QUESTIONS[0], strength=s, max_new_tokens=8) for s in (0, 0.5, 1)}
+    assert answers[0].tuned == answers[0].base
+    assert answers[1].tuned == assistant.ask(QUESTIONS[0], max_new_tokens=8).tuned != answers[1].base
+    loaded = loaded_base("smollm2-135m")
+    adapter = loaded.adapter(trained)
+    loaded.use([adapter])
+    ids = torch.tensor([prompts[0]])
+    with torch.inference_mode():
+        with loaded.model.disable_adapter():
+            base = loaded.model(input_ids=ids).logits
+        tuned = loaded.model(input_ids=ids).logits
+        rows = {}
+        for strength in (0.0, 0.5, 1.0):
+            with scaled(loaded.model, {adapter: [strength]}):
+                rows[strength] = loaded.model(input_ids=ids).logits
+        for layer in loaded.model.modules():
+            if hasattr(layer, "scale_layer"):
+                layer.scale_layer(0.5)
+        half = loaded.model(input_ids=ids).logits
+        for layer in loaded.model.modules():
+            if hasattr(layer, "unscale_layer"):
+                layer.unscale_layer(0.5)
+    assert torch.equal(rows[0.0], base)
+    assert torch.equal(rows[1.0], tuned)
+    assert (rows[0.5] - half).abs().max() < 1e-4
+    assert (rows[0.5] - base).abs().max() > 0.1
+
+
+def test_everyone_goes_on_from_what_they_said_themselves(assistant, trained):
+    chat = loaded_base("smollm2-135m").chat
+    talk, seen = Conversation(), []
+    first = assistant.ask(QUESTIONS[0], conversation=talk, max_new_tokens=6)
+
+    def remember(model, chat, prompts, **options):
+        seen.extend(prompts)
+        return decode(model, chat, prompts, **options)
+
+    decode = decoding.texts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "texts", remember)
+        assistant.ask("Why?", conversation=talk, max_new_tokens=2)
+    system = trained.settings.system_prompt
+    assert seen == [
+        chat.prompt(conversation(system, [(QUESTIONS[0], first.answers[who])], "Why?")) for who in ("base", "tuned")
+    ]
+    assert seen[0] != seen[1]
+    talk.forget_last()
+    assert talk.turns("tuned") == [(QUESTIONS[0], first.tuned)]
+    talk.clear()
+    assert talk.turns("base") == []
+
+
+def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_went(small):
+    talk = Conversation()
+    stream = Assistant(small[0][0]).stream("How?", conversation=talk, max_new_tokens=50, temperature=1.0)
+    shown = list(itertools.islice(stream, 9))[-1]
+    stream.close()
+    assert [talk.turns(who)[-1][1] for who in ("base", "tuned")] == [shown.base.strip(), shown.tuned.strip()]
+
+
+def test_a_conversation_too_long_loses_its_oldest_turns_and_says_so(small):
+    runs, loaded = small
+    talk = Conversation()
+    for number in range(6):
+        talk.add(f"Question {number}? " + "and so on " * 150, {"base": "yes " * 200, "tuned": "no"})
+    comparison = Assistant(runs[0]).ask("And now?", conversation=talk, max_new_tokens=4)
+    most = loaded.model.config.max_position_embeddings
+    assert f"outgrown the {most:,} tokens" in comparison.note
+    assert "turns were left out" in comparison.note
+    assert comparison.cut == ("base", "tuned")
+    with pytest.raises(QuestionError, match="shorten it"):
+        Assistant(runs[0]).ask("word " * most, conversation=talk)
+
+
+def size(model):
+    return sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+
+
+def test_adapters_come_and_go_without_a_trace(small):
+    (one, two), _ = small
+    loaded = LoadedBase(models.resolve(one.settings.model))
+    loaded.adapter(one)
+    before = size(loaded.model)
+    ids = torch.tensor([[5, 6, 7]])
+    loaded.use([loaded.adapter(one)])
+    with torch.inference_mode():
+        alone = loaded.model(input_ids=ids).logits
+    name = loaded.adapter(two)
+    assert size(loaded.model) > before
+    kept = [weakref.ref(each) for key, each in loaded.model.named_parameters() if f".{name}." in key]
+    assert len(kept) == 28
+    loaded.forget(two)
+    gc.collect()
+    assert size(loaded.model) == before
+    assert not any(each() is not None for each in kept)
+    with torch.inference_mode():
+        assert torch.equal(loaded.model(input_ids=ids).logits, alone)
+
+
+def test_an_adapter_that_was_trained_anew_is_loaded_anew(small, tmp_path):
+    run = Run(shutil.copytree(small[0][0].path, tmp_path / "again"))
+    before = Assistant(run).ask("How?", max_new_tokens=8)
+    weights = run.adapter / "adapter_model.safetensors"
+    save({name: -5 * each for name, each in load_file(weights).items()}, weights)
+    os.utime(weights, (1, 1))
+    after = Assistant(run).ask("How?", max_new_tokens=8)
+    assert (after.base, after.tuned != before.tuned) == (before.base, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("elsewhere/other-7b", None, "was made for another base than .*: for elsewhere/other-7b"),
+        (None, (4, 96), "is 96 wide there, 64 here"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused_by_name_and_by_shape(small, tmp_path, name, shape, words):
+    run = Run(shutil.copytree(small[0][0].path, tmp_path / "other"))
+    if name:
+        config = run.adapter / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+    if shape:
+        weights = run.adapter / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        tensors[next(key for key in tensors if "q_proj.lora_A" in key)] = torch.zeros(shape)
+        save(tensors, weights)
+    with pytest.raises(ModelError, match=words):
+        Assistant(run).ask("How?", max_new_tokens=1)
+
+
+def test_runs_on_different_bases_cannot_answer_together(trained, small):
+    with pytest.raises(QuestionError, match="only runs on the same base"):
+        Assistant(trained, small[0][0])
+
+
+@pytest.mark.parametrize("options", [{"strength": 1.6}, {"top_p": 0}, {"top_k": -1}, {"repetition_penalty": 0}])
+def test_settings_out_of_range_are_refused_by_name(small, options):
+    with pytest.raises(QuestionError, match=f"{next(iter(options))} = "):
+        Assistant(small[0][0]).ask("How?", **options)
+
+
+def test_each_setting_of_sampling_has_its_effect(assistant):
+    def answer(**options):
+        return assistant.ask(QUESTIONS[0], max_new_tokens=8, seed=3, **options).answers
+
+    greedy, hot = answer(), answer(temperature=2.0)
+    assert hot != greedy
+    assert answer(temperature=2.0, top_k=1) == answer(temperature=2.0, top_p=0.01) == greedy
+    assert answer(repetition_penalty=5.0) != greedy
+
+
+def test_gpu_memory_that_runs_out_is_said_in_words(small, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decoding, "decode", full)
+    with pytest.raises(QuestionError, match=r"ran out of memory at .* clear the conversation"):
+        Assistant(small[0][0]).ask("How?")
+    monkeypatch.setattr(models, "load_nf4", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**34))
+    with pytest.raises(ModelError, match=r"does not fit .* \(1.0 GiB are free\): while a run is"):
+        LoadedBase(models.resolve(small[0][0].settings.model))
+
+
+def test_gpu_kernels_compute_what_the_modules_do():
+    """Triton's interpreter stands in for a GPU; in a process of its own, which it has to be chosen for beforehand."""
+    script = Path(__file__).with_name("fused_on_cpu.py")
+    triton = Path(sys.prefix) / "triton"
+    assert triton.is_dir(), f"{triton} is missing; make .venv/dev makes it"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(triton)])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert max(differences) < 2e-5
+    assert len(differences) == 8

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from live_kernel import wait_until
+from random_run import random_run
 
 from bizassist_nb.__main__ import main
 from bizassist_nb.runs import Run, open_run
@@ -35,14 +36,21 @@ def test_finetune_trains_from_a_file_with_overrides(file, tmp_path, capsys):
     assert "there is a run 'one' already" in capsys.readouterr().err
 
 
-def test_ask_evaluate_and_doctor(trained, capsys):
-    where = ["--runs-dir", str(trained.path.parent)]
-    assert main(["ask", "trained", "How should we price?", "--max-new-tokens", "5", *where]) == 0
+def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys):
+    run = random_run(tmp_path / "random", tiny)
+    where = ["--runs-dir", str(tmp_path)]
+    assert main(["ask", "random", "How should we price?", "--max-new-tokens", "5", *where]) == 0
     out = capsys.readouterr().out
     assert "--- base, cut short ---" in out
-    assert "--- tuned (trained), cut short ---" in out
-    assert main(["evaluate", "trained", "--json", *where]) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"] == "helped"
+    assert "--- tuned (random), cut short ---" in out
+    assert main(["ask", "random", "Why?", "--max-new-tokens", "5", "--strength", "0", *where]) == 0
+    assert "--- tuned (random), strength 0, cut short ---" in capsys.readouterr().out
+    assert main(["evaluate", "random", *where]) == 0
+    card = capsys.readouterr().out
+    assert card.startswith(f"Did it help?\n{run.evaluation['sentence']}\n")
+    assert "answers that loop" in card
+    assert main(["evaluate", "random", "--json", *where]) == 0
+    assert json.loads(capsys.readouterr().out) == run.evaluation
     assert main(["doctor"]) == 0
     assert "Mistral-7B takes" in capsys.readouterr().out
 

@@ -83,9 +83,9 @@ def test_record_and_card_say_how_it_compared(trained, merged):
     found = event["parity"]
     assert (event["base"], found["passed"], found["failures"]) == ("trained", True, [])
     assert event["bytes"] == 2 * 134_515_008
-    assert found["prompts"] == 12  # as many as are held out
+    assert found["prompts"] == trained.settings.held_out
     assert found["equal_next_tokens"] > 0.97
-    assert found["equal_answers"] >= 9
+    assert found["equal_answers"] >= 0.75 * found["prompts"]
     assert found["difference"] < found["tolerance"] / 5
     assert found["largest_weight_error"] <= 1.01
     card = (merged / "README.md").read_text("utf-8")
@@ -100,6 +100,8 @@ def test_merged_folder_has_what_loaders_ask_for(trained, merged):
     }  # fmt: skip
     ours, theirs = AutoTokenizer.from_pretrained(merged), AutoTokenizer.from_pretrained(trained.adapter)
     assert ours.chat_template == theirs.chat_template
+    saved = json.loads((merged / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows, too
     assert (ours.eos_token, ours.pad_token, ours.bos_token) == ("<|im_end|>", "<|endoftext|>", "<|im_start|>")
     generation = GenerationConfig.from_pretrained(merged)
     assert (generation.eos_token_id, generation.pad_token_id) == (2, 0)
@@ -408,7 +410,7 @@ def test_two_merges_at_once_are_refused(copy):
     descriptor = os.open(part, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(RunError, match="is being merged by another process"):
+        with pytest.raises(RunError, match="is being written by another process"):
             copy.merge()
         assert part.is_dir()
     finally:

@@ -18,6 +18,7 @@ from random_run import random_run
 
 from bizassist_nb import models
 from bizassist_nb.assistant.assistant import Assistant
+from bizassist_nb.assistant.bases import LoadedBase
 from bizassist_nb.export.card import card
 from bizassist_nb.runs import Run, write_json
 
@@ -92,6 +93,15 @@ def test_exported_adapter_is_whole_and_names_no_path_of_this_machine(run):
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base.split("/")[-1]
     for name in ("README.md", "adapter_config.json"):
         assert base not in (folder / name).read_text("utf-8")
+
+
+def test_an_exported_adapter_is_still_the_run_s_own(trained):
+    """The base goes by its hub name in it then."""
+    folder = trained.export("adapter")
+    made_for = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert made_for == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    loaded = LoadedBase(models.resolve("smollm2-135m"))
+    assert loaded.adapter(trained)
 
 
 # The upload

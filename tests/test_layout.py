@@ -27,11 +27,13 @@ HEAVY = {
 # Modules that are about one of these from their first line on, and are only imported where they are used.
 MAY = {
     "assistant/decoding.py": {"torch", "transformers", "peft"},
+    "assistant/fused.py": {"torch", "peft"},
     "training/trainer.py": {"torch", "transformers", "trl", "datasets"},
     "plots.py": {"matplotlib"},
     "notebook/ballots.py": {"IPython"},
     "notebook/magics.py": {"IPython"},
     "notebook/views.py": {"IPython"},
+    **{f"notebook/panel/{path.name}": {"IPython", "ipywidgets"} for path in (PACKAGE / "notebook/panel").glob("*.py")},
 }
 
 

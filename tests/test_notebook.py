@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import nbformat
 import pytest
@@ -14,6 +15,7 @@ from bizassist_nb.runs import Run
 pytestmark = pytest.mark.notebook
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PLAIN = "--set engine=transformers"  # quicker to begin
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_ask_leaves_both_answers_as_static_columns(trained, live):
     assert "base" in html
     assert "tuned (trained), cut short" in html
     assert "What&#x27;s a &lt;b&gt;price&lt;/b&gt;?" in html
-    assert live.run("answer.question, answer.run").text == repr(("What's a <b>price</b>?", "trained"))
+    assert live.run("answer.question, answer.runs").text == repr(("What's a <b>price</b>?", ("trained",)))
 
 
 def widget(cell, **state) -> str:
@@ -189,6 +191,27 @@ def test_ask_line_can_be_assigned(trained, live):
     assert live.run("first.question").text == "'Why?'"
 
 
+def test_ask_each_line_of_a_cell_gives_a_table_for_pandas(trained, live):
+    cell = live.run("%%ask --run trained --each --max-new-tokens 4 --strength 0.5 -o table\nWhy?\n\nWhat <i>now</i>?")
+    assert cell.status == "ok"
+    (html,) = cell.mime("text/html")
+    assert html.count("<tr>") == 3
+    assert "What &lt;i&gt;now&lt;/i&gt;?" in html
+    assert "tuned (trained), strength 0.5" in html
+    live.run("import pandas; frame = pandas.DataFrame(table.to_dict())")
+    assert live.run("list(frame.question)").text == "['Why?', 'What <i>now</i>?']"
+    assert live.run("list(frame.columns[:3]), set(frame.strength)").text == "(['question', 'base', 'tuned'], {0.5})"
+
+
+def test_ask_of_several_runs_has_a_column_for_each(trained, place, live):
+    shutil.copytree(place / "runs" / "trained", place / "runs" / "second")
+    cell = live.run("%%ask --run trained --run second --max-new-tokens 4 -o answers\nWhy?")
+    shutil.rmtree(place / "runs" / "second")
+    assert cell.status == "ok"
+    assert live.run("list(answers.answers)").text == "['base', 'tuned (trained)', 'tuned (second)']"
+    assert live.run("answers.answers['tuned (trained)'] == answers.answers['tuned (second)']").text == "True"
+
+
 def test_ask_without_a_run_asks_the_base_alone_and_says_so(live, tmp_path):
     cell = live.run(f"%ask --runs-dir {tmp_path} --max-new-tokens 4 Hello?")
     assert "There is no run yet, so only the base answers" in cell.text
@@ -208,13 +231,10 @@ def test_ask_without_a_run_asks_the_base_alone_and_says_so(live, tmp_path):
         ("%%finetune ../up\n", ["'../up' cannot be the name of a run"]),
         ("%%finetune x\nsubset = \n", ["not TOML", "line 1"]),
         ("%%finetune x\nrnak = 8\nsubset = 0\n", ["did you mean rank?", "subset = 0: has to be a whole number from 1"]),
-        ('%%finetune missing\ndata = "nosuch.csv"\n', ["there is no file nosuch.csv"]),
-        (
-            '%%finetune untrained\nmodel = "./nosuch"\ndata = "sample"\nsubset = 9\nheld_out = 2\n',
-            ["./nosuch", "folder"],
-        ),
-        ('%%finetune unreachable\ndata = "owner/none"\n', ["owner/none", "cannot be loaded"]),
-        ('%%finetune many\ndata = "sample"\nsubset = 118\nheld_out = 64\n', ["120 usable rows", "at most 56"]),
+        (f'%%finetune missing {PLAIN}\ndata = "nosuch.csv"\n', ["there is no file nosuch.csv"]),
+        (f'%%finetune untrained {PLAIN}\nmodel = "./nosuch"\ndata = "sample"\nsubset = 9\n', ["./nosuch", "folder"]),
+        (f'%%finetune unreachable {PLAIN}\ndata = "owner/none"\n', ["owner/none", "cannot be loaded"]),
+        (f'%%finetune many {PLAIN}\ndata = "sample"\nsubset = 118\n', ["120 usable rows", "at most 56"]),
     ],
 )
 def test_what_is_wrong_is_said_without_a_traceback_of_ours(trained, live, code, words):
@@ -238,8 +258,9 @@ def test_wrong_arguments_are_a_usage_error(live, code):
 
 
 def test_a_name_is_free_again_when_its_run_never_took_a_step(live, quick):
-    assert live.run('%%finetune again\ndata = "nosuch.csv"\n').status == "error"
-    assert live.run(f"%%finetune again\n{quick}").status == "ok"
+    assert live.run(f'%%finetune again {PLAIN}\ndata = "nosuch.csv"\n').status == "error"
+    assert live.run(f"%%finetune again --background\n{quick}").status == "ok"
+    live.run("_.kill()")
 
 
 def test_a_worker_that_dies_at_start_shows_its_last_words(live, quick, tmp_path):

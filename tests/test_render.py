@@ -240,7 +240,7 @@ def test_comparisons_are_columns_for_a_data_frame():
     assert columns["question"] == ["q0", "q1"]
     assert columns["tuned"] == ["t0", "t1"]
     assert {len(values) for values in columns.values()} == {2}
-    assert [Seen(each._repr_html_()).tags.count(tag) for tag in ("table", "tr", "td")] == [1, 3, 6]
+    assert [Seen(each._repr_html_()).tags.count(tag) for tag in ("table", "tr", "td")] == [2, 6, 12]
 
 
 def test_run_escapes_all_it_shows(tmp_path):

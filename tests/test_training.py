@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from bizassist_nb import Settings, finetune
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Run
+from bizassist_nb.export.card import card
+from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training import launch
 from bizassist_nb.training.evaluation import evaluate
 
@@ -25,6 +26,14 @@ def quick(tiny, tmp_path, **changes):
         "runs_dir": str(tmp_path),
     }  # fmt: skip
     return Settings(**(values | changes))
+
+
+def begun(settings, name) -> Run:
+    """A run that was ended as soon as it had taken its first step."""
+    run = launch.start(settings, name)
+    wait_until(lambda: run.steps or run.status in ENDED)
+    run.kill()
+    return run
 
 
 @pytest.mark.parametrize("engine", ["transformers", "unsloth"])
@@ -39,10 +48,26 @@ def test_adapter_moves_and_no_base_weight_does(engine, tiny, tmp_path):
     assert len(found["losses"]) == 2
 
 
-def test_engines_give_the_same_losses(tiny, tmp_path):
-    runs = [finetune(quick(tiny, tmp_path, engine=engine), engine) for engine in ("transformers", "unsloth")]
-    ours, theirs = ([step.loss for step in run.steps] for run in runs)
+@pytest.fixture(scope="module")
+def by_engine(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    return [finetune(quick(tiny, folder, engine=engine), engine) for engine in ("transformers", "unsloth")]
+
+
+def test_engines_give_the_same_losses(by_engine):
+    ours, theirs = ([step.loss for step in run.steps] for run in by_engine)
     assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("engine", [0, 1], ids=["transformers", "unsloth"])
+def test_scoring_anew_gives_the_same(by_engine, engine):
+    run = by_engine[engine]
+    before, answers = run.evaluation, run.answers
+    found = evaluate(run)
+    for who in ("base", "tuned"):
+        assert found[who]["loss"] == pytest.approx(before[who]["loss"], abs=1e-4)
+        assert found["general"][who]["loss"] == pytest.approx(before["general"][who]["loss"], abs=1e-4)
+    assert run.answers == answers  # greedy, by the same plain model
 
 
 def test_run_directory_holds_everything(trained):
@@ -80,22 +105,13 @@ def test_tuned_is_better_on_held_out_rows(trained):
 
 
 def test_card_says_what_came_of_it(trained):
-    card = (trained.path / "README.md").read_text()
-    assert trained.evaluation["sentence"] in card
-    assert "| answers that loop |" in card
-    assert trained.answers[0]["tuned"]["text"] not in card  # nor rows: a card is published, and rows may be private
-    assert "most improved" not in card
-    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
-    assert "| rank | 16 |" in card
-
-
-def test_scoring_anew_gives_the_same(trained):
-    before, answers = trained.evaluation, trained.answers
-    found = evaluate(trained)
-    for who in ("base", "tuned"):
-        assert found[who]["loss"] == pytest.approx(before[who]["loss"], abs=1e-4)
-        assert found["general"][who]["loss"] == pytest.approx(before["general"][who]["loss"], abs=1e-4)
-    assert trained.answers == answers  # greedy, by the same plain model
+    text = (trained.path / "README.md").read_text()
+    assert trained.evaluation["sentence"] in text
+    assert "| answers that loop |" in text
+    assert trained.answers[0]["tuned"]["text"] not in text  # nor rows: a card is published, and rows may be private
+    assert "most improved" not in text
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in text
+    assert "| rank | 16 |" in text
 
 
 def test_bad_rows_are_listed_and_the_rest_is_used(tiny, tmp_path, rows_file):
@@ -103,7 +119,7 @@ def test_bad_rows_are_listed_and_the_rest_is_used(tiny, tmp_path, rows_file):
     rows[3] = {"instruction": "Only a question"}
     rows[50]["response"] = "  "
     rows[99]["instruction"] = 7
-    run = finetune(quick(tiny, tmp_path, data=str(rows_file(rows)), subset=90, held_out=7, batch_size=30), "bad-rows")
+    run = begun(quick(tiny, tmp_path, data=str(rows_file(rows)), subset=90, held_out=7, batch_size=30), "bad-rows")
     data = run.last("data")
     assert (data["usable"], data["rejected"]) == (97, 3)
     assert [bad["number"] for bad in data["rejected_rows"]] == [4, 51, 100]
@@ -125,14 +141,14 @@ def test_a_tokenizer_without_a_template_fails_and_says_so(tiny, tmp_path):
 
 
 def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
-    settings = quick(tiny, tmp_path, epochs=10)
+    settings = quick(tiny, tmp_path, epochs=5, max_length=128)
     whole = finetune(settings, "whole")
     halted = launch.start(settings, "halted")
-    wait_until(lambda: len(halted.steps) >= 5)
+    wait_until(lambda: len(halted.steps) >= 2)
     halted.stop()
     wait_until(lambda: halted.status == "stopped")
     done = len(halted.steps)
-    assert 5 <= done < 30
+    assert 2 <= done < 15
     resumed = finetune(settings, "halted", resume=True)
     assert resumed.status == "finished"
     assert resumed.last("resumed")["step"] == done
@@ -270,6 +286,9 @@ def test_the_best_adapter_is_kept_and_saved_if_asked(worsening):
     assert worsening.evaluation["tuned"]["loss"] == pytest.approx(losses[6])
     assert "Held-out loss has risen since step 2" in worsening._repr_html_()
     assert f"the best checkpoint is kept in {worsening.path / 'best'}" in worsening._repr_html_()
+    published = card(worsening)
+    assert "the best checkpoint is kept in best (" in published
+    assert str(worsening.path) not in published
     files = [worsening.path / name / "adapter_model.safetensors" for name in ("best", "adapter")]
     assert files[0].read_bytes() != files[1].read_bytes()
 
@@ -285,12 +304,16 @@ def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monke
     assert run.evaluation["answers"] is None
     assert "the fixed prompts could not be answered (status 9" in run._repr_html_()
     monkeypatch.undo()
+    readme = run.path / "README.md"
+    assert "could not be answered" in readme.read_text()
+    assert str(run.path) not in readme.read_text()
     assert evaluate(run)["answers"]["prompts"] >= 12
-    assert "could not be answered" not in run._repr_html_()
+    for said in (run._repr_html_(), readme.read_text()):
+        assert "could not be answered" not in said
 
 
 def test_learning_on_all_tokens_counts_them_all(tiny, tmp_path):
-    data = finetune(quick(tiny, tmp_path, train_on="all", subset=4, held_out=2), "all").last("data")
+    data = begun(quick(tiny, tmp_path, train_on="all", subset=4, held_out=2), "all").last("data")
     assert data["training"]["trained_tokens"] == data["training"]["tokens"]
     assert data["held_out"]["trained_tokens"] < data["held_out"]["tokens"]  # what is scored is the answer
 

@@ -27,7 +27,8 @@ from bizassist_nb.votes import (
     votes,
 )
 
-BOTH = Comparison("How <b>much</b>?", "The base's **words**.", "Tuned words.", run="pricing", cut=("tuned",))
+ANSWERS = {"base": "The base's **words**.", "tuned": "Tuned words."}
+BOTH = Comparison("How <b>much</b>?", ANSWERS, ("pricing",), cut=("tuned",))
 
 
 @pytest.fixture
@@ -106,9 +107,17 @@ def test_a_ballot_is_cast_once_and_only_for_what_there_is(run):
 @pytest.mark.parametrize("missing", ["base", "tuned"])
 def test_both_answers_and_a_run_are_needed(run, missing):
     with pytest.raises(VoteError, match="needs a base and a tuned answer"):
-        Ballot(run, dataclasses.replace(BOTH, **{missing: None}))
+        Ballot(run, dataclasses.replace(BOTH, answers={who: text for who, text in ANSWERS.items() if who != missing}))
     with pytest.raises(VoteError, match="train a run first"):
         Ballot(None, BOTH)
+
+
+def test_a_vote_is_on_one_run_as_it_was_trained(run):
+    with pytest.raises(VoteError, match="not at strength"):
+        Ballot(run, dataclasses.replace(BOTH, strength=0.5))
+    several = {"base": "One.", "tuned (a)": "Two.", "tuned (b)": "Three."}
+    with pytest.raises(VoteError, match="needs a base and a tuned answer"):
+        Ballot(run, dataclasses.replace(BOTH, answers=several))
 
 
 def test_votes_are_kept_when_the_process_is_killed(run):
@@ -116,7 +125,8 @@ def test_votes_are_kept_when_the_process_is_killed(run):
         "import os, sys\nfrom pathlib import Path\nfrom bizassist_nb.runs import Run\n"
         "from bizassist_nb.votes import Ballot\nfrom bizassist_nb.assistant.comparison import Comparison\n"
         "run = Run(Path(sys.argv[1]))\n"
-        "for i in range(3):\n    Ballot(run, Comparison(f'Q{i}', 'a', 'b')).cast('left')\nos.kill(os.getpid(), 9)"
+        "for i in range(3):\n    Ballot(run, Comparison(f'Q{i}', {'base': 'a', 'tuned': 'b'})).cast('left')\n"
+        "os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(run.path)], check=False).returncode == -9
     assert [vote.question for vote in votes(run)] == ["Q0", "Q1", "Q2"]

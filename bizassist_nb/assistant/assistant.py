@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 STRONGEST: Final = 1.5
 """Strength of an adapter at most; far beyond 1 a model only babbles."""
 
+_NO_RUN: Final = "There is no run yet, so only the base answers; fine-tune one with %%finetune."
+
 
 class QuestionError(BizassistError):
     """A question that cannot be answered as it is."""
@@ -85,13 +87,14 @@ class Assistant:
         _check(question, max_new_tokens, strength, sampling)
         rows = self._rows(who)
         loaded = loaded_base(self._model)
-        prompts, note = self._prompts(loaded, rows, question, conversation or Conversation(), max_new_tokens)
+        prompts, dropped = self._prompts(loaded, rows, question, conversation or Conversation(), max_new_tokens)
+        no_run = None if self.runs or TUNED not in who else _NO_RUN
         comparison = begun = Comparison(
             question.strip(),
             dict.fromkeys((row.name for row in rows), ""),
             tuple(run.name for run in self.runs if any(row.run is run for row in rows)),
             strength,
-            note=note,
+            note=" ".join(filter(None, [no_run, dropped])) or None,
         )
         yield comparison
         try:
@@ -154,8 +157,7 @@ class Assistant:
     def _prompts(
         self, loaded: LoadedBase, rows: list[_Row], question: str, conversation: Conversation, max_new_tokens: int
     ) -> tuple[list[list[int]], str | None]:
-        """Every row's input ids, and a note for the reader."""
-        notes = [] if self.runs else ["There is no run yet, so only the base answers; fine-tune one with %%finetune."]
+        """Every row's input ids, and what the reader should know about what was left out of them."""
         prompts, dropped = [], 0
         most = loaded.model.config.max_position_embeddings - max_new_tokens
         for row in rows:
@@ -172,13 +174,13 @@ class Assistant:
                 )
             dropped = max(dropped, len(conversation.turns(row.name)) - len(turns))
             prompts.append(prompt)
-        if dropped:
-            notes.append(
-                f"The conversation has outgrown the {most + max_new_tokens:,} tokens that the model reads: "
-                f"{'the first question and its answer were' if dropped == 1 else f'the first {dropped} turns were'} "
-                "left out."
-            )
-        return prompts, " ".join(notes) or None
+        if not dropped:
+            return prompts, None
+        return prompts, (
+            f"The conversation has outgrown the {most + max_new_tokens:,} tokens that the model reads: "
+            f"{'the first question and its answer were' if dropped == 1 else f'the first {dropped} turns were'} "
+            "left out."
+        )
 
     def _prompt(self, loaded: LoadedBase, row: _Row, turns: list[tuple[str, str]], question: str) -> list[int]:
         settings = row.run.settings if row.run else self._settings

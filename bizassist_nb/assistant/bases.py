@@ -22,6 +22,8 @@ class LoadedBase:
         """Load the base in 4 bits, as it was for training."""
         import torch
 
+        from bizassist_nb.assistant import decoding
+
         self.base = base
         self.chat = models.load_tokenizer(base.source)
         try:
@@ -32,6 +34,7 @@ class LoadedBase:
                 f"{base.name} does not fit beside what is in GPU memory ({free:.1f} GiB are free): while a run is "
                 "being trained the assistant may have to wait; look at it with %bizassist runs, or stop it"
             ) from error
+        decoding.quicken(self.model)
         self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
         self._count = itertools.count()
 
@@ -115,7 +118,8 @@ def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"the adapter in {folder} is damaged ({brief(error)})") from error
     other = f"the adapter in {folder} was made for another base than {base.name}"
-    if Path(str(made_for)).name != Path(base.source).name:
+    names = (base.source, models.HUB_IDS.get(base.name, base.name))  # the latter once it was made fit to be given away
+    if Path(str(made_for)).name not in {Path(name).name for name in names}:
         raise ModelError(f"{other}: for {made_for}")
     inner = {
         name.removeprefix("base_model.model."): layer.base_layer if isinstance(layer, LoraLayer) else layer

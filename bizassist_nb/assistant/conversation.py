@@ -11,24 +11,20 @@ class Conversation:
 
     def __init__(self) -> None:
         """Nothing was said yet."""
-        self._turns: dict[str, list[Turn]] = {}
+        self._said: list[tuple[str, dict[str, str]]] = []
 
     def turns(self, name: str) -> list[Turn]:
-        """What this one was asked and said, oldest first."""
-        return list(self._turns.get(name, []))
+        """What this one was asked and said, oldest first; a question it did not answer is not among them."""
+        return [(question, answers[name]) for question, answers in self._said if answers.get(name)]
 
     def add(self, question: str, answers: Mapping[str, str]) -> None:
-        """Remember a question with the answer each gave; one that gave none does not remember it."""
-        for name, answer in answers.items():
-            if answer.strip():
-                self._turns.setdefault(name, []).append((question.strip(), answer.strip()))
+        """Remember a question with the answer each gave."""
+        self._said.append((question.strip(), {name: answer.strip() for name, answer in answers.items()}))
 
     def forget_last(self) -> None:
         """Take the last question and its answers back, to ask it again."""
-        for turns in self._turns.values():
-            if turns:
-                turns.pop()
+        del self._said[-1:]
 
     def clear(self) -> None:
         """Begin anew."""
-        self._turns.clear()
+        self._said.clear()

@@ -84,7 +84,7 @@ class ChatTokenizer:
             "|".join(re.escape(text) for text in sorted(self._controls, key=len, reverse=True))
         )
         self._dummy_prefix = tokenizer.tokenize("a")[0].startswith("▁")
-        self._system = self._system_place()
+        self.system_place = self._system_place()
         asked: list[Message] = [{"role": "user", "content": "a"}]
         _, answer = self._parts([*asked, {"role": "assistant", "content": "a"}])
         self.end_id: int = next((part for part in answer if isinstance(part, int)), tokenizer.eos_token_id)
@@ -100,7 +100,7 @@ class ChatTokenizer:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Input ids up to where the assistant's answer begins; `messages` end with the user's."""
-        return self._ids(self._split(self._render(messages, answer_next=True)))
+        return self._ids(self._split(self.rendered(messages, answer_next=True)))
 
     def example(
         self, messages: Sequence[Message], *, max_length: int, train_on: str = "response"
@@ -165,8 +165,8 @@ class ChatTokenizer:
 
     def _parts(self, messages: Sequence[Message]) -> tuple[list[int | str], list[int | str]]:
         """(the prompt's parts, the answer's parts)."""
-        prompt = self._render(messages[:-1], answer_next=True)
-        whole = self._render(messages, answer_next=False)
+        prompt = self.rendered(messages[:-1], answer_next=True)
+        whole = self.rendered(messages, answer_next=False)
         if whole[: len(prompt)] == prompt:
             return self._split(prompt), self._split(whole[len(prompt) :])
         joined = "".join(text for text, _ in prompt)
@@ -179,12 +179,12 @@ class ChatTokenizer:
             f"there is no telling where the answer begins (the prompt ends {joined[-60:]!r}); take another model"
         )
 
-    def _render(self, messages: Sequence[Message], *, answer_next: bool) -> list[tuple[str, bool]]:
+    def rendered(self, messages: Sequence[Message], *, answer_next: bool) -> list[tuple[str, bool]]:
         """The rendered template as (text, whether the template wrote it) pieces: it sees marks, never the contents."""
-        if self._system != "own" and messages[0]["role"] == "system":
+        if self.system_place != "own" and messages[0]["role"] == "system":
             system, *messages = messages
             users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-            place = users[0 if self._system == "first" else -1]
+            place = users[0 if self.system_place == "first" else -1]
             question = {"role": "user", "content": f"{system['content']}\n\n{messages[place]['content']}"}
             messages = [*messages[:place], question, *messages[place + 1 :]]
         marked = [{**message, "content": _MARK.format(_letters(i))} for i, message in enumerate(messages)]

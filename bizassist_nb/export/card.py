@@ -1,5 +1,6 @@
 """The model card of a run: what was trained, on what, what came of it, and how to load it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -7,13 +8,10 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.data.rows import DOLLY, SUFFIXES
 from bizassist_nb.errors import ModelError
-from bizassist_nb.render import sections_markdown
+from bizassist_nb.render import Section, sections_markdown
 from bizassist_nb.report import facts, how_to_go_on, settings_rows
 from bizassist_nb.runs import Run, write_json, write_whole
 from bizassist_nb.scorecard import sections
-
-_HUB_IDS: Final = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "mistral-7b": models.MISTRAL}
-"""What the hub calls the bases that have names of their own here; both are under the Apache License 2.0."""
 
 _ASK: Final = """
 messages = [
@@ -95,10 +93,10 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
         "",
         f"{what} {base}, trained with bizassist-nb.",
         "",
-        sections_markdown(section for section in sections(run) if not section.private)
+        sections_markdown(_public_section(run, section) for section in sections(run) if not section.private)
         or f"## Did it help?\n\nNot scored yet: {how_to_go_on(run) or run.status}.",
         "",
-        *([] if parity is None else ["## Is it the model that was scored?", "", _parity_words(parity), ""]),
+        *([] if parity is None else ["## Is it the model that was scored?", "", parity_words(parity), ""]),
         "## How it was made",
         "",
         *(f"- **{label}**: {_public(run, text)}" for label, text in facts(run)),
@@ -120,7 +118,8 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _parity_words(parity: dict[str, Any]) -> str:
+def parity_words(parity: dict[str, Any]) -> str:
+    """What the comparison of a merged model with the tuned assistant found."""
     return (
         f"It was loaded again and compared with the tuned model on {parity['prompts']} held-out prompts: "
         f"{parity['equal_next_tokens']:.1%} of {parity['positions']} next tokens and {parity['equal_answers']} answers "
@@ -132,7 +131,7 @@ def _parity_words(parity: dict[str, Any]) -> str:
 def _base(run: Run) -> str:
     """The base's hub id; of a folder its name, for its path is nobody's business."""
     name = run.environment["model"]
-    return _HUB_IDS.get(name, name if _on_hub(name) else Path(name).name)
+    return models.HUB_IDS.get(name, name if _on_hub(name) else Path(name).name)
 
 
 def _data(run: Run) -> str:
@@ -143,6 +142,11 @@ def _data(run: Run) -> str:
 def _public(run: Run, text: str) -> str:
     """A text about the run without the paths of model and data."""
     return text.replace(run.environment["data"], _data(run)).replace(run.environment["model"], _base(run))
+
+
+def _public_section(run: Run, section: Section) -> Section:
+    """It without the path of the run's folder."""
+    return dataclasses.replace(section, lines=tuple(line.replace(f"{run.path}/", "") for line in section.lines))
 
 
 def _on_hub(name: str) -> bool:

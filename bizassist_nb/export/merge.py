@@ -42,7 +42,7 @@ def merge(run: Run, base: parity.Base = "trained", *, show: Callable[[str], None
     if is_locked(run.path):
         raise RunError(f"the run {run.name!r} is being trained; merge it when it has ended, or stop it")
     started = time.monotonic()
-    with _part(target) as part:
+    with new_folder(target) as part:
         conversations = parity.conversations(run)
         show(f"reading the weights of {run.environment['model']}")
         size = write(run, base, part, show)
@@ -80,7 +80,7 @@ def write(run: Run, base: parity.Base, part: Path, show: Callable[[str], None] =
         {name: torch.empty(shape, dtype=half, device="meta") for name, shape in shapes.items()}, max_shard_size=_SHARD
     )
     size = int(shards.metadata["total_size"])
-    _check_room(part, size + _SPARE)
+    check_room(part, size + _SPARE, "the merged model")
     try:
         for filename, names in shards.filename_to_tensors.items():
             show(f"writing {filename}")
@@ -162,20 +162,28 @@ def _write_configs(source: str, chat: Any, dtype: Any, part: Path) -> None:
         path.write_text(json.dumps(saved | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), "utf-8")
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        RunError: with both figures.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(
-            f"the merged model takes {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free; "
+            f"{what} takes {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free; "
             "make room, or move the run to another disk"
         )
 
 
 @contextmanager
-def _part(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """An empty folder beside `target`, gone afterwards unless it was renamed; one process at a time has it.
 
-    The lock (flock) is on the folder itself and ends with the process: what a killed merge left is then emptied.
+    The lock (flock) is on the folder itself and ends with the process: what a killed one left is then emptied.
+
+    Raises:
+        RunError: if `target` is there, or another process is at it.
     """
     part = target.with_name(f".{target.name}.part")
     part.mkdir(exist_ok=True)
@@ -184,10 +192,10 @@ def _part(target: Path) -> Iterator[Path]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(f"{target.parent.name!r} is being merged by another process; wait for it") from error
+            raise RunError(f"{target} is being written by another process; wait for it") from error
         try:
             if target.exists():
-                raise RunError(f"{target} exists already; move it away to merge anew")
+                raise RunError(f"{target} exists already; move it away to have it made anew")
             for left in part.iterdir():
                 left.unlink()
             yield part

@@ -10,6 +10,7 @@ A fault in a few weights may hide in what so few answers show, so each weight is
 
 import dataclasses
 import gc
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def compare(run: Run, folder: Path, conversations: Sequence[list[Message]], base
     loaded.use([adapter])
     prompts = [loaded.chat.prompt(messages) for messages in conversations]
     chosen = sorted(range(len(prompts)), key=lambda i: max(len(prompts[i]), _SHORT))[:_PROMPTS]
-    tuned = _answered(loaded.model, adapter, [prompts[i] for i in chosen], loaded.chat)
+    tuned = _answered(loaded.model, [prompts[i] for i in chosen], loaded.chat)
     limits = {"tolerance": TOLERANCES[base], "weight_tolerance": WEIGHT_TOLERANCE}
     try:
         chat = models.load_tokenizer(folder)
@@ -127,37 +128,43 @@ def _failures(found: Mapping[str, Any]) -> list[str]:
     return failures
 
 
-def _answered(model: Any, adapter: str, prompts: list[list[int]], chat: ChatTokenizer) -> _Answered:
-    from bizassist_nb.assistant.decoding import Sampling, decode, scaled
+def _answered(model: Any, prompts: list[list[int]], chat: ChatTokenizer) -> _Answered:
+    """Through the model's own modules: on a GPU, a graph for so many rows takes longer to capture than it saves."""
+    import torch
 
-    strengths = {adapter: [1.0] * len(prompts)}
-    answers: list[list[int]] = [[] for _ in prompts]
-    tokens = decode(
-        model, prompts, strengths=strengths, stop_ids=chat.stop_ids, pad_id=chat.pad_id, max_new_tokens=_ANSWER,
-        sampling=Sampling(),
-    )  # fmt: skip
-    for row, token in tokens:
-        answers[row].append(token)
-    with scaled(model, strengths):
-        logits = _logits(model, prompts, answers, chat.pad_id)
-    return _Answered(prompts, answers, logits)
+    ids, mask = _left_padded(prompts, chat.pad_id)
+    with torch.inference_mode():
+        grown = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=_ANSWER, do_sample=False, repetition_penalty=1.0,
+            eos_token_id=sorted(chat.stop_ids), pad_token_id=chat.pad_id,
+        )  # fmt: skip
+    told = grown[:, ids.shape[1] :].tolist()
+    answers = [list(itertools.takewhile(lambda token: token not in chat.stop_ids, row)) for row in told]
+    return _Answered(prompts, answers, _logits(model, prompts, answers, chat.pad_id))
 
 
 def _logits(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int) -> list[Any]:
     """For each prompt the logits where its answer's tokens are chosen, and the one after them."""
     import torch
 
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    width, keep = max(map(len, rows)), max(map(len, answers)) + 1
-    device = models.device()  # where a model computes whose weights are still on the disk
-    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    ids, mask = _left_padded([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], pad_id)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    keep = max(map(len, answers)) + 1
     with torch.inference_mode():
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
         ).logits
     return [logits[i, -len(answer) - 1 :].float().cpu() for i, answer in enumerate(answers)]
+
+
+def _left_padded(rows: Sequence[list[int]], pad_id: int) -> tuple[Any, Any]:
+    """(input ids, attention mask) where models compute, which is not where weights are that stay on the disk."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = [[pad_id] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=models.device()), torch.tensor(mask, device=models.device())
 
 
 def _load(folder: Path) -> Any:

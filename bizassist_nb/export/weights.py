@@ -51,7 +51,8 @@ class Weights:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name in self._parts:
-            stored = bytes(self._load(f"{name}.{_STATE}").tolist())  # JSON, as bytes in a tensor
+            state = f"{name}.{_STATE}"
+            stored = bytes(self._load(state)[state].tolist())  # JSON, as bytes in a tensor
             return tuple(json.loads(stored)["shape"])
         from safetensors import safe_open
 
@@ -65,12 +66,15 @@ class Weights:
         from bitsandbytes.nn import Params4bit
 
         device, dtype = torch.device(models.device()), models.compute_dtype()
-        tensor = self._load(name)
         if name in self._parts:
-            stored = {part.removeprefix(f"{name}."): self._load(part) for part in self._parts[name]}
-            state = QuantState.from_dict(stored, device=device)
+            stored = self._load(name, *self._parts[name])
+            tensor = stored.pop(name)
+            state = QuantState.from_dict(
+                {part.removeprefix(f"{name}."): stored[part] for part in stored}, device=device
+            )
             state.dtype = dtype
             return dequantize_4bit(tensor.to(device), state)
+        tensor = self._load(name)[name]
         if name not in self._quantised:
             return tensor.to(device)
         # What transformers does with a weight that it loads into a Linear4bit.
@@ -79,12 +83,15 @@ class Weights:
         ).to(device)
         return dequantize_4bit(packed.data, packed.quant_state)
 
-    def _load(self, name: str) -> Any:
-        """The tensor as it is stored. The file is opened for it alone: a mapped file's pages count as memory in use."""
+    def _load(self, *names: str) -> dict[str, Any]:
+        """Tensors as they are stored. Files are opened for them alone: a mapped file's pages count as memory in use."""
         from safetensors import safe_open
 
-        with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        tensors: dict[str, Any] = {}
+        for path in {self._files[name] for name in names}:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in names if self._files[name] == path}
+        return tensors
 
 
 def _files(source: str) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from IPython.display import display, update_display
 
+from bizassist_nb.notebook.views import widget_bundle
 from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Choice, choice_of
 
 
@@ -36,8 +37,7 @@ class BallotView:
     def show(self) -> None:
         """Display it as the cell's output."""
         self._display_id = secrets.token_hex(8)
-        widget_view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-        bundle = {"application/vnd.jupyter.widget-view+json": widget_view, **self._static()}
+        bundle = widget_bundle(self.widget, self._ballot.html(), repr(self._ballot))
         display(bundle, raw=True, display_id=self._display_id)
 
     def _button(self, choice: Choice, words: str) -> Any:
@@ -60,8 +60,6 @@ class BallotView:
         self._html.value = self._ballot.html()
         self.widget.children = (self._html,)
         if self._display_id:
-            update_display(self._static(), display_id=self._display_id, raw=True)
+            static = {"text/html": self._ballot.html(), "text/plain": repr(self._ballot)}
+            update_display(static, display_id=self._display_id, raw=True)
         self._on_vote(self._ballot)
-
-    def _static(self) -> dict[str, str]:
-        return {"text/html": self._ballot.html(), "text/plain": repr(self._ballot)}

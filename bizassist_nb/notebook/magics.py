@@ -103,8 +103,11 @@ class BizassistMagics(Magics):
             raise UsageError(
                 f"%%ask: {' '.join(options.question)!r} is not an option; the question goes in the cell's body"
             )
-        if options.blind and (options.each or len(options.run) > 1):
-            raise UsageError("%%ask --blind: a blind vote is on one question to one run; leave out --each or a --run")
+        if options.blind and (options.each or len(options.run) > 1 or options.strength != 1):
+            raise UsageError(
+                "%%ask --blind: a vote is on one question to one run as it was trained; "
+                "leave out --each, --strength, and any --run but one"
+            )
         runs = self._chosen(options)
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparisons, lines

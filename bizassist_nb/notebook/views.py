@@ -94,22 +94,17 @@ class _LiveHtml:
         import ipywidgets
 
         self._widget: Any = ipywidgets.HTML()
-        display(
-            {
-                "application/vnd.jupyter.widget-view+json": {
-                    "version_major": 2,
-                    "version_minor": 0,
-                    "model_id": self._widget.model_id,
-                },
-                "text/html": f"<i>{html.escape(fallback)}</i>",  # for a notebook reopened without its widgets
-                "text/plain": fallback,
-            },
-            raw=True,
-        )
+        display(widget_bundle(self._widget, f"<i>{html.escape(fallback)}</i>", fallback), raw=True)
 
     def show(self, content: str) -> None:
         if self._widget.value != content:
             self._widget.value = content
+
+
+def widget_bundle(widget: Any, html_without: str, text: str) -> dict[str, Any]:
+    """A widget as a cell's output, with what a notebook shows that is reopened without its widgets."""
+    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    return {"application/vnd.jupyter.widget-view+json": view, "text/html": html_without, "text/plain": text}
 
 
 def _inline_png(png: bytes, text: str) -> str:

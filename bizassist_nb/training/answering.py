@@ -30,7 +30,7 @@ def answer_run(run: Run) -> dict[str, Any]:
     """
     from bizassist_nb.assistant.bases import loaded_base
 
-    loaded = loaded_base(run.environment.get("model", run.settings.model))
+    loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
     loaded.use([adapter])
     return answer(run, loaded.model, loaded.chat, adapter)

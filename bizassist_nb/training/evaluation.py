@@ -79,8 +79,8 @@ class Exam:
 
 
 def evaluate(run: Run) -> dict[str, Any]:
-    """Score base and tuned anew and have both answer the fixed prompts, all with plain transformers; evaluation.json
-    and answers.json are written anew, too.
+    """Score base and tuned anew and have both answer the fixed prompts, all with plain transformers; evaluation.json,
+    answers.json and the run's model card are written anew, too.
 
     Raises:
         ModelError: if the run has no adapter.
@@ -88,10 +88,11 @@ def evaluate(run: Run) -> dict[str, Any]:
     """
     from bizassist_nb.assistant.bases import loaded_base
     from bizassist_nb.assistant.decoding import scaled
+    from bizassist_nb.export.card import write_card
     from bizassist_nb.training.answering import answer_run
 
     settings = run.settings
-    loaded = loaded_base(run.environment.get("model", settings.model))
+    loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
     table = read_table(settings.data, settings.columns)
     _, rows = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
@@ -103,6 +104,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     tuned = exam.on_held_out(loaded.model), exam.on_general(loaded.model)
     result = exam.result(base, tuned, answer_run(run))
     write_json(run.path / "evaluation.json", result)
+    write_card(run)
     return result
 
 

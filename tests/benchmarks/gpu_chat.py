@@ -1,8 +1,9 @@
 """The assistant's decoding on a GPU. Usage: gpu_chat.py MODEL_FOLDER (a Mistral- or Llama-shaped model, NF4 or 16-bit)
 
 Times base and tuned in one batch, one row alone and four rows, greedy, 128 tokens each; the time to the first token of
-a 1,000-token prompt; and a step's time as the context grows. Then compares the logits of the graph's steps with those
-of the modules, both against a reference in float32. The adapter is random: figures are of speed and of arithmetic only.
+a 1,000-token prompt; and a step's time as the context grows. Then says what a step is made of, and compares the
+logits of the graph's steps with those
+of the modules, both against a reference in float32. The adapter is random: figures are of speed and arithmetic only.
 """
 
 import json
@@ -86,6 +87,24 @@ def exactness(folder, model, prompt):
     }
 
 
+def breakdown(model, prompt, strengths):
+    """Milliseconds of a step by kernel, the largest first, and how many kernels it is."""
+    ids, mask = decoding._left_padded([prompt] * len(strengths), 0, model.device)
+    cache = DynamicCache(config=model.config)
+    decoding._ModuleSteps(model, {"default": strengths}, cache, mask).forward(ids)
+    taken = fused.FusedSteps(model, ["default"], len(strengths), 512)
+    taken.begin(cache, mask, decoding._scales(model, {"default": strengths}))
+    taken([1000] * len(strengths))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(10):
+            taken([1000] * len(strengths))
+        torch.cuda.synchronize()
+    kernels = sorted(profiler.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+    times = {kernel.key[:60]: round(kernel.self_device_time_total / 1e4, 3) for kernel in kernels[:14]}
+    busy = sum(kernel.self_device_time_total for kernel in kernels) / 1e4
+    return {"rows": len(strengths), "busy_ms": busy, "kernels": sum(k.count for k in kernels) / 10, "ms": times}
+
+
 def load_float32(folder):
     from transformers import AutoConfig
 
@@ -120,6 +139,8 @@ def main(folder):
     found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     found["pair_against_one"] = found["pair_s"] / found["one_s"]
     print("RESULT", json.dumps(found), flush=True)
+    for strengths in ([1.0], [0.0, 1.0]):
+        print("RESULT", json.dumps(breakdown(model, prompt, strengths)), flush=True)
     print("RESULT", json.dumps(exactness(folder, model, prompt)), flush=True)
 
 

@@ -21,7 +21,11 @@ from typing import Any
 import nbformat
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+COLAB_PYTHON = os.environ.get("COLAB_PYTHON", str(Path(__file__).parents[2] / ".venv-colab/bin/python"))
+"""Python with Colab's front end, as `make test` installs it."""
+OLDER_KERNEL = Path(sys.prefix) / "ipykernel-7.3.0"
+"""The same for ipykernel 7.3, which runs callbacks on other threads than the newest."""
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
               "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
 # Off-screen cells have no elements with windowing, and news would reach out of the machine.
@@ -33,7 +37,6 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "doNotDisturbMode": True,
     },
 }
-_DARK = {"@jupyterlab/apputils-extension/themes.jupyterlab-settings": {"theme": "JupyterLab Dark"}}
 
 
 class Server:
@@ -45,8 +48,6 @@ class Server:
         root: Path,
         *,
         python: str = sys.executable,
-        dark: bool = False,
-        env: dict[str, str] | None = None,
     ):
         """`kind` is "lab", "notebook" (7) or "classic" (notebook 6)."""
         self.kind, self.root = kind, root
@@ -55,7 +56,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.token = secrets.token_hex(16)
-        for name, values in (_SETTINGS | (_DARK if dark else {})).items():
+        for name, values in _SETTINGS.items():
             path = self.home / "lab-settings" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(values))
@@ -71,7 +72,7 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **_homes(self.home), **(env or {})},
+                env={**os.environ, **_homes(self.home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
         self._wait()
 
@@ -110,6 +111,20 @@ class Server:
         book.metadata["kernelspec"] = {"name": kernel, "display_name": kernel, "language": "python"}
         nbformat.write(book, self.root / name)
         return name
+
+    def older_kernel(self) -> str:
+        """Add a kernel with ipykernel 7.3; its name."""
+        folder = self.home / "jupyter_data_dir" / "kernels" / "older"
+        folder.mkdir(parents=True)
+        path = os.pathsep.join([str(OLDER_KERNEL), os.environ.get("PYTHONPATH", "")])
+        spec = {
+            "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            "display_name": "older",
+            "language": "python",
+            "env": {"PYTHONPATH": path},
+        }
+        (folder / "kernel.json").write_text(json.dumps(spec))
+        return "older"
 
 
 def _homes(home: Path) -> dict[str, str]:
@@ -205,10 +220,32 @@ class Book:
         self.page.evaluate(f"{_LAB_BOOK}.sessionContext.session.kernel.restart()")
         self._ready()
 
+    def theme(self, name: str) -> None:
+        """JupyterLab's "light" or "dark"."""
+        theme = f"JupyterLab {name.title()}"
+        self.page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', { theme })", theme)
+        self.page.wait_for_function("name => document.body.dataset.jpThemeLight === String(name === 'light')", arg=name)
+        self.page.wait_for_timeout(300)
+
+    def picture(self, path: Path) -> None:
+        """What is seen of the panel, without the front end around it."""
+        box, size = self.panel.bounding_box(), self.page.viewport_size
+        assert box is not None
+        assert size is not None
+        top, foot = max(box["y"], 80), 30  # JupyterLab's bars
+        height = min(box["y"] + box["height"], size["height"] - foot) - top
+        self.page.screenshot(path=path, clip={"x": box["x"], "y": top, "width": box["width"], "height": height})
+
     def close(self) -> None:
         self.context.close()
 
     # The panel, as a person uses it.
+
+    def show(self) -> None:
+        """Run the first two cells, which show the panel."""
+        for cell in range(2):
+            self.run(cell)
+        self.see("name of the run")
 
     def tab(self, name: str) -> None:
         self.panel.get_by_role("tab", name=name).or_(

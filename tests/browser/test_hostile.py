@@ -18,7 +18,7 @@ for pane in panes:
     pane.show([])
 def turn(text, ended):
     turn = Turn(text, "run")
-    turn.comparison = Comparison(text, text, text, "run")
+    turn.comparison = Comparison(text, dict.fromkeys(["base", "tuned"], text), ("run",))
     if ended:
         turn.end("")
     return turn
@@ -38,7 +38,7 @@ for pane in panes:
 STATIC = """
 from IPython.display import display
 for text in HOSTILE:
-    display(Comparison(text, text, text, "run"))
+    display(Comparison(text, {"base": text, "tuned": text}, ("run",)))
 """
 
 

@@ -1,10 +1,11 @@
 """A person at the panel, in real front ends: settings, training, chat, and coming back to it."""
 
+import json
 import re
 
 import nbformat
 import pytest
-from conftest import COLAB_PYTHON, OLDER_KERNEL, older_kernel, show
+from front_ends import COLAB_PYTHON, OLDER_KERNEL
 from nbconvert import HTMLExporter
 
 from bizassist_nb.runs import Run
@@ -25,7 +26,7 @@ def fill_in(book, tiny, name, epochs=100):
     book.fill("epochs", epochs)
     book.choose("engine", "transformers")
     book.fill("max length", 512)
-    book.see("tokens an epoch")
+    book.see("GiB free")
 
 
 def plots(book, count, timeout=60):
@@ -47,9 +48,8 @@ def plots(book, count, timeout=60):
 
 def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book = opened(lab, [*PANEL, "%bizassist"])
-    show(book)
+    book.show()
     book.see("No run yet")
-    book.see("tokens an epoch")
     fill_in(book, tiny, "first")
     book.press("Start")
     steps = plots(book, 3)
@@ -69,9 +69,7 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     box = book.panel.get_by_label("question", exact=True)
     box.type("How should we **price** it?")
     box.press("Enter")
-    panes = book.panel.locator(".bn-pane")
-    lengths = growing(book, panes)
-    assert all(length > 0 for length in lengths)
+    growing(book)
     book.press("Stop generating")
     book.see("stopped")
     book.press("Clear")
@@ -80,6 +78,8 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book.tab("Train")
     book.press("Stop")
     book.see("first: stopped")
+    votes_compares_and_exports(book, run)
+    book.tab("Train")
     book.run(2)  # a second view of the same panel
     assert book.page.locator(".bizassist").count() == 2
     book.see("first: stopped")
@@ -90,13 +90,36 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     assert book.errors == []
 
 
-def growing(book, panes):
-    """How long the answers in both panes were, once both have been seen to grow at the same time."""
+def votes_compares_and_exports(book, run):
+    """A blind vote, then the tabs for runs and exports."""
+    book.tab("Chat")
+    book.panel.get_by_label("blind").check()
+    book.unfold("Generation settings")
+    book.fill("max new tokens", 20)
+    book.press("How should we price a new feature?")
+    book.see("right")
+    book.press("Left is better")
+    book.see("your vote")
+    vote = json.loads((run.path / "votes.jsonl").read_text())
+    assert vote["question"] == "How should we price a new feature?"
+    assert vote["winner"] == vote["left"]
+    book.tab("Runs")
+    book.press("Compare")
+    book.see("Runs compared")
+    book.tab("Export")
+    book.press("Export")
+    book.see(f"{run.path.name}/adapter")
+    assert (run.adapter / "README.md").is_file()
+
+
+def growing(book):
+    """Wait until the answers in both panes have been seen to grow at the same time."""
+    panes = book.panel.locator(".bn-pane")
     before = [len(panes.nth(i).locator(".bn-answer").last.inner_text()) for i in (0, 1)]
     for _ in range(300):
         now = [len(panes.nth(i).locator(".bn-answer").last.inner_text()) for i in (0, 1)]
         if all(a < b for a, b in zip(before, now, strict=True)):
-            return now
+            return
         book.page.wait_for_timeout(100)
     raise AssertionError(f"answers did not grow: {before} {now}")
 
@@ -120,7 +143,7 @@ def chat_and_stop(book):
     box = book.panel.get_by_label("question", exact=True)
     box.type("How should we price it?")
     box.press("Enter")
-    growing(book, book.panel.locator(".bn-pane"))
+    growing(book)
     book.press("Stop generating")
     book.see("stopped")
 
@@ -128,20 +151,24 @@ def chat_and_stop(book):
 def test_notebook_7(serve, opened, tiny):
     server = serve("notebook")
     book = opened(server, PANEL)
-    show(book)
-    train_and_stop(book, tiny, "second")
+    book.show()
+    fill_in(book, tiny, "second", epochs=8)
+    book.press("Start")
+    plots(book, 3)
+    book.see("second: finished", timeout=120)
+    book.see("Did it help?")
     chat_and_stop(book)
     book.save()
     book.reload()
     book.tab("Train")
-    book.see("second: stopped")
+    book.see("second: finished")
 
 
 def test_ipykernel_whose_callbacks_run_on_another_thread(serve, opened, tiny):
     assert OLDER_KERNEL.is_dir(), f"run: pip install --no-deps --target {OLDER_KERNEL} ipykernel==7.3.0"
     server = serve("lab")
-    book = opened(server, [*PANEL, "import ipykernel; ipykernel.__version__"], kernel=older_kernel(server))
-    show(book)
+    book = opened(server, [*PANEL, "import ipykernel; ipykernel.__version__"], kernel=server.older_kernel())
+    book.show()
     book.run(2)
     assert "7.3.0" in book.page.locator(".jp-OutputArea-output").last.inner_text()
     train_and_stop(book, tiny, "third")
@@ -156,7 +183,7 @@ def test_notebook_6_and_colabs_versions(serve, opened, tiny, tmp_path, colab):
         (tmp_path / "google" / "colab" / "__init__.py").touch()
     server = serve("classic", python=COLAB_PYTHON)
     book = opened(server, [*(COLAB if colab else PANEL), "1 + 1"])
-    show(book)
+    book.show()
     train_and_stop(book, tiny, "fourth")
     chat_and_stop(book)
     book.run(2)  # other cells run again once nothing is followed
@@ -173,7 +200,7 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
         "import time; time.sleep(6)",
     ]
     book = opened(lab, [*PANEL, *cells], name="crash.ipynb")
-    show(book)
+    book.show()
     book.run(2)
     fill_in(book, tiny, "dead")
     book.press("Start")
@@ -201,7 +228,7 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
     assert plots(book, 1)[0] > before
     book.save()
     book.restart()
-    show(book)
+    book.show()
     book.see("long: training")
     assert plots(book, 2)[-1] > before
     book.press("Stop")
@@ -222,8 +249,10 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
 
 def test_keys_alone_reach_everything(lab, opened):
     book = opened(lab, PANEL, name="keys.ipynb")
-    show(book)
-    book.see("tokens an epoch")
+    book.show()
+    book.choose("data", "sample")
+    book.fill("rows to train on, as a number", 24)
+    book.see("GiB free")
     reached = []
     book.panel.locator("button").first.focus()
     for _ in range(20):

@@ -1,9 +1,10 @@
-"""Merge a full-size model on the GPU and on the CPU, and run the parity gate. Prints one JSON object.
+"""Merge a full-size model and compare it, on a GPU; break it; write it on the CPU. Prints a JSON line for each step.
 
 Usage: merge.py BASE WORK     a folder with a base (Mistral-7B in NF4); makes a run in WORK with a random r = 16 adapter
        merge.py RUN WORK      a run directory without merged/; it has merged/ afterwards
 
-Each step is a process of its own, so that its peaks are its own. WORK needs room for two merged models.
+Each step is a process of its own, so that its peaks are its own. WORK needs room for two merged models. The aims are
+60 s and 6 GB of memory for the merge with its comparison.
 Memory is in bytes. "rss" is all of a process's memory, "anonymous" what of it is not a mapped file: the kernel takes
 the pages of mapped files back when memory is short.
 """
@@ -105,24 +106,78 @@ def measured(work_on):
 
     peaks, start = Peaks(), time.perf_counter()
     found = work_on()
+    cuda = {"gpu_peak": torch.cuda.max_memory_allocated(), "gpu_peak_reserved": torch.cuda.max_memory_reserved()}
     return {
         "seconds": time.perf_counter() - start,
         "before": peaks.before,
         "peak": peaks.most,
-        "gpu_peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        **(cuda if torch.cuda.is_available() else {}),
         **found,
     }
 
 
-def step_gpu(run, _work):
-    def merge():
-        folder = run.merge()
-        return {"event": run.last("merge"), "largest_shard": largest(folder)}
+def step_merge(run, _work):
+    """`Run.merge()` as a user calls it: written, loaded again and compared."""
+    from bizassist_nb.errors import BizassistError
 
-    return measured(merge)
+    said = []
+
+    def merge():
+        start = time.perf_counter()
+        try:
+            run.export("merged", show=lambda line: said.append([round(time.perf_counter() - start, 2), line]))
+        except BizassistError as error:
+            return {"error": str(error), "event": run.last("merge")}
+        return {"event": run.last("merge"), "largest_shard": largest(run.path / "merged")}
+
+    return {**measured(merge), "said": said}
+
+
+def step_gate(run, _work):
+    """What was merged, broken in several ways one after the other: each has to fail."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from bizassist_nb import models
+    from bizassist_nb.export import parity
+    from bizassist_nb.export.weights import Weights
+
+    folder, conversations = run.path / "merged", parity.conversations(run)
+    source = Weights(models.resolve(run.environment["model"]).source, nf4=True)
+    name = (
+        f"model.layers.{len([n for n in source.names if n.endswith('mlp.down_proj.weight')]) // 2}.mlp.down_proj.weight"
+    )
+    path = next(path for path in folder.glob("model*.safetensors") if name in safe_open(path, "pt").keys())  # noqa: SIM118
+    tensors, found = load_file(path), {}
+    tokenizer, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+
+    def compare(what):
+        start = time.perf_counter()
+        result = parity.compare(run, folder, conversations)
+        found[what] = {**result, "seconds": time.perf_counter() - start}
+
+    def save(weight):
+        save_file(tensors | {name: weight}, path, metadata={"format": "pt"})
+
+    compare("whole")
+    save(source.read(name).to(tensors[name].dtype).cpu())
+    compare("one tensor without its adapter")
+    save(tensors[name] * 0)
+    compare("one tensor zeroed")
+    save(tensors[name])
+    for file, change in (
+        (tokenizer, lambda text: json.dumps(json.loads(text) | {"eos_token": "[INST]"})),
+        (template, lambda text: text.replace("[INST]", "[INST] ")),
+    ):
+        whole = file.read_text("utf-8")
+        file.write_text(change(whole), "utf-8")
+        compare(f"changed {file.name}")
+        file.write_text(whole, "utf-8")
+    return {"gate": found, "changed": name}
 
 
 def step_cpu(run, work):
+    """Written on a CPU, from weights dequantised in float32, not rounded to bfloat16 before the adapter is added."""
     from bizassist_nb.export.merge import write
 
     folder = work / "cpu"
@@ -135,72 +190,68 @@ def step_cpu(run, work):
     return measured(merge)
 
 
-def step_gate(run, work):
-    """The gate on what the CPU wrote; the same with one tensor's adapter left out, and with one tensor zeroed."""
+def step_apart(run, work):
+    """The largest difference of what GPU and CPU wrote, in units of 2**-8 of each weight."""
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
 
     from bizassist_nb import models
-    from bizassist_nb.export import parity
-    from bizassist_nb.export.weights import Weights
 
-    folder, conversations = work / "cpu", parity.conversations(run)
-    found, seconds = {}, {}
-
-    def compare(name):
-        start = time.perf_counter()
-        found[name] = parity.compare(run, folder, conversations)
-        seconds[name] = time.perf_counter() - start
-
-    compare("cpu")
-    apart = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    worst = 0.0
+    for path in sorted((work / "cpu").glob("model*.safetensors")):
         with safe_open(path, "pt") as ours, safe_open(run.path / "merged" / path.name, "pt") as theirs:
             for name in ours.keys():  # noqa: SIM118 - not a dict
                 a, b = (file.get_tensor(name).to(models.device()).float() for file in (ours, theirs))
-                apart[name] = float(((a - b).abs() / (b.abs() + 1e-4)).max())
-    source = Weights(models.resolve(run.environment["model"]).source, nf4=True)
-    middle = [name for name in apart if name.endswith("mlp.down_proj.weight")]
-    name = middle[len(middle) // 2]
-    path = next(path for path in folder.glob("model*.safetensors") if name in safe_open(path, "pt").keys())  # noqa: SIM118
-    tensors = load_file(path)
-    for what in ("without_adapter", "zeroed"):
-        weight = source.read(name).to(tensors[name].dtype).cpu()
-        save_file(
-            tensors | {name: weight if what == "without_adapter" else weight * 0}, path, metadata={"format": "pt"}
-        )
-        compare(what)
-    return {"gate": found, "seconds": seconds, "gpu_and_cpu_apart": max(apart.values()), "changed": name}
+                least = b.square().mean().sqrt() * 2**-12
+                worst = max(worst, float(((a - b).abs() / (b.abs() * 2**-8 + least)).max()))
+    return {"apart": worst}
 
 
 def largest(folder):
     return max(path.stat().st_size for path in folder.glob("model*.safetensors"))
 
 
-def in_process(step, run, work, **environment):
+def in_process(step, run, work, seconds, **environment):
     command = [sys.executable, __file__, "--step", step, str(run), str(work)]
     start = time.perf_counter()
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, **environment})
+    try:
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, timeout=seconds, env={**os.environ, **environment}
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in {seconds} s"}
+    took = time.perf_counter() - start
     if result.returncode:
-        return {"failed": result.returncode, "said": result.stdout[-2000:]}
-    return {**json.loads(result.stdout.splitlines()[-1]), "process_seconds": time.perf_counter() - start}
+        return {"failed": result.returncode, "said": result.stdout[-2000:], "process_seconds": took}
+    return {**json.loads(result.stdout.splitlines()[-1]), "process_seconds": took}
+
+
+def tell(step, **found):
+    print(json.dumps({"step": step, **found}), flush=True)
 
 
 def main(base_or_run, work):
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    run = base_or_run if (base_or_run / "settings.toml").is_file() else prepared(base_or_run, work)
-    found = {"gpu": in_process("gpu", run, work)}
-    found["cpu"] = in_process("cpu", run, work, CUDA_VISIBLE_DEVICES="")
-    found["gate"] = in_process("gate", run, work)
     import bitsandbytes
     import peft
+    import safetensors
     import torch
     import transformers
 
-    found["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, peft, bitsandbytes)}
-    found["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-    print(json.dumps(found, indent=1))
+    modules = (torch, transformers, peft, bitsandbytes, safetensors)
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    tell("machine", device=device, versions={module.__name__: module.__version__ for module in modules})
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    run = base_or_run if (base_or_run / "settings.toml").is_file() else prepared(base_or_run, work)
+    merged = in_process("merge", run, work, 300)
+    tell("merge", **merged)
+    if "event" in merged:
+        ram, anonymous = merged["peak"]["rss_peak"], merged["peak"]["anonymous"]
+        tell("aims", seconds=[merged["seconds"], 60], rss=[ram, 6e9], anonymous=[anonymous, 6e9],
+             passed=merged["event"]["parity"]["passed"])  # fmt: skip
+    tell("gate", **in_process("gate", run, work, 240))
+    tell("cpu", **in_process("cpu", run, work, 240, CUDA_VISIBLE_DEVICES=""))
+    tell("apart", **in_process("apart", run, work, 120))
+    shutil.rmtree(work / "cpu", ignore_errors=True)
 
 
 if sys.argv[1] == "--step":

@@ -1,5 +1,6 @@
 """The panel: everything that can be done with a run, without typing code. Each tab is a class and a line in `TABS`."""
 
+import asyncio
 import base64
 import html
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ import ipywidgets as w
 from IPython.display import display
 
 from bizassist_nb import report
+from bizassist_nb.errors import BizassistError
 from bizassist_nb.notebook.panel.chat import Chat
+from bizassist_nb.notebook.panel.export import Export
 from bizassist_nb.notebook.panel.preview import Preview
 from bizassist_nb.notebook.panel.pump import Pump, clicked, in_colab
 from bizassist_nb.notebook.panel.runs import Runs
@@ -18,7 +21,7 @@ from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.notebook.panel.train import Train
 from bizassist_nb.runs import Run
 
-TABS: Final = (Train, Preview, Chat, Runs)
+TABS: Final = (Train, Preview, Chat, Runs, Export)
 _FALLBACK: Final = "The bizassist panel is live only while its kernel runs: run %bizassist to bring it back."
 
 
@@ -56,7 +59,18 @@ class Panel:
                 control.observe(lambda _: self._pump.post(lambda: None), "value")
 
     def show(self) -> None:
-        """Show it in this cell."""
+        """Show it in this cell.
+
+        Raises:
+            BizassistError: where there is no notebook to show it in.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise BizassistError(
+                "the panel is shown in a notebook (JupyterLab, Notebook, Colab), and this is none; "
+                "in a terminal, use the command line: bizassist --help"
+            ) from None
         display(
             {
                 "application/vnd.jupyter.widget-view+json": {

@@ -10,9 +10,10 @@ from typing import Any, Final
 import ipywidgets as w
 
 from bizassist_nb import render
-from bizassist_nb.assistant.assistant import Assistant
+from bizassist_nb.assistant.assistant import STRONGEST, Assistant
 from bizassist_nb.assistant.bases import loaded_base
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
+from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.notebook.panel.controls import fold, tip
 from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State
@@ -41,6 +42,7 @@ class Chat:
         """Build the widgets."""
         self._state = state
         self._turns: list[Turn] = []
+        self._conversation = Conversation()
         self._answering: Answering | None = None
         self._entered: tuple[float, str] | None = None
         self._picked: str | None = None
@@ -113,10 +115,11 @@ class Chat:
         if self._answering:
             return
         self._notice = ""
-        name = self._picked
-        run = self._state.runs.get(name) if name else None
+        run = self._state.runs.get(self._picked or "")
+        assistant = Assistant(*filter(None, [run]))
         who = (BASE, TUNED) if run else (BASE,)
-        self._answering = Answering(Assistant(*filter(None, [run])), question, who, self._options.values())
+        options = {"conversation": self._conversation, **self._options.values()}
+        self._answering = Answering(assistant, assistant.stream(question, who=who, **options))
         order = draw_order() if run and self._blind.value else None
         self._turns.append(Turn(question, run.name if run else None, order))
 
@@ -135,6 +138,8 @@ class Chat:
             else:
                 self._options.next_seed()
             last = self._turns.pop()
+            if last.comparison:
+                self._conversation.forget_last()
             notice = self._notice
             self._ask(last.question)
             self._notice = notice
@@ -149,6 +154,7 @@ class Chat:
     def _forget(self) -> None:
         self._halt()
         self._turns.clear()
+        self._conversation.clear()
         self._notice = ""
 
     # What the pump calls.
@@ -182,19 +188,24 @@ class Chat:
         self._status.value = f'<span role="status">{html.escape(words)}</span>'
 
     def _choose(self) -> None:
-        """List the runs that can be asked; the newest is taken when it becomes one, the person's choice otherwise."""
+        """List the runs that can be asked. The newest is taken when it becomes one, but not in mid-conversation."""
         names = self._state.tuned
         chosen = self._run.value
+        talked_with = next((turn.run for turn in reversed(self._turns) if turn.run), None)
         if chosen != (self._picked or _NONE):
             self._picked = chosen if chosen in names else None
         newest = names[0] if names else None
         if newest != self._newest:
-            self._picked = self._newest = newest
+            self._newest = newest
+            self._picked = self._picked if talked_with else newest
         if list(self._run.options) != [_NONE, *names]:
             self._run.options = [_NONE, *names]
         if self._picked not in names:
             self._picked = None
         self._run.value = self._picked or _NONE
+        if talked_with and self._picked and self._picked != talked_with:  # it would go on from another's answers
+            self._forget()
+            self._notice = f"A new conversation, since tuned is now {self._picked}."
 
     def _go_on(self, answering: "Answering") -> None:
         turn = self._turns[-1]
@@ -234,13 +245,16 @@ class Turn:
         return self.order[pane == TUNED] if self.order else pane
 
     def whose(self, pane: str) -> str:
-        """What is said of a blind answer above it: whose it was and what was voted, once that was done."""
-        if self.order is None or self.vote is None:
+        """What is said above an answer: its strength; of a blind one whose it was and the vote, once that was cast."""
+        if self.order and self.vote is None:
             return ""
-        who = self.who(pane)
-        name = who if who == BASE else f"{who} ({self.run})"
-        said = {who: " · your vote", "tie": " · a tie", "bad": " · both bad"}.get(self.vote.winner, "")
-        return f'<div class="bn-muted">{html.escape(name + said)}</div>'
+        who, said = self.who(pane), []
+        if self.vote:
+            said.append(who if who == BASE else f"{who} ({self.run})")
+            said += {who: ["your vote"], "tie": ["a tie"], "bad": ["both bad"]}.get(self.vote.winner, [])
+        if who == TUNED and self.comparison and self.comparison.strength != 1:
+            said.append(f"strength {self.comparison.strength:g}")
+        return f'<div class="bn-muted">{html.escape(" · ".join(said))}</div>' if said else ""
 
     def answer(self, who: str) -> str | None:
         """The answer of base or tuned so far; None if it is not asked."""
@@ -255,9 +269,11 @@ class Turn:
             return f'{asked}<div class="bn-muted">not asked</div>'
         body = render.markdown(answer) if self.ended else render.plain(answer)
         cut = self.comparison is not None and who in self.comparison.cut
-        remark = "cut short at max new tokens" if self.ended and cut else self.remark
-        note = f'<div class="bn-muted">{html.escape(remark)}</div>' if remark else ""
-        return f'{asked}<div class="bn-answer">{body}{"" if self.ended else CURSOR}</div>{note}'
+        remarks = ["cut short at max new tokens" if self.ended and cut else self.remark]
+        if self.comparison and self.comparison.note:
+            remarks.append(self.comparison.note)
+        notes = "".join(f'<div class="bn-muted">{html.escape(remark)}</div>' for remark in remarks if remark)
+        return f'{asked}<div class="bn-answer">{body}{"" if self.ended else CURSOR}</div>{notes}'
 
 
 CURSOR: Final = '<span class="bn-cursor" aria-hidden="true">▍</span>'
@@ -326,10 +342,10 @@ class VoteRow:
 class Answering:
     """An answer under way: first the base is loaded, on a thread since it takes long, then both are decoded here."""
 
-    def __init__(self, assistant: Assistant, question: str, who: tuple[str, ...], options: dict[str, Any]):
-        """Begin to load."""
+    def __init__(self, assistant: Assistant, stream: Iterator[Comparison]):
+        """Begin to load what the assistant's stream of answers will need."""
         self.words = "Loading the model, once for this kernel …"
-        self._stream: Iterator[Comparison] = assistant.stream(question, who=who, **options)
+        self._stream = stream
         self._problem: Exception | None = None
         run = next(iter(assistant.runs), None)
         name = run.environment.get("model", run.settings.model) if run else "auto"
@@ -382,6 +398,7 @@ class Options:
             "top_k": (number, 0, 0, 1000, 1, "draw from this many of the likeliest tokens; 0 for all"),
             "repetition_penalty": (share, 1.0, 1.0, 2.0, 0.05, "makes what was said already less likely; 1 for none"),
             "seed": (number, 0, 0, 2**31 - 1, 1, "of the drawing, with a temperature above 0"),
+            "strength": (share, 1.0, 0.0, STRONGEST, 0.05, "of tuned's adapter: 0 is the base, 1 as it was trained"),
         }
         self._fields: dict[str, Any] = {
             name: kind(value=value, min=least, max=most, step=step, description=name.replace("_", " "), **tip(text))
@@ -392,8 +409,7 @@ class Options:
 
     def values(self) -> dict[str, Any]:
         """By name, as `Assistant.stream` takes them."""
-        usable = ("max_new_tokens", "temperature", "seed")  # TODO all, once stream takes them
-        return {name: field.value for name, field in self._fields.items() if name in usable}
+        return {name: field.value for name, field in self._fields.items()}
 
     @property
     def greedy(self) -> bool:

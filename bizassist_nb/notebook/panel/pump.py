@@ -83,11 +83,12 @@ class Pump:
             with ui_events() as serve:
                 going = True
                 while going:
-                    going = bool(self._posted) or self._working() or self._following()
+                    going = self._working() or self._following()
                     self.turn()  # after the look: what ended in between is shown, too
-                    going = going or self._following()  # the turn may have begun something
                     serve(10)
                     time.sleep(_BUSY)
+                    # The turn may have begun something, and what was served waits for another.
+                    going = going or self._following() or bool(self._posted)
         except KeyboardInterrupt:
             pass  # the view stops here; the run goes on
         finally:

@@ -23,6 +23,7 @@ class Runs:
         """Build the widgets."""
         self._state = state
         self._table = w.HTML()
+        self._table.add_class("bn-scroll")
         self._choice = w.SelectMultiple(
             description="runs to compare",
             rows=5,
@@ -36,9 +37,13 @@ class Runs:
         row.add_class("bn-row")
         self.view = w.VBox([self._table, row, self._comparison])
         self._shown: list[tuple[Any, ...]] = []
+        self._looked = -1.0
 
     def update(self) -> None:
         """Show the runs there are; written only when one of them has moved on."""
+        if self._looked == self._state.looked:
+            return
+        self._looked = self._state.looked
         runs = list(reversed(self._state.runs.values()))
         seen = [_moved(run) for run in runs]
         if seen == self._shown and self._table.value:

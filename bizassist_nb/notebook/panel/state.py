@@ -24,38 +24,41 @@ class State:
         self.runs: dict[str, Run] = {}
         """By name, oldest first."""
         self.followed: Run | None = None
+        self.live: Run | None = None
+        """The run whose worker is at work, if any is."""
         self.working = False
         """Whether a tab's next turn has more to do at once."""
+        self.exporting = False
         self._runs_dir = runs_dir
-        self._looked = 0.0
+        self.looked = 0.0
+        """When the runs were last listed."""
         self.look()
         self.followed = self.live or next(reversed(self.runs.values()), None)
 
     def look(self) -> None:
-        """See which runs there are, if it has been a while."""
+        """See which run is at work and, if it has been a while, which there are."""
+        self._list()
+        self.live = next((run for run in reversed(self.runs.values()) if is_locked(run.path)), None)
+
+    def _list(self) -> None:
         runs_dir = self.settings.runs_dir if self.settings else self._runs_dir
-        if runs_dir == self._runs_dir and time.monotonic() - self._looked < _RUNS_EVERY:
+        if runs_dir == self._runs_dir and time.monotonic() - self.looked < _RUNS_EVERY:
             return
         known = {run.path: run for run in self.runs.values()} if runs_dir == self._runs_dir else {}
         self.runs = {run.name: known.get(run.path, run) for run in list_runs(runs_dir)}
-        self._runs_dir, self._looked = runs_dir, time.monotonic()
+        self._runs_dir, self.looked = runs_dir, time.monotonic()
         if self.followed and self.followed.name not in self.runs:
             self.followed = None
 
     def follow(self, run: Run) -> None:
         """Show this run from now on."""
         self.runs[run.name] = self.runs.pop(run.name, run)
-        self.followed = self.runs[run.name]
-
-    @property
-    def live(self) -> Run | None:
-        """The run whose worker is at work, if any is."""
-        return next((run for run in reversed(self.runs.values()) if is_locked(run.path)), None)
+        self.followed = self.live = self.runs[run.name]
 
     @property
     def following(self) -> bool:
         """Whether something goes on that the views have to keep up with."""
-        return self.live is not None or self.watch.busy or self.unsettled
+        return self.live is not None or self.watch.busy or self.unsettled or self.exporting
 
     @property
     def tuned(self) -> list[str]:

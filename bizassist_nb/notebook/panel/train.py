@@ -11,6 +11,7 @@ import tomli_w
 
 from bizassist_nb import render, report
 from bizassist_nb.assistant.bases import release
+from bizassist_nb.comparing import duration
 from bizassist_nb.errors import BizassistError, SettingsError
 from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
 from bizassist_nb.notebook.panel.pump import Pump, clicked
@@ -18,11 +19,14 @@ from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.runs import Run, check_name
 from bizassist_nb.scorecard import rising
 from bizassist_nb.settings import Settings
-from bizassist_nb.survey import Survey, device_memory, past_speed
+from bizassist_nb.survey import Survey, past_speed
 from bizassist_nb.training.launch import start
+from bizassist_nb.training.preflight import Estimate
 
 _FIRST: Final = ("model", "data", "subset", "rank")
 """The settings that are seen at once; the rest are under "More settings"."""
+_FACTS: Final = ("model", "engine", "data", "preflight", "fit", "parameters")
+"""Events by which what is said of a run in training changes."""
 _SETTLED: Final = 0.5
 """Seconds for which settings have to stay as they are before their rows are counted."""
 _PLOT_EVERY: Final = 0.5
@@ -204,26 +208,41 @@ class RunView:
             return f'<span role="alert">⚠ {html.escape(str(watch.problem))}</span>'
         if watch.found is None:
             return '<span class="bn-muted">Reading the rows …</span>'
-        return _tiles(self._consequences(watch.found))
+        return self._consequences(watch.found)
 
-    def _consequences(self, found: Survey) -> list[tuple[str, str]]:
-        """(label, value) of what is known before training."""
+    def _consequences(self, found: Survey) -> str:
+        """What is known before training: figures, and the memory and time that they are expected to take."""
         about = "" if found.finished else "≈ "
-        words = [
+        figures = [
+            ("model", _short(found.base.name)),
             ("rows", f"{found.rows:,}"),
             ("tokens an epoch", f"{about}{found.epoch_tokens:,.0f}"),
             ("steps", f"{found.steps:,}"),
             ("rows cut", f"{about}{found.truncated_share:.1%}"),
         ]
         if bad := len(found.unusable) + len(found.too_long):
-            words.append(("rows not usable", f"{bad:,}"))
-        words += [("model", _short(found.base.name)), ("memory free", device_memory())]
-        speed = past_speed(list(self._state.runs.values()), found.base.name)
-        if speed is None:
-            return [*words, ("expected time", "not known before a first run of this model here")]
-        seconds = found.epoch_tokens * found.settings.epochs / speed.tokens_per_second
-        pace = f"{_duration(seconds)} at the {speed.tokens_per_second:,.0f} tokens/s of {speed.run}"
-        return [*words, ("expected time", f"about {pace}")]
+            figures.append(("rows not usable", f"{bad:,}"))
+        expected = found.expected
+        if expected is None:
+            return _tiles([*figures, ("memory and time", "counting the rows …")])
+        figures.append((expected.memory, f"≈ {expected.peak:.1f} of {expected.free:.1f} GiB free"))
+        time_needed, source = self._time(found, expected)
+        rows = "1 row" if expected.fit.micro_batch == 1 else f"{expected.fit.micro_batch} rows"
+        words = f"{rows} at once ({expected.fit.reason}). {source}"
+        detail = f'<div class="bn-muted">{html.escape(words)}</div>'
+        if expected.peak > expected.free:
+            detail = f'<div class="bn-alert" role="alert">⚠ This does not seem to fit: {html.escape(words)}</div>'
+        return _tiles([*figures, ("time", time_needed)]) + detail
+
+    def _time(self, found: Survey, expected: Estimate) -> tuple[str, str]:
+        """How long training will take, and where that is known from."""
+        epochs = found.settings.epochs
+        if speed := past_speed(list(self._state.runs.values()), found.base.name):
+            seconds = found.epoch_tokens * epochs / speed.tokens_per_second
+            return f"≈ {duration(seconds)}", f"Time at the {speed.tokens_per_second:,.0f} tokens/s of {speed.run}."
+        if expected.seconds is not None:
+            return f"≈ {duration(expected.seconds * epochs)}", "Time from this device's figures."
+        return "not known", "The time is known once a first run of this model has been trained here."
 
     # The buttons.
 
@@ -261,7 +280,7 @@ class RunView:
         if run is not of or (points != drawn and (ended or now - at >= _PLOT_EVERY)):
             self._plot.value = _plot(run) if points else ""
             self._plotted = (run, points, now)
-        told = (run, ended, run.status if ended else None, len(report.facts(run)))
+        told = (run, ended, run.status if ended else None, [run.last(kind) for kind in _FACTS])
         if told != self._told:  # seldom: what was unfolded in it is folded up again by a change
             self._tail.value = _outcome(run) if ended else render.table(report.facts(run))
             self._told = told
@@ -271,7 +290,7 @@ class RunView:
         stopping = self._stopping is run
         doing = "stopping: it finishes its step and saves" if stopping else report.headline(run).partition(": ")[2]
         doing = doing.partition(" · ")[0]
-        since = f", for {_duration(time.time() - state['time'])}" if state and run.status != "training" else ""
+        since = f", for {duration(time.time() - state['time'])}" if state and run.status != "training" else ""
         head = f"<p><b>{html.escape(run.name)}</b>: {html.escape(doing)}{since}</p>"
         if now is None:
             return head + _bar(0.0)
@@ -281,7 +300,7 @@ class RunView:
             ("loss", f"{now.loss:.3f}"),
             ("held-out loss", f"{held_out[-1][1]:.3f}" if held_out else "–"),
             ("tokens/s", f"{now.tokens_per_second:,.0f}"),
-            ("time left", _duration(now.seconds_left)),
+            ("time left", duration(now.seconds_left)),
         ]
         rises = f'<p role="status">{html.escape(words)}</p>' if (words := rising(run)) else ""
         return head + _bar(now.share) + _tiles(tiles) + rises
@@ -325,9 +344,3 @@ def _tiles(pairs: Iterable[tuple[str, str]]) -> str:
 def _short(name: str) -> str:
     """A model's name; of a path its end."""
     return name if len(name) <= 40 else "…" + name[-39:]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

