@@ -39,3 +39,21 @@ def test_auto_leaves_an_unsloth_alone_that_cannot_train_here(old_unsloth):
 def test_unsloth_asked_for_and_not_there_says_what_to_install(without_unsloth):
     with pytest.raises(EngineError, match=r"not installed. Run: pip install \"bizassist-nb\[unsloth\]\""):
         engines.choose("unsloth")
+
+
+@pytest.mark.parametrize(("installed", "end_to_end"), [((), False), (("xformers",), True), (("flash_attn",), True)])
+def test_rows_are_laid_end_to_end_where_there_is_a_kernel_for_it(installed, end_to_end, monkeypatch):
+    import torch
+
+    find = importlib.util.find_spec
+    kernels = ("xformers", "flash_attn")
+    spec = find("json")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: (spec if name in installed else None) if name in kernels else find(name),
+    )
+    assert not engines.choose("unsloth").end_to_end  # not on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert engines.choose("unsloth").end_to_end is end_to_end
+    assert not engines.choose("transformers").end_to_end

@@ -11,7 +11,7 @@ from bizassist_nb.training import preflight
 from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.preflight import MISTRAL, Device, Shape
 
-UNSLOTH, PLAIN = Engine("unsloth", ""), Engine("transformers", "")
+PADDED, UNSLOTH, PLAIN = Engine("unsloth", ""), Engine("unsloth", "", end_to_end=True), Engine("transformers", "")
 T4 = Device("cuda:0", (7, 5), 14.6)
 H100 = Device("cuda:0", (9, 0), 79.0)
 CPU = Device("cpu", (0, 0), 12.0)
@@ -32,6 +32,7 @@ def chosen(on, lengths, engine=UNSLOTH, model=MISTRAL, **changes):
         (H100, UNSLOTH, LONG, {}, 4, False),
         (H100, UNSLOTH, [[2048] * 64], {"batch_size": 64}, 8, False),  # as many as can do without checkpointing
         (T4, UNSLOTH, DOLLY, {}, 4, False),
+        (T4, PADDED, DOLLY, {}, 1, False),  # padding to the longest is arithmetic, too
         (T4, UNSLOTH, MIXED, {}, 4, True),  # few steps are as long as that, and only they are done twice
         (T4, UNSLOTH, LONG, {}, 1, False),  # so much arithmetic that doing it twice costs more than more launches
         (T4, UNSLOTH, LONG, {"rank": 64}, 4, True),
@@ -65,7 +66,7 @@ def test_what_is_chosen_divides_the_step_and_fits_for_the_longest_rows(batch_siz
     lengths = [[2000, 900, 100] * (batch_size // 3 + 1)][:batch_size] * 2
     fit = chosen(on, lengths, engine, batch_size=batch_size)
     assert batch_size % fit.micro_batch == 0
-    rows = preflight.longest(lengths, fit.micro_batch, engine, on)
+    rows = preflight.longest(lengths, fit.micro_batch, engine)
     need = sum(preflight.peak(MISTRAL, 16, engine, on, rows, checkpointing=fit.checkpointing).values())
     assert need < free or "would fit" in fit.reason or "too large" in fit.reason
 
@@ -83,15 +84,15 @@ def test_more_memory_never_takes_longer():
 def test_only_steps_without_room_for_their_activations_are_done_twice():
     fit = chosen(T4, MIXED)
     assert fit.kept == sum(DOLLY[0])  # the longest of the others
-    assert [fit.checkpoints(step, UNSLOTH, T4) for step in MIXED] == [False] * 60 + [True]
-    assert fit.checkpoints([fit.kept + 1], UNSLOTH, T4)
-    assert not fit.checkpoints([fit.kept], UNSLOTH, T4)
+    assert [fit.checkpoints(step, UNSLOTH) for step in MIXED] == [False] * 60 + [True]
+    assert fit.checkpoints([fit.kept + 1], UNSLOTH)
+    assert not fit.checkpoints([fit.kept], UNSLOTH)
     room = preflight.peak(MISTRAL, 16, UNSLOTH, T4, DOLLY[0], checkpointing=False)
     assert sum(room.values()) < T4.free
     expected = preflight._estimate(Settings(), UNSLOTH, MISTRAL, T4, MIXED)
     assert expected.peak == pytest.approx(sum(room.values()))  # fuller than the longest step, which checkpoints
     never = chosen(H100, MIXED)
-    assert not any(never.checkpoints(step, UNSLOTH, H100) for step in MIXED)
+    assert not any(never.checkpoints(step, UNSLOTH) for step in MIXED)
 
 
 def test_what_cannot_fit_names_a_length_that_does():
@@ -107,9 +108,9 @@ def test_what_cannot_fit_names_a_length_that_does():
 def test_a_step_goes_through_with_its_longest_rows_first():
     assert list(preflight.micro_batches([5, 900, 7, 800, 6], 2)) == [[900, 800], [7, 6], [5]]
     steps = [[100, 90, 10, 10], [60, 60, 60, 60]]
-    assert preflight.longest(steps, 2, PLAIN, T4) == [100, 90]  # padded: 200 tokens
-    assert preflight.longest(steps, 4, PLAIN, T4) == [100, 90, 10, 10]  # 400, of which 190 are padding
-    assert preflight.longest(steps, 4, UNSLOTH, T4) == [60, 60, 60, 60]  # laid end to end: 240 against 210
+    assert preflight.longest(steps, 2, PLAIN) == [100, 90]  # padded: 200 tokens
+    assert preflight.longest(steps, 4, PLAIN) == [100, 90, 10, 10]  # 400, of which 190 are padding
+    assert preflight.longest(steps, 4, UNSLOTH) == [60, 60, 60, 60]  # laid end to end: 240 against 210
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 12])

@@ -20,6 +20,8 @@ class Engine:
     name: str
     """"unsloth" or "transformers"."""
     reason: str
+    end_to_end: bool = False
+    """Whether rows go through laid end to end, without padding."""
 
 
 def choose(engine: str) -> Engine:
@@ -37,10 +39,21 @@ def choose(engine: str) -> Engine:
             'Run: pip install "bizassist-nb[unsloth]", or set engine = "auto"'
         )
     if engine == "unsloth":
-        return Engine("unsloth", "asked for")
+        return Engine("unsloth", "asked for", _end_to_end())
     if problem:
         return Engine("transformers", problem)
-    return Engine("unsloth", "it is installed and works on this device")
+    return Engine("unsloth", "it is installed and works on this device", _end_to_end())
+
+
+def _end_to_end() -> bool:
+    """Whether Unsloth can lay rows end to end: on a GPU, with a kernel for the attention of such rows.
+
+    Without one it does so row by row, and does not compile its blocks as it does for padded rows: on an H100 steps took
+    1.6 times as long (docs/benchmarks.md).
+    """
+    import torch
+
+    return torch.cuda.is_available() and any(importlib.util.find_spec(name) for name in ("xformers", "flash_attn"))
 
 
 def _unsloth_problem() -> str | None:

@@ -129,10 +129,10 @@ class Fit:
     kept: int = 0
     """With checkpointing: tokens up to which a micro-batch has room for its activations, and does without it."""
 
-    def checkpoints(self, rows: Sequence[int], engine: Engine, on: Device) -> bool:
+    def checkpoints(self, rows: Sequence[int], engine: Engine) -> bool:
         """Whether rows of these lengths, which go through in this fit's micro-batches, need checkpointing."""
         batches = micro_batches(rows, self.micro_batch)
-        return self.checkpointing and any(_tokens(batch, engine, on) > self.kept for batch in batches)
+        return self.checkpointing and any(_tokens(batch, engine) > self.kept for batch in batches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,18 +219,20 @@ def _estimate(
     settings: Settings, engine: Engine, model: Shape, on: Device, lengths: Sequence[Sequence[int]]
 ) -> Estimate:
     fit = choose(settings, engine, model, on, lengths)
-    rows = longest(lengths, fit.micro_batch, engine, on)
+    rows = longest(lengths, fit.micro_batch, engine)
     parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
     if fit.kept:  # the fullest may be a step that does without checkpointing
-        spared = [step for step in lengths if not fit.checkpoints(step, engine, on)]
-        most = longest(spared, fit.micro_batch, engine, on)
+        spared = [step for step in lengths if not fit.checkpoints(step, engine)]
+        most = longest(spared, fit.micro_batch, engine)
         whole = peak(model, settings.rank, engine, on, most, checkpointing=False)
         parts = max(parts, whole, key=lambda found: sum(found.values()))
     adapter = model.adapter(settings.rank)
     # On the way to a GPU weights are mapped into RAM; on a CPU all is there.
     ram = process_ram(on) + parts["weights"] if on.on_gpu else _cpu_ram(on, parts)
     if fit.checkpointing and own_kernels(engine, on_gpu=on.on_gpu):
-        ram += sum(rows) * model.layers * model.hidden * on.width / GIB  # where Unsloth moves the blocks' inputs
+        ram += (
+            _tokens(rows, engine) * model.layers * model.hidden * on.width / GIB
+        )  # where Unsloth moves the blocks' inputs
     saved = 3 * 12 + 2 * 4  # two checkpoints and one being written, with both moments; the adapter and the best one
     return Estimate(
         fit=fit,
@@ -257,7 +259,7 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
     room = on.free * (1 - _SPARE) - _MARGIN
 
     def need(size: int, checkpointing: bool) -> float:
-        rows = longest(lengths, size, engine, on)
+        rows = longest(lengths, size, engine)
         return sum(peak(model, settings.rank, engine, on, rows, checkpointing=checkpointing).values())
 
     def fit(size: int) -> Fit | None:
@@ -272,10 +274,10 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
         """Tokens of the largest micro-batch of the run that fits without checkpointing, as all smaller ones do."""
         kept = 0
         batches = (rows for step in lengths for rows in micro_batches(step, size))
-        for rows in sorted(batches, key=lambda rows: _tokens(rows, engine, on)):
+        for rows in sorted(batches, key=lambda rows: _tokens(rows, engine)):
             if sum(peak(model, settings.rank, engine, on, rows, checkpointing=False).values()) > room:
                 break
-            kept = _tokens(rows, engine, on)
+            kept = _tokens(rows, engine)
         return kept
 
     fits = [found for size in sizes if (found := fit(size))]
@@ -313,10 +315,10 @@ def divisors(batch_size: int) -> list[int]:
     return [size for size in range(batch_size, 0, -1) if batch_size % size == 0]
 
 
-def longest(lengths: Sequence[Sequence[int]], micro_batch: int, engine: Engine, on: Device) -> list[int]:
+def longest(lengths: Sequence[Sequence[int]], micro_batch: int, engine: Engine) -> list[int]:
     """The rows of the largest micro-batch that will occur."""
     batches = (rows for step in lengths for rows in micro_batches(step, micro_batch))
-    return max(batches, key=lambda rows: _tokens(rows, engine, on))
+    return max(batches, key=lambda rows: _tokens(rows, engine))
 
 
 def micro_batches(step: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -326,16 +328,16 @@ def micro_batches(step: Sequence[int], size: int) -> Iterator[list[int]]:
         yield ordered[start : start + size]
 
 
-def _tokens(rows: Sequence[int], engine: Engine, on: Device) -> int:
-    """Tokens of a micro-batch: Unsloth's kernels take rows laid end to end, others pad them to the longest."""
-    return sum(rows) if own_kernels(engine, on_gpu=on.on_gpu) else len(rows) * max(rows)
+def _tokens(rows: Sequence[int], engine: Engine) -> int:
+    """Tokens of a micro-batch, padding to the longest included, unless rows are laid end to end."""
+    return sum(rows) if engine.end_to_end else len(rows) * max(rows)
 
 
 def peak(
     model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[int], *, checkpointing: bool
 ) -> dict[str, float]:
     """GiB that the device holds at its fullest, by what takes it, when rows of these lengths go through at once."""
-    tokens = _tokens(rows, engine, on)
+    tokens = _tokens(rows, engine)
     block = _kept(model, rank, engine, on, rows)
     inputs = model.hidden * on.width
     matrix = model.hidden * model.intermediate * on.width  # a weight in the dtype of arithmetic
@@ -386,7 +388,7 @@ def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:
 # recorded there for 1,000 Dolly rows one by one.
 _SPEED: Final[dict[tuple[int, int], tuple[float, float, float]]] = {
     (7, 5): (0.011, 1.35e13, 2.5e11),
-    (9, 0): (0.010, 2.3e14, 2.5e12),
+    (9, 0): (0.0063, 3.2e14, 2.5e12),
 }
 
 
@@ -406,9 +408,9 @@ def _work(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[i
     each = 4 * model.linear / operations  # a token's two passes, as gradients of the base's weights are not wanted
     seconds = 0.0
     for step in lengths:
-        passes = 1.5 if fit.checkpoints(step, engine, on) else 1
+        passes = 1.5 if fit.checkpoints(step, engine) else 1
         batches = micro_batches(step, fit.micro_batch)
-        seconds += passes * sum(max(launch, weights + each * _tokens(rows, engine, on)) for rows in batches)
+        seconds += passes * sum(max(launch, weights + each * _tokens(rows, engine)) for rows in batches)
     return seconds
 
 

@@ -113,7 +113,7 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     checkpointing in every step.
     """
     on, lengths = preflight.device(), [len(example.input_ids) for example in step]
-    if fit.kept and not fit.checkpoints(lengths, engine, on):
+    if fit.kept and not fit.checkpoints(lengths, engine):
         why = f"memory ran out in a step without checkpointing ({problem})"
         return dataclasses.replace(fit, kept=0, reason=why)
     smaller = [size for size in preflight.divisors(settings.batch_size) if size <= fit.micro_batch / 2]
@@ -180,7 +180,7 @@ def build_trainer(
     ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for step in ordered for e in step]
     dataset = Dataset.from_list(rows)
-    if own_kernels:  # Unsloth lays tokenised rows end to end only if their dataset vouches for their length (rl.py)
+    if engine.end_to_end:  # Unsloth does so with tokenised rows only if their dataset vouches for their length (rl.py)
         dataset._unsloth_truncated_to = settings.max_length
     trainer = SFTTrainer(
         model=model,
@@ -191,8 +191,7 @@ def build_trainer(
     )
     if fit.kept:
         lengths = [[len(example.input_ids) for example in step] for step in steps]
-        device = preflight.device()
-        trainer.add_callback(_Sparing(model, [fit.checkpoints(rows, engine, device) for rows in lengths]))
+        trainer.add_callback(_Sparing(model, [fit.checkpoints(rows, engine) for rows in lengths]))
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
     for parameter in model.parameters():

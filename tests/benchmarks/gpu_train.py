@@ -256,7 +256,9 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
     training, _ = split(read_table(rows).rows, subset=settings.subset, held_out=HELD_OUT, seed=settings.seed)
     examples, _ = chat.examples(training, system_prompt=settings.system_prompt, max_length=2048)
     fresh()
-    model, tokenizer = FastLanguageModel.from_pretrained(model_folder, max_seq_length=2048, load_in_4bit=True)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_folder, max_seq_length=2048, load_in_4bit=True, dtype=torch.float16 if fp16 else None
+    )
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=16, lora_dropout=0, target_modules=list(models.TARGETS), random_state=settings.seed,
         use_gradient_checkpointing="unsloth",
@@ -276,7 +278,6 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
         "disable_tqdm": True, "output_dir": "/tmp/gpu_train/plain",
     }  # fmt: skip
     dataset = Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in examples])
-    dataset._unsloth_truncated_to = 2048  # as with rows of text, which Unsloth lays end to end
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**(config | changes)),
@@ -429,15 +430,15 @@ def part_speed(model: str, rows: str, out: Path) -> None:
 
 def part_seed_t4(model: str, rows: str, out: Path) -> None:
     import t4
-
-    t4.pretend()
     import unsloth  # noqa: F401 - before everything it patches
 
+    t4.pretend()
     seed(model, rows, out, "seed in 14.5 GiB, float16", fp16=True)
 
 
 def part_ours_t4(model: str, rows: str, out: Path) -> None:
     import t4
+    import unsloth  # noqa: F401 - before everything it patches
 
     t4.pretend()
     ours(model, rows, out, "ours in 14.5 GiB, float16", engine="unsloth")
@@ -454,6 +455,7 @@ def part_ours_16(model: str, rows: str, out: Path) -> None:
 def part_mixed_t4(model: str, rows: str, out: Path) -> None:
     """Dolly rows among rows of 2,048 tokens, in 14.5 GiB and float16, with checkpoints and scoring on the way."""
     import t4
+    import unsloth  # noqa: F401 - before everything it patches
 
     t4.pretend()
     dolly = json.loads(Path(rows).read_text())

@@ -1,9 +1,11 @@
-"""Train a run as on a T4, on any larger GPU: no bfloat16, and 14.5 GiB. Usage: t4.py RUN_DIRECTORY [--unaware]
+"""Train a run as on a T4, on any larger GPU: float16, and 14.5 GiB. Usage: t4.py RUN_DIRECTORY [--unaware]
 
-The compute capability that libraries see is 7.5, the allocator gives out 14.5 GiB at most, and no more counts as free.
-With --unaware all of the GPU counts as free: steps are then cut too large, and memory runs out. Speed is not a T4's.
+The allocator gives out 14.5 GiB at most, no more counts as free, and this package sees compute capability 7.5. Its
+libraries see the GPU that is there, as they compile kernels for it. With --unaware all of the GPU counts as free: steps
+are then cut too large, and memory runs out. Speed is not a T4's.
 """
 
+import dataclasses
 import sys
 
 import torch
@@ -12,16 +14,25 @@ ROOM = 14.5 * 2**30
 
 
 def pretend(aware: bool = True) -> None:
-    """Make this process see a T4; before anything else looks at the device."""
+    """Make this package see a T4 in this process. Unsloth, if it is used, has to be imported before."""
+    from bizassist_nb import models
+    from bizassist_nb.training import preflight
+
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(ROOM / total)
-    torch.cuda.get_device_capability = lambda *_: (7, 5)
-    torch.cuda.is_bf16_supported = lambda *_, **__: False
-    if aware:
-        torch.cuda.mem_get_info = lambda *_: (int(ROOM) - torch.cuda.memory_reserved(), int(ROOM))
+    models.compute_dtype = lambda: torch.float16
+    real = preflight.device
+
+    def device() -> preflight.Device:
+        free = (ROOM - torch.cuda.memory_reserved()) / preflight.GIB if aware else real().free
+        return dataclasses.replace(real(), capability=(7, 5), free=free)
+
+    preflight.device = device
 
 
 if __name__ == "__main__":
+    import unsloth  # noqa: F401 - before everything it patches
+
     pretend(aware="--unaware" not in sys.argv)
     from bizassist_nb.training.worker import main
 
