@@ -18,12 +18,12 @@ def found(request, tiny, tmp_path_factory):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_the_micro_batch_and_checkpointing_change_nothing_that_is_learned(found):
+def test_cutting_steps_up_and_checkpointing_change_nothing_that_is_learned(found):
     assert found["shapes"] == [4, 4, 2]
     assert found["4"]["moved"] > 1e-4
-    for other in ("1", "checkpointing"):
+    for other in ("sparing", "halved", "from the start"):  # with checkpointing; two rows at once; one, checkpointed
         assert found[other]["losses"] == pytest.approx(found["4"]["losses"], rel=1e-5), other
-        assert found[other]["tokens"] == found["4"]["tokens"], other
+        assert found[other]["tokens"] == found["4"]["tokens"], other  # the same rows a step, and no step twice
         assert found[other]["apart"] < 0.02 * found["4"]["moved"], other
 
 
@@ -32,7 +32,6 @@ def test_checkpointing_only_where_it_is_needed_and_everywhere_once_that_was_too_
     assert sparing["checkpointed"] == [True, True, False, True]  # the last step, and that again
     assert [fit[:3] for fit in sparing["fits"]] == [[2, 4, True]]
     assert "memory ran out in a step without checkpointing" in sparing["fits"][0][3]
-    assert sparing["losses"] == pytest.approx(found["4"]["losses"], rel=1e-5)
 
 
 def test_out_of_memory_goes_on_from_the_same_step_with_half_the_rows(found):
@@ -42,9 +41,6 @@ def test_out_of_memory_goes_on_from_the_same_step_with_half_the_rows(found):
     assert "memory ran out with 4 rows at once" in halved["fits"][0][3]
     assert "Tried to allocate 2.00 GiB" in halved["fits"][0][3]
     assert halved["checkpoints"] == [1, 3]  # what was done is saved before anything is tried again
-    assert halved["tokens"] == found["4"]["tokens"]  # the same rows a step, and no step twice
-    assert halved["losses"] == pytest.approx(found["4"]["losses"], rel=1e-5)
-    assert halved["apart"] < 0.02 * found["4"]["moved"]
 
 
 def test_out_of_memory_in_the_first_step_goes_down_to_checkpointing(found):
@@ -52,8 +48,6 @@ def test_out_of_memory_in_the_first_step_goes_down_to_checkpointing(found):
     assert [fit[:3] for fit in start["fits"]] == [[0, 2, False], [0, 1, False], [0, 1, True]]
     assert "with a single row at once" in start["fits"][2][3]
     assert (start["done"], start["checkpoints"]) == (3, [3])
-    assert start["losses"] == pytest.approx(found["4"]["losses"], rel=1e-5)
-    assert start["apart"] < 0.02 * found["4"]["moved"]
 
 
 def test_when_nothing_fits_a_shorter_max_length_is_named_and_what_is_done_is_kept(found):

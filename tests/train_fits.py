@@ -78,8 +78,6 @@ def main(engine_name: str, folder: str, target: str) -> None:
 
     result = {
         "4": train("4", 4),
-        "1": train("1", 1),
-        "checkpointing": train("checkpointing", 4, checkpointing=True),
         "sparing": train("sparing", 4, checkpointing=True, kept=shortest, full=lambda now: not now[2]),
         "halved": train("halved", 4, full=lambda now: now[0] == 1 and now[1] == 4),
         "from the start": train("from-the-start", 4, full=lambda now: not now[2]),

@@ -25,7 +25,7 @@ _MARGIN: Final = 0.25
 """GiB left alone besides: libraries' own workspaces, which the allocator does not see."""
 _SCORING: Final = 1.5
 """GiB that held-out scoring takes on a CPU: logits, copied in line, and their logarithms (`evaluation.score`)."""
-_PROCESS_RAM: Final = {"cuda:0": 3.6, "cpu": 1.0}
+_PROCESS_RAM: Final = {"cuda:0": 1.2, "cpu": 0.6}
 """GiB of RAM of a worker without its weights: Python, torch with its kernels, and the engine."""
 
 
@@ -227,7 +227,8 @@ def _estimate(
         whole = peak(model, settings.rank, engine, on, most, checkpointing=False)
         parts = max(parts, whole, key=lambda found: sum(found.values()))
     adapter = model.adapter(settings.rank)
-    ram = process_ram(on) + (0.0 if on.on_gpu else max(sum(parts.values()), parts["weights"] + _SCORING))
+    # On the way to a GPU weights are mapped into RAM; on a CPU all is there.
+    ram = process_ram(on) + parts["weights"] if on.on_gpu else _cpu_ram(on, parts)
     if fit.checkpointing and own_kernels(engine, on_gpu=on.on_gpu):
         ram += sum(rows) * model.layers * model.hidden * on.width / GIB  # where Unsloth moves the blocks' inputs
     saved = 3 * 12 + 2 * 4  # two checkpoints and one being written, with both moments; the adapter and the best one
@@ -240,6 +241,10 @@ def _estimate(
         disk=saved * adapter / GIB,
         seconds=_seconds(model, engine, on, lengths, fit),
     )
+
+
+def _cpu_ram(on: Device, parts: dict[str, float]) -> float:
+    return process_ram(on) + max(sum(parts.values()), parts["weights"] + _SCORING)
 
 
 def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths: Sequence[Sequence[int]]) -> Fit:
@@ -361,18 +366,18 @@ def _kept(model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[in
     if own_kernels(engine, on_gpu=on.on_gpu):
         # What goes into and comes out of both norms, attention's four, gate and up. Its kernels compute the rest anew.
         return on.width * (4 * h + 4 * q + 2 * i)
-    if not on.on_gpu:  # the same, the activated gate and its product with up, and a mask; by saved_tensors_hooks
-        return on.width * (4 * h + 4 * q + 4 * i + 7 * rank + max(rows))
+    if not on.on_gpu:  # as measured (tests/benchmarks/cpu_memory.py), with what the allocator of the process keeps
+        return on.width * 7 * (h + q + i)
     # Norms go through float32. A batch with padding has a mask, with which keys and values are kept for every head.
     masked = 2 * (q - kv) + max(rows) if len(set(rows)) > 1 else 0
     return 8 * h + on.width * (2 * h + 2 * q + 2 * kv + 4 * i + 13 * rank + masked)
 
 
 def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:
-    """Bytes of the logits that exist at once: the losses go through the tokens in chunks, but Unsloth's on a CPU."""
+    """Bytes of the logits that exist at once: both engines' losses go through the tokens in chunks."""
     if own_kernels(engine, on_gpu=on.on_gpu):
         return max(512, min(8192, tokens // 8)) * model.vocabulary * 8
-    return (tokens if engine.name == "unsloth" else min(tokens, 256)) * model.vocabulary * 20
+    return min(tokens, 256) * model.vocabulary * 20
 
 
 # Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,

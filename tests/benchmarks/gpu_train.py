@@ -2,12 +2,13 @@
 
 MODEL_FOLDER holds Mistral-7B's architecture in NF4 with a chat template, ROWS.json at least 1,000 rows. Each part
 runs in a process of its own (Unsloth patches its libraries for good) and appends JSON lines to OUT as soon as it has
-them; parts joined by + run side by side.
+them. Parts joined by + load their models side by side, and those of speed train one after the other, in that order.
 
 speed         our run beside a plain script of the configuration of the notebook that this package grew out of (Unsloth,
               micro-batch 1 x 4, checkpointing on, 8-bit Adam): the same rows, tokenised once, in the same order; then
               ours with 16 rows a step. Of some warm steps, which kernels ran, and how long the GPU had work
-seed-t4, ours-t4    both in float16 in 14.5 GiB
+ours-4, ours-16, seed-t4, ours-t4    the same apart; the last two in float16 in 14.5 GiB
+mixed-t4      rows of 2,048 tokens among others, so, with checkpoints and scoring
 speed-plain   ours with plain transformers
 memory        Unsloth's estimated and measured peaks; memory-plain, those of plain transformers
 t4            whole runs in float16 in 14.5 GiB: many rows; rows that are all 2,048 tokens long; too much at once
@@ -23,6 +24,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,7 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "gpu"))
 
 WARM = 5
-STEPS = 20
+STEPS = int(os.environ.get("STEPS", "20"))
 """The step after the last that is counted; `PROFILED` of those that follow are profiled."""
 PROFILED = 3
 ALL = STEPS + PROFILED + 1
@@ -59,6 +61,22 @@ def gib(size: int) -> float:
     return round(size / 2**30, 2)
 
 
+TURNS = Path("/tmp/gpu_train_turns")
+
+
+def await_turn() -> None:
+    """Wait until the parts before this one have trained, or died: then it has the GPU to itself."""
+    for part in filter(None, os.environ.get("BEFORE", "").split(",")):
+        while not (TURNS / part).exists():
+            time.sleep(0.05)
+
+
+def end_turn() -> None:
+    """Let the next part train."""
+    if part := os.environ.get("PART"):
+        (TURNS / part).touch()
+
+
 # --- our run -------------------------------------------------------------------------------------------------------
 
 
@@ -70,6 +88,7 @@ class Watch:
         self.out, self.name, self.frozen = out, name, frozen
         self.host: dict[str, list[float]] = defaultdict(list)
         self.callback: dict[int, float] = defaultdict(float)
+        self.peak = 0, 0
 
     def timed(self, stage: str, function):
         """The function, with the host's seconds in it noted."""
@@ -126,6 +145,15 @@ class Watch:
         watch = self
 
         class Profiling(TrainerCallback):
+            def on_train_begin(self, *_, **__):
+                await_turn()
+                fresh()
+
+            def on_train_end(self, *_, **__):
+                torch.cuda.synchronize()
+                watch.peak = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                end_turn()
+
             def on_step_begin(self, _args, state, *_, **__):
                 if state.global_step == 1:
                     trained.optimizer.step = watch.timed("optimizer", trained.optimizer.step)
@@ -163,16 +191,14 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
     """A run by the worker's own code, in this process; warm steps are counted."""
     if changes["engine"] == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
-    import torch
 
     from bizassist_nb import Settings
     from bizassist_nb.runs import Run
     from bizassist_nb.training import worker
 
     used = ALL * changes.get("batch_size", 4)
-    settings = Settings(
-        model=model, data=rows, subset=used, held_out=HELD_OUT, warmup_steps=5, evaluate_every=10, **changes
-    )
+    values = {"model": model, "data": rows, "subset": used, "held_out": HELD_OUT, "warmup_steps": 5}
+    settings = Settings(**(values | {"evaluate_every": STEPS // 2} | changes))
     path = Path(tempfile.mkdtemp(prefix="gpu_train_"))
     (path / "settings.toml").write_text(settings.to_toml())
     fresh()
@@ -196,8 +222,8 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
         median_step=round(statistics.median([s.seconds for s in warm] or [0]), 4),
         host_ms={stage: round(1000 * statistics.median(s)) for stage, s in watch.host.items()},
         callback_ms=round(1000 * statistics.mean(callback or [0]), 3),
-        allocated=gib(torch.cuda.max_memory_allocated()),
-        reserved=gib(torch.cuda.max_memory_reserved()),
+        allocated=gib(watch.peak[0]),
+        reserved=gib(watch.peak[1]),
         status=status,
         error=run.error,
         scoring=[[e["who"], e["step"], round(e["seconds"], 2)] for e in run.events if e["event"] == "evaluation"],
@@ -206,6 +232,7 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
         losses=[round(step.loss, 4) for step in run.steps],
         seconds=[round(step.seconds, 3) for step in run.steps],
         tokens=[step.tokens for step in run.steps],
+        checkpoints=[e["step"] for e in run.events if e["event"] == "checkpoint"],
         states=[[e["state"], round(e["time"] - run.events[0]["time"], 1)] for e in run.events if e["event"] == "state"],
     )
 
@@ -257,7 +284,9 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
         processing_class=tokenizer,
         callbacks=[Clock()],
     )
+    await_turn()
     trainer.train()
+    end_turn()
     lengths = [len(e.input_ids) for e in examples]
     tokens = [sum(lengths[i : i + batch]) for i in range(0, len(lengths), batch)]
     seconds = times[STEPS - 1] - times[WARM - 1]
@@ -414,6 +443,35 @@ def part_ours_t4(model: str, rows: str, out: Path) -> None:
     ours(model, rows, out, "ours in 14.5 GiB, float16", engine="unsloth")
 
 
+def part_ours_4(model: str, rows: str, out: Path) -> None:
+    ours(model, rows, out, "ours, batch_size 4", engine="unsloth")
+
+
+def part_ours_16(model: str, rows: str, out: Path) -> None:
+    ours(model, rows, out, "ours, batch_size 16", engine="unsloth", batch_size=16)
+
+
+def part_mixed_t4(model: str, rows: str, out: Path) -> None:
+    """Dolly rows among rows of 2,048 tokens, in 14.5 GiB and float16, with checkpoints and scoring on the way."""
+    import t4
+
+    t4.pretend()
+    dolly = json.loads(Path(rows).read_text())
+    text = " ".join(row["response"] for row in dolly[:400])
+    long = [{"instruction": f"Tell all about item {n}.", "response": text[n * 300 :][:30000]} for n in range(30)]
+    data = Path(tempfile.mkdtemp(prefix="gpu_train_")) / "mixed.json"
+    data.write_text(json.dumps(dolly[:130] + long))
+    changes = {"data": str(data), "checkpoint_minutes": 0.1}
+    ours(
+        model,
+        str(data),
+        out,
+        "Dolly rows among rows of 2,048 tokens, in 14.5 GiB, float16",
+        engine="unsloth",
+        **changes,
+    )
+
+
 def part_speed_plain(model: str, rows: str, out: Path) -> None:
     ours(model, rows, out, "ours, plain transformers, batch_size 4", engine="transformers")
 
@@ -494,6 +552,9 @@ PARTS = {
     "speed": part_speed,
     "seed-t4": part_seed_t4,
     "ours-t4": part_ours_t4,
+    "ours-4": part_ours_4,
+    "ours-16": part_ours_16,
+    "mixed-t4": part_mixed_t4,
     "speed-plain": part_speed_plain,
     "memory": part_memory,
     "memory-plain": lambda *args: part_memory(*args, engine="transformers"),
@@ -514,8 +575,18 @@ def main(model: str, rows: str, out: str, *parts: str) -> None:
     for group in parts:
         start = time.perf_counter()
         command = [sys.executable, __file__, model, rows, out]
-        running = [subprocess.Popen([*command, f"--{part}"]) for part in group.split("+")]
-        statuses = [process.wait() for process in running]
+        shutil.rmtree(TURNS, ignore_errors=True)
+        TURNS.mkdir()
+        running, before = {}, ""
+        for part in group.split("+"):
+            environment = os.environ | {"PART": part, "BEFORE": before}
+            running[part] = subprocess.Popen([*command, f"--{part}"], env=environment)
+            before = f"{before},{part}"
+        while any(process.poll() is None for process in running.values()):
+            for part in (part for part, process in running.items() if process.poll() is not None):
+                (TURNS / part).touch()
+            time.sleep(0.1)
+        statuses = [process.returncode for process in running.values()]
         write(target, part="done", parts=group, statuses=statuses, seconds=round(time.perf_counter() - start))
 
 
