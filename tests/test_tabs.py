@@ -148,7 +148,11 @@ def test_another_tuned_model_begins_a_new_conversation(driven):
 
 def test_a_blind_vote_is_written_and_then_reveals_who_is_who(driven, runs):
     driven.fill("blind", True)
+    driven.fill("strength", 0.5)
     driven.ask(QUESTIONS[0])
+    chat = driven.panel._tabs[2]
+    assert chat._turns[-1].comparison.strength == 1  # as trained, and not part of what is being talked about
+    assert chat._conversation.turns("base") == []
     assert "tuned (one)" not in driven.shown()
     driven.press("Left is better")
     (line,) = (runs[0].path / "votes.jsonl").read_text().splitlines()

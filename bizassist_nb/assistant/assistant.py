@@ -45,7 +45,7 @@ class Assistant:
         """The assistant of these runs; without one, the base that `model = "auto"` stands for, alone."""
         self.runs = tuple({run.path: run for run in runs}.values())
         self._settings = runs[0].settings if runs else Settings()
-        bases = {run.name: _base_of(run) for run in self.runs}
+        bases = {run.name: run.model for run in self.runs}
         if len(set(bases.values())) > 1:
             made = ", ".join(f"{name} on {base}" for name, base in bases.items())
             raise QuestionError(f"only runs on the same base can answer together; these are {made}")
@@ -185,10 +185,6 @@ class Assistant:
     def _prompt(self, loaded: LoadedBase, row: _Row, turns: list[tuple[str, str]], question: str) -> list[int]:
         settings = row.run.settings if row.run else self._settings
         return loaded.chat.prompt(messages(settings.system_prompt, turns, question.strip()))
-
-
-def _base_of(run: Run) -> str:
-    return str(run.environment.get("model", run.settings.model))
 
 
 def _check(question: str, max_new_tokens: int, strength: float, sampling: "Sampling") -> None:

@@ -108,7 +108,7 @@ def _steps(
     cache = DynamicCache(config=model.config)
     steps = _ModuleSteps(model, strengths, cache, mask)
     logits = steps.forward(ids)
-    if not fused.fits(model):
+    if not fused.fits(model, len(prompts)):
         yield logits, steps
         return
     graph = fused.take(model, list(strengths), len(prompts), ids.shape[1] + max_new_tokens)

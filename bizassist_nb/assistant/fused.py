@@ -15,6 +15,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 _SHAPES: Final = ("llama", "mistral")
+_MOST_ROWS: Final = 8
+"""The kernels write out what they do row by row, and take ever longer to compile; with more, launching costs less."""
 _ROOM: Final = 512
 """The cache grows by so many tokens, so that most questions find the graph of the last one."""
 _SPLITS: Final = 16
@@ -25,15 +27,15 @@ _GROUPS: Final = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("self_attn", (
                   ("mlp", ("gate_proj", "up_proj")), ("mlp", ("down_proj",)))  # fmt: skip
 
 
-def fits(model: Any) -> bool:
-    """Whether the model is of a kind that this module computes; others take the way through their own modules."""
-    if model.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+def fits(model: Any, rows: int) -> bool:
+    """Whether this module computes such a model for so many rows; others take the way through their own modules."""
+    if rows > _MOST_ROWS or model.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     return computable(model)
 
 
 def computable(model: Any) -> bool:
-    """`fits`, wherever the model is."""
+    """Whether the model is of such a kind, wherever it is."""
     from bitsandbytes.nn import Linear4bit
 
     config = model.config

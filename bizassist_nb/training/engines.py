@@ -48,8 +48,8 @@ def choose(engine: str) -> Engine:
 def _end_to_end() -> bool:
     """Whether Unsloth can lay rows end to end: on a GPU, with a kernel for the attention of such rows.
 
-    Without one it does so row by row, and does not compile its blocks as it does for padded rows: on an H100 steps took
-    1.6 times as long (docs/benchmarks.md).
+    Without one it does so row by row, and does not compile its blocks as it does for padded rows: half as many kernels
+    again, and about 1.6 times the time on an H100 (docs/benchmarks.md).
     """
     import torch
 

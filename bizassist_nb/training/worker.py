@@ -94,7 +94,7 @@ def work(run: Run, journal: Journal) -> str:
     stop, settings = Stop(), run.settings
     journal.write("state", state="loading")
     engine = _engine(run, journal)
-    base = models.resolve(run.environment.get("model", settings.model))
+    base = models.resolve(run.model)
     journal.write("model", **vars(base))
     chat, steps, exam = _prepare(run, journal, engine, base)
     fit = _preflight(journal, settings, engine, base, steps)

@@ -119,7 +119,7 @@ def load_float32(folder):
 
 def main(folder):
     model = adapted(models.load_nf4(folder))
-    assert fused.fits(model)
+    assert fused.fits(model, 4)
     prompt = AutoTokenizer.from_pretrained(folder)(QUESTION)["input_ids"]
     cold = decode(model, [prompt] * 2, [0.0, 1.0])[1]
     found = {

@@ -14,6 +14,7 @@ from bizassist_nb.assistant.assistant import STRONGEST, Assistant
 from bizassist_nb.assistant.bases import loaded_base
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
 from bizassist_nb.assistant.conversation import Conversation
+from bizassist_nb.errors import BizassistError
 from bizassist_nb.notebook.panel.controls import fold, tip
 from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State
@@ -118,9 +119,13 @@ class Chat:
         run = self._state.runs.get(self._picked or "")
         assistant = Assistant(*filter(None, [run]))
         who = (BASE, TUNED) if run else (BASE,)
-        options = {"conversation": self._conversation, **self._options.values()}
-        self._answering = Answering(assistant, assistant.stream(question, who=who, **options))
         order = draw_order() if run and self._blind.value else None
+        options = self._options.values()
+        if order:  # what is voted on is the run as trained, and its answer to this question alone
+            options["strength"] = 1.0
+        else:
+            options["conversation"] = self._conversation
+        self._answering = Answering(assistant, assistant.stream(question, who=who, **options))
         self._turns.append(Turn(question, run.name if run else None, order))
 
     def _halt(self) -> None:
@@ -138,7 +143,7 @@ class Chat:
             else:
                 self._options.next_seed()
             last = self._turns.pop()
-            if last.comparison:
+            if last.comparison and last.order is None:  # a blind one was never part of the conversation
                 self._conversation.forget_last()
             notice = self._notice
             self._ask(last.question)
@@ -346,16 +351,16 @@ class Answering:
         """Begin to load what the assistant's stream of answers will need."""
         self.words = "Loading the model, once for this kernel …"
         self._stream = stream
-        self._problem: Exception | None = None
+        self._problem: BizassistError | None = None
         run = next(iter(assistant.runs), None)
-        name = run.environment.get("model", run.settings.model) if run else "auto"
+        name = run.model if run else "auto"
         self._loading = threading.Thread(target=self._load, args=(name,), name="bizassist-load", daemon=True)
         self._loading.start()
 
     def _load(self, name: str) -> None:
         try:
             loaded_base(name)
-        except Exception as error:  # noqa: BLE001 - raised again where it can be shown
+        except BizassistError as error:  # raised again where it can be shown; any other comes again in the stream
             self._problem = error
 
     def step(self, turn: Turn) -> bool:
