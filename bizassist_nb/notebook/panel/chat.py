@@ -23,7 +23,9 @@ from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Vote, choice_of, 
 _SLICE: Final = 0.1
 """Seconds of answering before the panes are written again: smooth to the eye, and the kernel's messages get a turn."""
 _QUIET: Final = 0.3
-"""Seconds without a keystroke after Enter: the front end sends the last letters after the Enter itself."""
+"""Seconds without a change after Enter: the front end may send the text after the Enter itself."""
+_LATE: Final = 10.0
+"""Seconds for which text is waited for after an Enter: a front end holds it back while it thinks the kernel busy."""
 
 SUGGESTED: Final = (
     "How should we price a new feature?",
@@ -46,6 +48,7 @@ class Chat:
         self._conversation = Conversation()
         self._answering: Answering | None = None
         self._entered: tuple[float, str] | None = None
+        self._awaited = 0.0  # until when text that comes is that of an Enter before it
         self._picked: str | None = None
         self._newest: str | None = None
         self._notice = ""
@@ -61,8 +64,12 @@ class Chat:
         self._suggested = w.Box([self._suggestion(text, pump) for text in SUGGESTED])
         self._suggested.add_class("bn-chips")
         self._question = w.Text(
-            description="question", placeholder="Ask both, then press Enter", **tip("Enter sends it")
+            description="question",
+            placeholder="Ask both, then press Enter",
+            continuous_update=False,  # the whole text in one message, not one a letter
+            **tip("Enter sends it"),
         )
+        self._question.observe(lambda _: self._on_late_text(pump), "value")
         self._question.on_msg(lambda _w, content, _b: self._on_key(content, pump))
         self._send = w.Button(description="Send", button_style="primary", icon="paper-plane")
         self._stop = w.Button(description="Stop generating", icon="stop")
@@ -101,10 +108,14 @@ class Chat:
         if content.get("event") == "submit":
             pump.post(self._on_enter)
 
+    def _on_late_text(self, pump: Pump) -> None:
+        if self._question.value.strip() and time.monotonic() < self._awaited:
+            pump.post(self._on_enter)
+
     # What the buttons do.
 
     def _on_enter(self) -> None:
-        self._entered = (time.monotonic(), self._question.value)
+        self._entered, self._awaited = (time.monotonic(), self._question.value), 0.0
 
     def _take(self, box: Any) -> None:
         """Ask what stands in the box, and empty it."""
@@ -174,6 +185,7 @@ class Chat:
                 self._entered = (time.monotonic(), self._question.value)
             elif time.monotonic() - since >= _QUIET:
                 self._entered = None
+                self._awaited = 0.0 if text.strip() else time.monotonic() + _LATE
                 self._take(self._question)
         if self._answering:
             self._go_on(self._answering)
