@@ -116,7 +116,8 @@ def how_to_go_on(run: Run) -> str | None:
         return None
     saved = run.last("checkpoint")
     if not saved:
-        return f"it had no checkpoint yet; begin anew with: %%finetune {run.name}"
+        again = f"{run.name} --resume" if run.steps else run.name
+        return f"it had no checkpoint yet; begin from the start with: %%finetune {again}"
     return f"the checkpoint at step {saved['step']} is kept; go on with: %%finetune {run.name} --resume"
 
 
@@ -159,7 +160,7 @@ def _verdict(run: Run) -> list[render.Section]:
 
 
 def _status_words(run: Run) -> str:
-    scored = "tuned" if run.steps else "base"
+    scored = (run.last("state") or {}).get("who", "base")
     return {
         "starting": "starting",
         "loading": "reading the rows and loading the model",

@@ -157,6 +157,28 @@ def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_start(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from bizassist_nb.runs import Journal
+    from bizassist_nb.training import trainer
+
+    def begin() -> int:
+        return trainer.train(run, journal, None, None, run.settings, None, None, None, [[]])
+
+    unwrap = SimpleNamespace(unwrap_model=lambda *_, **__: None)
+    done = SimpleNamespace(train=lambda **_: None, accelerator=unwrap, state=SimpleNamespace(global_step=1))
+    monkeypatch.setattr(trainer, "build_trainer", lambda *_: done)
+    (tmp_path / "settings.toml").write_text(Settings().to_toml())
+    run, journal = Run(tmp_path), Journal(tmp_path)
+    begin()
+    assert run.last("resumed") is None
+    journal.write("step", step=1, loss=2.0, learning_rate=1e-4, gradient_norm=0.5, tokens=9, seconds=1.0)
+    begin()
+    assert run.last("resumed")["step"] == 0
+    assert run.steps == []
+
+
 def test_killed_run_is_lost_and_resumes_from_its_last_checkpoint(tiny, tmp_path):
     settings = quick(tiny, tmp_path, epochs=20, checkpoint_minutes=0.0)
     run = launch.start(settings, "killed")
@@ -206,7 +228,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tin
     changes = {"data": str(rows_file(rows)), "subset": 8, "held_out": 2, "batch_size": 1, "checkpoint_minutes": 0.0}
     with pytest.raises(RunError, match="the loss became nan at step 5") as caught:
         finetune(quick(folder, tmp_path, **changes), "nan")
-    assert "lower learning_rate than 0.0002" in str(caught.value)
+    assert "lower learning_rate than 0.0002, under a new name" in str(caught.value)
     run = Run(tmp_path / "nan")
     assert (run.status, len(run.steps)) == ("failed", 4)
     assert run.last("checkpoint")["step"] == 4

@@ -71,8 +71,9 @@ def train(
     Raises:
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
-    if checkpoint := newest_checkpoint(run.path):
-        journal.write("resumed", step=checkpoint.step)
+    checkpoint = newest_checkpoint(run.path)
+    if checkpoint or run.steps:  # without a checkpoint it begins from the start, and its steps count no more
+        journal.write("resumed", step=checkpoint.step if checkpoint else 0)
     while True:
         trainer = build_trainer(run, journal, stop, engine, settings, fit, model, chat, steps, after_step)
         try:
@@ -127,7 +128,7 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     most = preflight.longest_that_fits(settings.rank, engine, preflight.Shape.of(model.config), on, beside=True)
     raise RunError(
         f"memory ran out with a single row at once and checkpointing on ({problem}). The longest row of this step has "
-        f"{row} tokens; try max_length = {max(16, min(most, row // 2))}. What is done so far is kept"
+        f"{row} tokens; try max_length = {max(16, min(most, row // 2))}, under a new name. What is done so far is kept"
     )
 
 
@@ -274,7 +275,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
             what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
             raise RunError(
                 f"{what} at step {state.global_step}, so training was stopped; the checkpoints "
-                f"before it are kept. Try a lower learning_rate than {args.learning_rate:g}"
+                f"before it are kept. Try a lower learning_rate than {args.learning_rate:g}, under a new name"
             )
         now = time.monotonic()
         self._journal.write(

@@ -100,7 +100,7 @@ def work(run: Run, journal: Journal) -> str:
     fit = _preflight(journal, settings, engine, base, steps)
     model = _load(journal, engine, base, settings, fit)
 
-    journal.write("state", state="scoring")
+    journal.write("state", state="scoring", who="base")
     with model.disable_adapter():
         base_scores = _examine(journal, "base", 0, model, exam, stop)
     best = Best(run.path)
@@ -109,7 +109,7 @@ def work(run: Run, journal: Journal) -> str:
         write_card(run)
         return "stopped"
     stop.patient = False  # what training gave is saved; scoring can be done again on resuming
-    journal.write("state", state="scoring")
+    journal.write("state", state="scoring", who="tuned")
     tuned_scores = _examine(journal, "tuned", done, model, exam, stop)
     better = best.loss < mean_loss(tuned_scores[0])
     if better and settings.keep == "best":
