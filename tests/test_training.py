@@ -179,6 +179,20 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
     assert run.steps == []
 
 
+@pytest.mark.parametrize(("steps", "kept"), [(3, True), (4, False)])
+def test_scores_of_a_stopped_run_go_once_it_is_trained_further(tmp_path, steps, kept):
+    from bizassist_nb.training.checkpoints import COMPLETE
+    from bizassist_nb.training.worker import _forget_scores
+
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    files = [tmp_path / "evaluation.json", tmp_path / "answers.json"]
+    for file in (tmp_path / "settings.toml", checkpoint / COMPLETE, *files):
+        file.touch()
+    _forget_scores(Run(tmp_path), steps)
+    assert [file.exists() for file in files] == [kept, kept]
+
+
 def test_killed_run_is_lost_and_resumes_from_its_last_checkpoint(tiny, tmp_path):
     settings = quick(tiny, tmp_path, epochs=20, checkpoint_minutes=0.0)
     run = launch.start(settings, "killed")
@@ -325,6 +339,7 @@ def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monke
     assert run.status == "finished"
     assert run.evaluation["answers"] is None
     assert "the fixed prompts could not be answered (status 9" in run._repr_html_()
+    assert str(run.path) not in run.last("unanswered")["reason"]
     monkeypatch.undo()
     readme = run.path / "README.md"
     assert "could not be answered" in readme.read_text()

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, Final
 
 from bizassist_nb import models
-from bizassist_nb.data.rows import Rejected, Row, Table, read_table, split
+from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
 from bizassist_nb.errors import BizassistError, DataError, RunError
 from bizassist_nb.export.card import write_card
@@ -28,8 +28,8 @@ from bizassist_nb.runs import Journal, Run, write_json
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
-from bizassist_nb.training.checkpoints import Best, save_adapter
-from bizassist_nb.training.evaluation import Exam
+from bizassist_nb.training.checkpoints import Best, newest_checkpoint, save_adapter
+from bizassist_nb.training.evaluation import Exam, rows_of
 from bizassist_nb.verdict import Score, mean_loss
 
 PACKAGES: Final = (
@@ -149,8 +149,7 @@ def _prepare(
     from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
 
     settings = run.settings
-    table = read_table(settings.data, settings.columns)
-    training, held_out = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
+    table, training, held_out = rows_of(run)
     chat = models.load_tokenizer(base.source)
     examples, held = tokenise(journal, chat, settings, table, training, held_out)
     _write_environment(run, engine.name, base, table)
@@ -183,6 +182,7 @@ def _train(
     from bizassist_nb.training.trainer import train
 
     stop.patient = True
+    _forget_scores(run, len(steps))
     watch = _watch(journal, run.settings, model, exam, chat, len(steps), best, stop)
     journal.write("state", state="training")
     done = train(run, journal, stop, engine, run.settings, fit, model, chat, steps, watch)
@@ -190,6 +190,14 @@ def _train(
     save_adapter(run.path / "adapter", model, chat)
     save_loss_png(run)
     return done
+
+
+def _forget_scores(run: Run, steps: int) -> None:
+    """Delete what was said of an adapter that is about to be trained further; one that is done keeps it."""
+    checkpoint = newest_checkpoint(run.path)
+    if checkpoint is None or checkpoint.step < steps:
+        for name in ("evaluation.json", "answers.json"):
+            (run.path / name).unlink(missing_ok=True)
 
 
 def _preflight(
@@ -319,12 +327,6 @@ def _score(journal: Journal, who: str, step: int, model: Any, exam: Exam, betwee
 def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -> None:
     import torch
 
-    before = run.environment
-    if before and before["fingerprint"] != table.fingerprint:
-        raise RunError(
-            f"the data of run {run.name!r} has changed since it began ({table.source}); bring the old data back, "
-            "or start a new run"
-        )
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     write_json(
         run.path / "environment.json",
