@@ -98,12 +98,15 @@ class _Interrupts:
         """From now on this is the run they are for; one that came before it was there goes to it, too."""
         self._run = run
         if self.count:
-            run.stop()
+            self._send(run)
 
     def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1
         if self._run:
-            (self._run.stop if self.count == 1 else self._run.kill)()
+            self._send(self._run)
+
+    def _send(self, run: Run) -> None:
+        (run.stop if self.count == 1 else run.kill)()
 
 
 def _created(path: Path, settings: Settings) -> Run:
