@@ -71,6 +71,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if expected := run.last("preflight"):
         found.append(("expected to take", expected["sentence"]))
     found += [("fit", _fit_words(event)) for event in run.events if event["event"] == "fit"]
+    if unscored := [event for event in run.events if event["event"] == "unscored"]:
+        after = ", ".join(map(str, sorted({event["step"] for event in unscored})))
+        found.append(("held-out rows", f"not scored after step {after}: memory ran out ({unscored[-1]['reason']})"))
     if counted := run.last("parameters"):
         share = counted["trainable"] / counted["total"]
         found.append(("trainable parameters", f"{counted['trainable']:,} of {counted['total']:,} ({share:.2%})"))

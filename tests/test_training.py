@@ -18,6 +18,7 @@ from bizassist_nb.export.card import card
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training import launch
 from bizassist_nb.training.evaluation import evaluate
+from bizassist_nb.verdict import Score
 
 
 def quick(tiny, tmp_path, **changes):
@@ -177,6 +178,34 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
     begin()
     assert run.last("resumed")["step"] == 0
     assert run.steps == []
+
+
+def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_path):
+    from types import SimpleNamespace
+
+    from bizassist_nb.report import run_text
+    from bizassist_nb.runs import Journal
+    from bizassist_nb.training.worker import _watch
+
+    (tmp_path / "settings.toml").write_text(Settings(evaluate_every=5).to_toml())
+    run, offered = Run(tmp_path), []
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None, RuntimeError("a bug")]
+
+    def on_held_out(_model, _between):
+        if error := errors.pop(0):
+            raise error
+        return [Score(1, 6.0, 3)]
+
+    exam = SimpleNamespace(on_held_out=on_held_out, held_out=[None] * 4)
+    best = SimpleNamespace(offer=lambda *found: offered.append(found[:2]))
+    stop = SimpleNamespace(asked=False)
+    after = _watch(Journal(tmp_path), run.settings, None, exam, None, 100, best, stop)
+    for step in range(1, 15):
+        after(step)
+    assert (offered, run.held_out) == ([(10, 2.0)], [(10, 2.0)])
+    assert "held-out rows: not scored after step 5: memory ran out (OutOfMemoryError: CUDA out of" in run_text(run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        after(15)
 
 
 @pytest.mark.parametrize(("steps", "kept"), [(3, True), (4, False)])

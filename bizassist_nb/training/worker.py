@@ -21,7 +21,7 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
-from bizassist_nb.errors import BizassistError, DataError, RunError
+from bizassist_nb.errors import BizassistError, DataError, RunError, brief
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
 from bizassist_nb.runs import Journal, Run, write_json
@@ -251,7 +251,12 @@ def _watch(
     best: Best,
     stop: Stop,
 ) -> Callable[[int], None]:
-    """What is done after each step: the held-out rows are scored when it is time, and the best adapter is kept."""
+    """What is done after each step: the held-out rows are scored when it is time, and the best adapter is kept.
+
+    Where memory runs out over it, training goes on as it was, without that score: its own step is through.
+    """
+    from bizassist_nb.training.trainer import out_of_memory  # after unsloth, which has to be imported first
+
     every = settings.evaluate_every
     if isinstance(every, str):
         every = max(1, round(3 * len(exam.held_out) / settings.batch_size))
@@ -267,6 +272,11 @@ def _watch(
             scores = _score(journal, "tuned", step, model, exam, hurry)
         except Stopped:
             return  # training itself stops in its own, orderly way
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            journal.write("unscored", step=step, reason=brief(error))
+            return
         best.offer(step, mean_loss(scores), model, chat)
 
     return after
