@@ -326,6 +326,11 @@ def test_adapters_come_and_go_without_a_trace(small):
     assert not any(each() is not None for each in kept)
     with torch.inference_mode():
         assert torch.equal(loaded.model(input_ids=ids).logits, alone)
+        loaded.forget(one)
+        base = loaded.model(input_ids=ids).logits
+        loaded.use([loaded.adapter(one)])
+        assert torch.equal(loaded.model(input_ids=ids).logits, alone)
+    assert not torch.equal(base, alone)
 
 
 def test_an_adapter_that_was_trained_anew_is_loaded_anew(small, tmp_path):
@@ -357,6 +362,30 @@ def test_an_adapter_of_another_base_is_refused_by_name_and_by_shape(small, tmp_p
         save(tensors, weights)
     with pytest.raises(ModelError, match=words):
         Assistant(run).ask("How?", max_new_tokens=1)
+
+
+def test_an_answer_goes_on_as_it_began_when_another_run_is_asked_in_between(small):
+    (one, two), _ = small
+    options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
+    whole = Assistant(one).ask("How?", **options)
+    stream = Assistant(one).stream("How?", **options)
+    for _ in range(6):
+        next(stream)
+    Assistant(two).ask("Why?", max_new_tokens=2)
+    assert list(stream)[-1] == whole
+    assert whole.tuned != whole.base
+
+
+def test_more_runs_than_there_is_room_for_are_refused(small, tmp_path):
+    runs = [Run(shutil.copytree(small[0][0].path, tmp_path / f"run{number}")) for number in range(9)]
+    with pytest.raises(QuestionError, match="9 runs cannot answer together; ask at most 8"):
+        Assistant(*runs)
+
+
+def test_what_auto_stands_for_does_not_change_while_it_is_loaded(small, monkeypatch):
+    source = loaded_base("auto").base.source
+    monkeypatch.setattr(models, "resolve", lambda _: pytest.fail("auto was looked up again"))
+    assert loaded_base("auto").base.source == source
 
 
 def test_runs_on_different_bases_cannot_answer_together(trained, small):

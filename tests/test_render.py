@@ -243,6 +243,16 @@ def test_comparisons_are_columns_for_a_data_frame():
     assert [Seen(each._repr_html_()).tags.count(tag) for tag in ("table", "tr", "td")] == [2, 6, 12]
 
 
+def test_an_answer_cut_short_is_said_to_be_in_its_own_row():
+    answers = {"base": "b", "tuned": "t"}
+    each = Comparisons(
+        [Comparison("q0", answers, ("r",)), Comparison("q1", answers, ("r",), 1.0, ("tuned",), "a note")]
+    )
+    first, second = each._repr_html_().split("q1")
+    assert ("cut short" in first, second.count("cut short"), second.count("a note")) == (False, 1, 1)
+    assert each[1]._repr_markdown_().endswith("\n\na note")
+
+
 def test_run_escapes_all_it_shows(tmp_path):
     settings = Settings(data=SCRIPT, model=SCRIPT, system_prompt=SCRIPT, columns={"context": SCRIPT})
     (tmp_path / "settings.toml").write_text(settings.to_toml(), "utf-8")

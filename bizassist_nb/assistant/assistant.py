@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from bizassist_nb.assistant.bases import LoadedBase, loaded_base
+from bizassist_nb.assistant.bases import MOST_ADAPTERS, LoadedBase, loaded_base
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.data.chat import conversation as messages
@@ -38,7 +38,7 @@ class Assistant:
     """Answers questions as the base and as the tuned models of any number of runs, from one copy of the weights.
 
     Raises:
-        ModelError: if the runs were made on different bases, or the base or an adapter cannot be loaded.
+        QuestionError: if the runs were made on different bases, or are more than there is room for at once.
     """
 
     def __init__(self, *runs: Run):
@@ -49,6 +49,8 @@ class Assistant:
         if len(set(bases.values())) > 1:
             made = ", ".join(f"{name} on {base}" for name, base in bases.items())
             raise QuestionError(f"only runs on the same base can answer together; these are {made}")
+        if len(bases) > MOST_ADAPTERS:
+            raise QuestionError(f"{len(bases)} runs cannot answer together; ask at most {MOST_ADAPTERS}")
         self._model = next(iter(bases.values()), "auto")
 
     def ask(self, question: str, **options: Any) -> Comparison:

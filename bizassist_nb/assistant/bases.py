@@ -11,7 +11,7 @@ from bizassist_nb import models
 from bizassist_nb.errors import ModelError, brief
 from bizassist_nb.runs import Run
 
-_MOST_ADAPTERS: Final = 8
+MOST_ADAPTERS: Final = 8
 """Adapters beside a base; one of rank 16 for Mistral-7B takes 0.17 GB."""
 
 
@@ -56,7 +56,7 @@ class LoadedBase:
             check_adapter(run.adapter, self.base, self.model)
             for old in [known for known in self._adapters if known[0] == key[0]]:
                 self._remove(old)
-            while len(self._adapters) >= _MOST_ADAPTERS:
+            while len(self._adapters) >= MOST_ADAPTERS:
                 self._remove(next(iter(self._adapters)))
             self._adapters[key] = self._load(run, f"run{next(self._count)}")
         self._adapters[key] = self._adapters.pop(key)
@@ -82,7 +82,11 @@ class LoadedBase:
 
     def _remove(self, key: tuple[str, int]) -> None:
         self.forget_cache()  # it may be that adapter's
-        self.model.delete_adapter(self._adapters.pop(key))
+        name = self._adapters.pop(key)
+        if self._adapters:
+            self.model.delete_adapter(name)
+        else:
+            self.model = self.model.unload()  # PEFT 0.21 does not compute with no adapter at all
 
     def forget(self, run: Run) -> None:
         """Let go of the run's adapter and its memory; asked again, it is loaded anew."""
@@ -98,8 +102,9 @@ class LoadedBase:
 
     def use(self, adapters: list[str]) -> None:
         """Have just these adapters take part in the forward pass."""
-        if adapters:
-            self.model.base_model.set_adapter(adapters, inference_mode=True)
+        from bizassist_nb.assistant import decoding
+
+        decoding.activate(self.model, adapters)
 
 
 def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
@@ -144,11 +149,14 @@ def release() -> None:
 
     with _loading:
         _loaded.clear()
+        _sources.clear()
     gc.collect()
     torch.cuda.empty_cache()
 
 
 _loaded: dict[str, LoadedBase] = {}
+_sources: dict[str, str] = {}
+"""What names were found to stand for: "auto" depends on the free memory, of which the loaded base itself takes some."""
 _loading = threading.Lock()
 
 
@@ -159,7 +167,9 @@ def loaded_base(model: str) -> LoadedBase:
         ModelError: if it cannot be.
     """
     with _loading:
-        base = models.resolve(model)
-        if base.source not in _loaded:
-            _loaded[base.source] = LoadedBase(base)
-        return _loaded[base.source]
+        if _sources.get(model) not in _loaded:
+            base = models.resolve(model)
+            if base.source not in _loaded:
+                _loaded[base.source] = LoadedBase(base)
+            _sources[model] = base.source
+        return _loaded[_sources[model]]

@@ -41,13 +41,14 @@ class Comparison:
     @property
     def heads(self) -> list[str]:
         """What stands above each answer."""
-        return [self._head(name) for name in self.answers]
+        return [f"{self.head(name)}, cut short" if name in self.cut else self.head(name) for name in self.answers]
 
-    def _head(self, name: str) -> str:
+    def head(self, name: str) -> str:
+        """Who that is, with the run and the strength."""
         head = f"{name} ({self.runs[0]})" if name == TUNED and self.runs else name
         if name != BASE and self.strength != 1:
             head += f", strength {self.strength:g}"
-        return f"{head}, cut short" if name in self.cut else head
+        return head
 
     def to_dict(self) -> dict[str, Any]:
         """Question, each answer, and how they came to be, in one flat record: a row of a data frame."""
@@ -67,7 +68,11 @@ class Comparison:
         """For documents: question and answers as blocks of plain text, in which no Markdown of theirs takes effect."""
         answers = zip(self.heads, self.answers.values(), strict=True)
         return "\n\n".join(
-            [_block(self.question), *(f"**{_escaped(head)}**\n\n{_block(text)}" for head, text in answers)]
+            [
+                _block(self.question),
+                *(f"**{_escaped(head)}**\n\n{_block(text)}" for head, text in answers),
+                *([_escaped(self.note)] if self.note else []),
+            ]
         )
 
 
@@ -86,8 +91,8 @@ class Comparisons(tuple[Comparison, ...]):
         return "\n\n".join(map(repr, self))
 
     def _repr_html_(self) -> str:
-        rows = [[f"<b>{render.plain(each.question)}</b>", *_bodies(each, finished=True)] for each in self]
-        return render.grid(["question", *(self[0].heads if self else [])], rows)
+        heads = [self[0].head(name) for name in self[0].answers] if self else []
+        return render.grid(["question", *heads], [_cells(each) for each in self])
 
 
 def comparison_html(comparison: Comparison, *, finished: bool) -> str:
@@ -95,6 +100,14 @@ def comparison_html(comparison: Comparison, *, finished: bool) -> str:
     note = f"<i>{render.plain(comparison.note)}</i>" if comparison.note else ""
     body = render.columns(comparison.heads, _bodies(comparison, finished=finished))
     return f"<b>{render.plain(comparison.question)}</b>{body}{note}"
+
+
+def _cells(comparison: Comparison) -> list[str]:
+    """Question and answers with what there is to say of each."""
+    asked = f"<b>{render.plain(comparison.question)}</b>"
+    note = f"<br><i>{render.plain(comparison.note)}</i>" if comparison.note else ""
+    bodies = zip(comparison.answers, _bodies(comparison, finished=True), strict=True)
+    return [asked + note, *(f"{body}<i>cut short</i>" if name in comparison.cut else body for name, body in bodies)]
 
 
 def _bodies(comparison: Comparison, *, finished: bool) -> list[str]:

@@ -138,6 +138,7 @@ class _ModuleSteps:
         return self.forward(torch.tensor(tokens, device=self._mask.device)[:, None])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        activate(self._model, list(self._strengths))  # another question may have come in between
         with torch.inference_mode(), scaled(self._model, self._strengths):
             output = self._model(
                 input_ids=ids,
@@ -183,6 +184,19 @@ class _GraphSteps:
         for row, token in zip(self._living, tokens, strict=True):
             whole[row] = token
         return self._graph(whole)[self._living].float()
+
+
+def activate(model: Any, adapters: Sequence[str]) -> None:
+    """Have these adapters, and where there are any no others, take part in the forward pass.
+
+    Raises:
+        KeyError: if one has been removed.
+    """
+    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
+    if gone := set(adapters) - set(layer.scaling if layer else ()):
+        raise KeyError(f"the adapters {sorted(gone)} are not there any more")
+    if layer and adapters and set(layer.active_adapters) != set(adapters):
+        model.base_model.set_adapter(list(adapters), inference_mode=True)
 
 
 def _scales(model: Any, strengths: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:

@@ -15,8 +15,7 @@ from bizassist_nb.scorecard import sections
 
 _ASK: Final = """
 messages = [
-    {{"role": "system", "content": {system}}},
-    {{"role": "user", "content": "How should we price a new feature?"}},
+{system}    {{"role": "user", "content": "How should we price a new feature?"}},
 ]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = model.generate(**inputs.to(model.device), max_new_tokens=256, do_sample=False)
@@ -85,9 +84,9 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
     environment, base = run.environment, _base(run)
     shown = {"model": base, "data": _data(run)}
     what = "A LoRA adapter for" if parity is None else "A LoRA adapter merged in 16 bits into"
-    code = (_LOAD_ADAPTER.format(base=base) if parity is None else _LOAD_MERGED) + _ASK.format(
-        system=json.dumps(run.settings.system_prompt, ensure_ascii=False)
-    )
+    system = json.dumps(run.settings.system_prompt, ensure_ascii=False)
+    message = f'    {{"role": "system", "content": {system}}},\n' if run.settings.system_prompt else ""
+    code = (_LOAD_ADAPTER.format(base=base) if parity is None else _LOAD_MERGED) + _ASK.format(system=message)
     return [
         f"# {run.name}",
         "",

@@ -49,6 +49,7 @@ def convert(run: Run, *, show: Callable[[str], None] = lambda _: None) -> Path:
     with new_folder(target) as part:
         if not merged.is_dir():
             merge(run, show=show)
+        _check_newer(merged, run)
         chat = models.load_tokenizer(merged)
         size = sum(path.stat().st_size for path in merged.glob("model*.safetensors"))
         check_room(part, size, "the GGUF file")
@@ -61,6 +62,13 @@ def convert(run: Run, *, show: Callable[[str], None] = lambda _: None) -> Path:
         Journal(run.path).write("gguf", bytes=file.stat().st_size, seconds=time.monotonic() - started)
         part.rename(target)
     return target
+
+
+def _check_newer(merged: Path, run: Run) -> None:
+    """Refuse a merged model that was made before the run was resumed."""
+    adapter = run.adapter and run.adapter / "adapter_model.safetensors"
+    if adapter and adapter.stat().st_mtime > (merged / "config.json").stat().st_mtime:
+        raise RunError(f"{merged} was made of an earlier adapter of the run {run.name!r}; delete it and export again")
 
 
 def modelfile(run: Run, chat: ChatTokenizer, *, begins: bool) -> str:

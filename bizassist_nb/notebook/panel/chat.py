@@ -49,6 +49,7 @@ class Chat:
         self._picked: str | None = None
         self._newest: str | None = None
         self._notice = ""
+        state.halt = self._halt
 
         self._run = w.Dropdown(
             options=[_NONE], description="tuned model", **tip("the run whose adapter answers on the right")
@@ -249,13 +250,14 @@ class Turn:
         """Whose answer stands in that one's pane."""
         return self.order[pane == TUNED] if self.order else pane
 
-    def whose(self, pane: str) -> str:
-        """What is said above an answer: its strength; of a blind one whose it was and the vote, once that was cast."""
+    def whose(self, pane: str, *, named: bool) -> str:
+        """What is said above an answer: its strength; whose it is where the pane does not say it; the vote on it."""
         if self.order and self.vote is None:
             return ""
         who, said = self.who(pane), []
-        if self.vote:
+        if self.vote or not named:
             said.append(who if who == BASE else f"{who} ({self.run})")
+        if self.vote:
             said += {who: ["your vote"], "tie": ["a tie"], "bad": ["both bad"]}.get(self.vote.winner, [])
         if who == TUNED and self.comparison and self.comparison.strength != 1:
             said.append(f"strength {self.comparison.strength:g}")
@@ -265,9 +267,9 @@ class Turn:
         """The answer of base or tuned so far; None if it is not asked."""
         return self.comparison.answers.get(who) if self.comparison else ""
 
-    def html(self, pane: str) -> str:
-        """The turn as that one's pane shows it."""
-        asked = f'<div class="bn-asked">{render.plain(self.question)}</div>{self.whose(pane)}'
+    def html(self, pane: str, *, named: bool) -> str:
+        """The turn as that one's pane shows it; `named` says whether the pane's head has a name."""
+        asked = f'<div class="bn-asked">{render.plain(self.question)}</div>{self.whose(pane, named=named)}'
         who = self.who(pane)
         answer = self.answer(who)
         if answer is None:
@@ -309,11 +311,11 @@ class Pane:
         if blind:
             name = "left" if self._who == BASE else "right"
         self._head.value = f"<h4>{html.escape(name)}</h4>"
-        written = tuple((turn, turn.vote) for turn in past)
+        written = (blind, *((turn, turn.vote) for turn in past))
         if written != self._written:
             self._written = written
-            self._past.value = "".join(turn.html(self._who) for turn in past)
-        live = turns[-1].html(self._who) if turns and not turns[-1].ended else ""
+            self._past.value = "".join(turn.html(self._who, named=not blind) for turn in past)
+        live = turns[-1].html(self._who, named=not blind) if turns and not turns[-1].ended else ""
         self._live.value = live if turns else f'<div class="bn-muted">{html.escape(self.empty)}</div>'
 
 

@@ -5,6 +5,7 @@ Not in the kernel: a merged model is compared with the tuned assistant, which th
 
 import html
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,6 @@ from typing import IO, Final, get_args
 
 import ipywidgets as w
 
-from bizassist_nb.assistant.bases import release
 from bizassist_nb.comparing import duration
 from bizassist_nb.export.card import parity_words
 from bizassist_nb.notebook.panel.controls import tip
@@ -82,7 +82,7 @@ class Export:
 
     def _on_start(self) -> None:
         if self._run.value and not (self._job and self._job.going):
-            release()  # the process loads the base itself
+            self._state.make_room()  # the process loads the base itself
             self._job = Job(self._state.runs[self._run.value], self._to.value, self._options())
 
     def _on_cancel(self) -> None:
@@ -125,7 +125,7 @@ class Job:
     def cancel(self) -> None:
         """End it; the next export of this run clears away what it left half done."""
         self._cancelled = True
-        self._process.terminate()
+        os.killpg(self._process.pid, signal.SIGTERM)  # with what it may have started itself
 
     def html(self) -> str:
         """How far it is, or what came of it."""

@@ -47,7 +47,7 @@ class Pump:
         self.turn()
         if in_colab():
             self._drive()
-        elif self._task is None:
+        elif self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     def turn(self) -> None:

@@ -10,7 +10,6 @@ import ipywidgets as w
 import tomli_w
 
 from bizassist_nb import render, report
-from bizassist_nb.assistant.bases import release
 from bizassist_nb.comparing import duration
 from bizassist_nb.errors import BizassistError, SettingsError
 from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
@@ -141,7 +140,8 @@ class SettingsForm:
         if self._from.value:
             settings = self._state.runs[self._from.value].settings
             for name, shown in self.controls.items():
-                shown.put(getattr(settings, name))
+                if name != "runs_dir":  # the runs that are shown stay those
+                    shown.put(getattr(settings, name))
 
 
 class RunView:
@@ -248,14 +248,15 @@ class RunView:
 
     def _on_start(self) -> None:
         if self._state.settings and self._form.valid:
-            release()
+            self._state.make_room()
             self._state.follow(start(self._state.settings, self._form.name))
 
     def _on_resume(self) -> None:
         run = self._state.followed
         if run and over(run):
-            release()
-            start(run.settings, run.name, resume=True)
+            self._state.make_room()
+            here = str(run.path.parent)  # where it lies now; it may have been trained from another folder
+            start(dataclasses.replace(run.settings, runs_dir=here), run.name, resume=True)
 
     def _on_stop(self) -> None:
         live = self._state.live
