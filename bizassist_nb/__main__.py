@@ -73,6 +73,7 @@ def _add_asking(commands: Any) -> None:
     ask = commands.add_parser("ask", help="ask base and tuned a question")
     ask.add_argument("run", metavar="RUN")
     ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--base", action="store_true", help="ask the base alone")
     ask.add_argument("--max-new-tokens", type=int, default=256)
     ask.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     ask.add_argument("--seed", type=int, default=0)
@@ -156,15 +157,19 @@ def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
             print(run_text(run) if run.status in ENDED else line, flush=True)
             shown = line
 
-    return finetune(settings, name, resume=resume, show=show)
+    run = finetune(settings, name, resume=resume, show=show)
+    if run.error:  # it would have been raised, but for a second interrupt
+        raise KeyboardInterrupt
+    return run
 
 
 def _ask(options: argparse.Namespace) -> None:
     from bizassist_nb.assistant.assistant import Assistant
+    from bizassist_nb.assistant.comparison import BASE, TUNED
 
     run = open_run(options.run, options.runs_dir)
     how = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "seed", "strength")}
-    print(Assistant(run).ask(options.question, **how))
+    print(Assistant(run).ask(options.question, who=(BASE,) if options.base else (BASE, TUNED), **how))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

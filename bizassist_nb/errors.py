@@ -6,9 +6,10 @@ Every message says what is wrong, the value, and what to do about it.
 from collections.abc import Sequence
 
 
-def brief(error: BaseException) -> str:
-    """Another library's error on one line: its type and what it begins with."""
-    lines = str(error).strip().splitlines()
+def brief(error: BaseException, token: str | None = None) -> str:
+    """Another library's error on one line: its type and what it begins with; `token` is a secret not to be shown."""
+    text = str(error).replace(token, "(the token)") if token else str(error)
+    lines = text.strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 

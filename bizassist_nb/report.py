@@ -71,6 +71,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if expected := run.last("preflight"):
         found.append(("expected to take", expected["sentence"]))
     found += [("fit", _fit_words(event)) for event in run.events if event["event"] == "fit"]
+    if unscored := [event for event in run.events if event["event"] == "unscored"]:
+        after = ", ".join(map(str, sorted({event["step"] for event in unscored})))
+        found.append(("held-out rows", f"not scored after step {after}: memory ran out ({unscored[-1]['reason']})"))
     if counted := run.last("parameters"):
         share = counted["trainable"] / counted["total"]
         found.append(("trainable parameters", f"{counted['trainable']:,} of {counted['total']:,} ({share:.2%})"))
@@ -116,7 +119,8 @@ def how_to_go_on(run: Run) -> str | None:
         return None
     saved = run.last("checkpoint")
     if not saved:
-        return f"it had no checkpoint yet; begin anew with: %%finetune {run.name}"
+        again = f"{run.name} --resume" if run.steps else run.name
+        return f"it had no checkpoint yet; begin from the start with: %%finetune {again}"
     return f"the checkpoint at step {saved['step']} is kept; go on with: %%finetune {run.name} --resume"
 
 
@@ -159,7 +163,7 @@ def _verdict(run: Run) -> list[render.Section]:
 
 
 def _status_words(run: Run) -> str:
-    scored = "tuned" if run.steps else "base"
+    scored = (run.last("state") or {}).get("who", "base")
     return {
         "starting": "starting",
         "loading": "reading the rows and loading the model",

@@ -220,9 +220,12 @@ class Run:
 
     def _signal(self, number: signal.Signals) -> None:
         # The lock is held by that very process as long as it lives, so the number cannot be another's by now.
-        if is_locked(self.path):
-            send = os.killpg if number is signal.SIGKILL else os.kill
-            send(int((self.path / "worker.lock").read_text()), number)
+        while is_locked(self.path):
+            if worker := (self.path / "worker.lock").read_text():
+                send = os.killpg if number is signal.SIGKILL else os.kill
+                send(int(worker), number)
+                return
+            time.sleep(0.01)  # it is being started; its number is there in a moment
 
     def plot(self) -> "Figure":
         """The loss curve as a matplotlib Figure."""

@@ -85,7 +85,7 @@ class Settings:
     micro_batch: int | str = _field(
         _AUTO,
         "examples that go through the model at once; a divisor of batch_size, smaller takes less memory; "
-        '"auto" is the largest whose longest rows fit',
+        '"auto" takes the least time of those whose longest rows fit',
         least=1,
         most=4096,
         auto=True,

@@ -248,13 +248,18 @@ def export_preferences(run: Run, path: Path) -> int:
     """Write the preference pairs as JSON lines; how many there are.
 
     Raises:
-        VoteError: if no vote has decided for either answer.
+        VoteError: if no vote has decided for either answer, or the file cannot be written.
     """
     pairs = preference_pairs(run)
     if not pairs:
         raise VoteError(f"the run {run.name!r} has no decided votes to export; vote with %%ask --blind")
     text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    write_whole(path, lambda part: part.write_text(text, "utf-8"))
+    try:
+        write_whole(path, lambda part: part.write_text(text, "utf-8"))
+    except OSError as error:
+        raise VoteError(
+            f"{path} cannot be written ({error.strerror}); name a file in a folder that is there"
+        ) from error
     return len(pairs)
 
 

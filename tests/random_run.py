@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from bizassist_nb import models
+from bizassist_nb.data.rows import read_table
 from bizassist_nb.runs import Journal, Run, write_json
 from bizassist_nb.settings import Settings
 
@@ -20,8 +21,9 @@ def random_run(path: Path, base: Path, **changes) -> Run:
     path.mkdir(parents=True)
     (path / "settings.toml").write_text(settings.to_toml())
     environment = {
-        "model": str(base), "source": str(base), "engine": "transformers", "data": "sample", "fingerprint": "",
-        "device": "CPU", "python": "3", "versions": {"torch": torch.__version__},
+        "model": str(base), "source": str(base), "engine": "transformers", "data": "sample",
+        "fingerprint": read_table(settings.data).fingerprint, "device": "CPU", "python": "3",
+        "versions": {"torch": torch.__version__},
     }  # fmt: skip
     write_json(path / "environment.json", environment)
     with torch.device("meta"):

@@ -1,6 +1,7 @@
 """The command line, in this process where it can be and in one of its own where it must."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from live_kernel import wait_until
 from random_run import random_run
 
 from bizassist_nb.__main__ import main
-from bizassist_nb.runs import Run, open_run
+from bizassist_nb.runs import Run, open_run, take_lock
+from bizassist_nb.training import launch
 
 
 @pytest.fixture
@@ -45,6 +47,8 @@ def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys):
     assert "--- tuned (random), cut short ---" in out
     assert main(["ask", "random", "Why?", "--max-new-tokens", "5", "--strength", "0", *where]) == 0
     assert "--- tuned (random), strength 0, cut short ---" in capsys.readouterr().out
+    assert main(["ask", "random", "Why?", "--base", "--max-new-tokens", "5", *where]) == 0
+    assert "tuned" not in capsys.readouterr().out
     assert main(["evaluate", "random", *where]) == 0
     card = capsys.readouterr().out
     assert card.startswith(f"Did it help?\n{run.evaluation['sentence']}\n")
@@ -107,3 +111,27 @@ def test_ctrl_c_stops_cleanly(file, tmp_path):
     assert process.returncode == 0
     assert Run(path).status == "stopped"
     assert "--resume" in out
+
+
+def test_a_second_ctrl_c_ends_the_run_and_exits_as_interrupted(tmp_path, monkeypatch):
+    """A worker that does not mind a stop, and both interrupts before the launcher has it."""
+
+    def start(settings, name, *, resume):
+        path = settings.run_path(name)
+        path.mkdir()
+        (path / "settings.toml").write_text(settings.to_toml())
+        lock = take_lock(path)
+        command = ["bash", "-c", "trap '' TERM; sleep 600"]
+        worker = subprocess.Popen(command, pass_fds=(lock,), start_new_session=True)
+        os.write(lock, str(worker.pid).encode())
+        os.close(lock)
+        workers.append(worker)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return Run(path)
+
+    workers = []
+    monkeypatch.setattr(launch, "start", start)
+    assert main(["finetune", "--name", "ended", "--runs-dir", str(tmp_path)]) == 130
+    assert Run(tmp_path / "ended").status == "lost"
+    assert workers[0].wait() == -signal.SIGKILL

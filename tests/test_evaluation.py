@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.data.tokens import IGNORED, Example
+from bizassist_nb.errors import RunError
+from bizassist_nb.runs import Run, write_json
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import evaluation
-from bizassist_nb.training.evaluation import Exam, score
+from bizassist_nb.training.evaluation import Exam, rows_of, score
 from bizassist_nb.verdict import mean_loss
 
 
@@ -123,6 +125,19 @@ def test_a_stop_between_batches_ends_the_scoring_and_restores_the_mode(small, ch
     assert seen == [False, False, False]
     assert small.training
     small.eval()
+
+
+def test_a_runs_rows_are_those_it_began_with(tmp_path, rows_file):
+    data = rows_file([{"instruction": f"Question {i}?", "response": f"Answer {i}."} for i in range(9)])
+    (tmp_path / "settings.toml").write_text(Settings(data=str(data), subset=6, held_out=3).to_toml())
+    run = Run(tmp_path)
+    table, training, held_out = rows_of(run)
+    assert sorted(row.number for row in [*training, *held_out]) == list(range(1, 10))
+    write_json(tmp_path / "environment.json", {"model": "smollm2-135m", "fingerprint": table.fingerprint})
+    assert rows_of(run) == (table, training, held_out)
+    rows_file([{"instruction": f"Other question {i}?", "response": f"Answer {i}."} for i in range(9)])
+    with pytest.raises(RunError, match=r"has changed since it began .*bring the old data back"):
+        rows_of(run)
 
 
 @pytest.mark.parametrize("max_length", [64, 2048])

@@ -19,6 +19,7 @@ from random_run import random_run
 from bizassist_nb import models
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.bases import LoadedBase
+from bizassist_nb.errors import brief
 from bizassist_nb.export.card import card
 from bizassist_nb.runs import Run, write_json
 
@@ -260,6 +261,13 @@ def test_a_refusal_that_repeats_the_token_is_shown_without_it(run, hub):
     result = upload(run, "--repo", "me/ours", endpoint=hub.address)
     assert result.returncode == 1
     assert "not for Bearer (the token)" in result.stderr
+
+
+@pytest.mark.parametrize("before", [0, 180, 199, 300])
+def test_no_part_of_a_token_stays_where_an_error_is_cut(before):
+    said = brief(ValueError("x" * before + TOKEN + "y" * 300), TOKEN)
+    assert TOKEN[:3] not in said
+    assert len(said) == len("ValueError: ") + 200
 
 
 @pytest.mark.parametrize(

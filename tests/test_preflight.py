@@ -63,12 +63,11 @@ def test_precision_follows_the_compute_capability(on, precision):
 @pytest.mark.parametrize("engine", [UNSLOTH, PLAIN], ids=["unsloth", "transformers"])
 def test_what_is_chosen_divides_the_step_and_fits_for_the_longest_rows(batch_size, free, engine):
     on = Device("cuda:0", (7, 5), free)
-    lengths = [[2000, 900, 100] * (batch_size // 3 + 1)][:batch_size] * 2
-    fit = chosen(on, lengths, engine, batch_size=batch_size)
-    assert batch_size % fit.micro_batch == 0
-    rows = preflight.longest(lengths, fit.micro_batch, engine)
-    need = sum(preflight.peak(MISTRAL, 16, engine, on, rows, checkpointing=fit.checkpointing).values())
-    assert need < free or "would fit" in fit.reason or "too large" in fit.reason
+    lengths = [([2000, 900, 100] * 4)[:batch_size]] * 2
+    expected = preflight._estimate(Settings(batch_size=batch_size), engine, MISTRAL, on, lengths)
+    assert batch_size % expected.fit.micro_batch == 0
+    assert ("would fit" in expected.fit.reason) == (free == 5.5)
+    assert expected.peak < free
 
 
 def test_more_memory_never_takes_longer():
@@ -93,6 +92,16 @@ def test_only_steps_without_room_for_their_activations_are_done_twice():
     assert expected.peak == pytest.approx(sum(room.values()))  # fuller than the longest step, which checkpoints
     never = chosen(H100, MIXED)
     assert not any(never.checkpoints(step, UNSLOTH) for step in MIXED)
+
+
+def test_short_rows_beside_a_long_one_in_every_step_spare_none_of_them():
+    on = Device("cuda:0", (7, 5), 14.5)
+    for size in ("auto", 1, 2):
+        settings = Settings(max_length=8192, micro_batch=size)
+        expected = preflight._estimate(settings, UNSLOTH, MISTRAL, on, [[6000, 300, 200, 100]] * 3)
+        assert expected.fit.checkpointing
+        assert expected.fit.kept == 0
+        assert expected.peak < on.free
 
 
 def test_what_cannot_fit_names_a_length_that_does():

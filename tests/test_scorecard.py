@@ -5,7 +5,7 @@ import os
 import pytest
 
 from bizassist_nb.degeneration import counted
-from bizassist_nb.report import run_html, run_text
+from bizassist_nb.report import headline, how_to_go_on, run_html, run_text
 from bizassist_nb.runs import Journal, Run, take_lock, write_json
 from bizassist_nb.scorecard import rising, sections
 from bizassist_nb.settings import Settings
@@ -115,3 +115,28 @@ def test_answers_that_are_missing_are_said_to_be(judged):
     first = sections(judged)[0]
     assert "the fixed prompts could not be answered (status 9)" in first.lines
     assert not any("answers that" in row[0] for row in first.rows)
+
+
+STEP = {"loss": 2.0, "learning_rate": 1e-4, "gradient_norm": 0.5, "tokens": 100, "seconds": 1.0}
+
+
+def test_the_way_to_go_on_is_one_that_is_allowed(make):
+    """A run with steps cannot be begun anew under its name (test_cli.py), only resumed, from the start if need be."""
+    run = make([])
+    journal = Journal(run.path)
+    journal.write("state", state="stopped")
+    assert how_to_go_on(run) == f"it had no checkpoint yet; begin from the start with: %%finetune {run.name}"
+    journal.write("step", step=1, **STEP)
+    assert how_to_go_on(run).endswith(f"begin from the start with: %%finetune {run.name} --resume")
+    journal.write("checkpoint", step=1)
+    assert how_to_go_on(run).startswith("the checkpoint at step 1 is kept")
+
+
+def test_who_is_being_scored_is_said_of_a_resumed_run_too(make):
+    run = make([])
+    lock, journal = take_lock(run.path), Journal(run.path)
+    journal.write("step", step=1, **STEP)
+    for who in ("base", "tuned"):
+        journal.write("state", state="scoring", who=who)
+        assert f"scoring {who} on held-out and general rows" in headline(run)
+    os.close(lock)

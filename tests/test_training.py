@@ -18,6 +18,7 @@ from bizassist_nb.export.card import card
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training import launch
 from bizassist_nb.training.evaluation import evaluate
+from bizassist_nb.verdict import Score
 
 
 def quick(tiny, tmp_path, **changes):
@@ -157,6 +158,70 @@ def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_start(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from bizassist_nb.runs import Journal
+    from bizassist_nb.training import trainer
+
+    def begin() -> int:
+        return trainer.train(run, journal, None, None, run.settings, None, None, None, [[]])
+
+    unwrap = SimpleNamespace(unwrap_model=lambda *_, **__: None)
+    done = SimpleNamespace(train=lambda **_: None, accelerator=unwrap, state=SimpleNamespace(global_step=1))
+    monkeypatch.setattr(trainer, "build_trainer", lambda *_: done)
+    (tmp_path / "settings.toml").write_text(Settings().to_toml())
+    run, journal = Run(tmp_path), Journal(tmp_path)
+    begin()
+    assert run.last("resumed") is None
+    journal.write("step", step=1, loss=2.0, learning_rate=1e-4, gradient_norm=0.5, tokens=9, seconds=1.0)
+    begin()
+    assert run.last("resumed")["step"] == 0
+    assert run.steps == []
+
+
+def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_path):
+    from types import SimpleNamespace
+
+    from bizassist_nb.report import run_text
+    from bizassist_nb.runs import Journal
+    from bizassist_nb.training.worker import _watch
+
+    (tmp_path / "settings.toml").write_text(Settings(evaluate_every=5).to_toml())
+    run, offered = Run(tmp_path), []
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), None, RuntimeError("a bug")]
+
+    def on_held_out(_model, _between):
+        if error := errors.pop(0):
+            raise error
+        return [Score(1, 6.0, 3)]
+
+    exam = SimpleNamespace(on_held_out=on_held_out, held_out=[None] * 4)
+    best = SimpleNamespace(offer=lambda *found: offered.append(found[:2]))
+    stop = SimpleNamespace(asked=False)
+    after = _watch(Journal(tmp_path), run.settings, None, exam, None, 100, best, stop)
+    for step in range(1, 15):
+        after(step)
+    assert (offered, run.held_out) == ([(10, 2.0)], [(10, 2.0)])
+    assert "held-out rows: not scored after step 5: memory ran out (OutOfMemoryError: CUDA out of" in run_text(run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        after(15)
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(3, True), (4, False)])
+def test_scores_of_a_stopped_run_go_once_it_is_trained_further(tmp_path, steps, kept):
+    from bizassist_nb.training.checkpoints import COMPLETE
+    from bizassist_nb.training.worker import _forget_scores
+
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    files = [tmp_path / "evaluation.json", tmp_path / "answers.json"]
+    for file in (tmp_path / "settings.toml", checkpoint / COMPLETE, *files):
+        file.touch()
+    _forget_scores(Run(tmp_path), steps)
+    assert [file.exists() for file in files] == [kept, kept]
+
+
 def test_killed_run_is_lost_and_resumes_from_its_last_checkpoint(tiny, tmp_path):
     settings = quick(tiny, tmp_path, epochs=20, checkpoint_minutes=0.0)
     run = launch.start(settings, "killed")
@@ -206,7 +271,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tin
     changes = {"data": str(rows_file(rows)), "subset": 8, "held_out": 2, "batch_size": 1, "checkpoint_minutes": 0.0}
     with pytest.raises(RunError, match="the loss became nan at step 5") as caught:
         finetune(quick(folder, tmp_path, **changes), "nan")
-    assert "lower learning_rate than 0.0002" in str(caught.value)
+    assert "lower learning_rate than 0.0002, under a new name" in str(caught.value)
     run = Run(tmp_path / "nan")
     assert (run.status, len(run.steps)) == ("failed", 4)
     assert run.last("checkpoint")["step"] == 4
@@ -303,6 +368,7 @@ def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monke
     assert run.status == "finished"
     assert run.evaluation["answers"] is None
     assert "the fixed prompts could not be answered (status 9" in run._repr_html_()
+    assert str(run.path) not in run.last("unanswered")["reason"]
     monkeypatch.undo()
     readme = run.path / "README.md"
     assert "could not be answered" in readme.read_text()

@@ -36,7 +36,7 @@ def _ask_parser() -> MagicArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="the run whose tuned model answers; the newest without this; may be given several times",
+        help="the run whose tuned model answers; the one trained last without this; may be given several times",
     )
     one = parser.add_mutually_exclusive_group()
     one.add_argument("--base", action="store_true", help="ask the base alone")

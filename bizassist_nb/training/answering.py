@@ -51,8 +51,8 @@ def answer_apart(run: Run) -> dict[str, Any]:
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)  # noqa: S603 - no shell, our own module
     if ended.returncode:
         raise RunError(
-            f"the fixed prompts could not be answered (status {ended.returncode}; the reason stands at the end of "
-            f"{run.path / 'worker.log'}). Try again with: bizassist evaluate {run.name}"
+            f"the fixed prompts could not be answered (status {ended.returncode}; the reason stands at the end of the "
+            f"run's worker.log). Try again with: bizassist evaluate {run.name}"
         )
     return counted(run.answers, max_new_tokens())
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.runs import write_whole
 
 COMPLETE: Final = "complete"
 """Name of the file that is written into a checkpoint when all else in it is there."""
@@ -62,18 +61,19 @@ class Best:
 
 
 def save_adapter(target: Path, model: Any, chat: ChatTokenizer, notes: dict[str, str] | None = None) -> None:
-    """The adapter with its tokenizer and template, and `notes` by file name, written aside and put in place whole."""
-    old = target.with_name(f".{target.name}.old")
-    if target.is_dir():
+    """The adapter with its tokenizer and template, and `notes` by file name, written aside and put in place whole.
+
+    The one before is there until then, whatever becomes of the writing.
+    """
+    part, old = (target.with_name(f".{target.name}.{kind}") for kind in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)  # a worker that was killed may have left one
+    model.save_pretrained(part, safe_serialization=True)
+    chat.tokenizer.save_pretrained(part)
+    (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run has its own
+    for name, text in (notes or {}).items():
+        (part / name).write_text(text, "utf-8")
+    if target.is_dir():  # a folder cannot be put in the place of one that is not empty
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-
-    def save(part: Path) -> None:
-        model.save_pretrained(part, safe_serialization=True)
-        chat.tokenizer.save_pretrained(part)
-        (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run has its own
-        for name, text in (notes or {}).items():
-            (part / name).write_text(text, "utf-8")
-
-    write_whole(target, save)
+    part.rename(target)
     shutil.rmtree(old, ignore_errors=True)

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, Final
 
-from bizassist_nb.data.rows import Row, read_table, split
+from bizassist_nb.data.rows import Row, Table, read_table, split
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
+from bizassist_nb.errors import RunError
 from bizassist_nb.runs import Run, write_json
 from bizassist_nb.settings import Settings
 from bizassist_nb.verdict import Score, assess, judge
@@ -38,6 +39,23 @@ def score(
     finally:
         model.train(training)
     return [scores[index] for index in range(len(examples))]
+
+
+def rows_of(run: Run) -> tuple[Table, list[Row], list[Row]]:
+    """(its data, training rows, held-out rows) of a run.
+
+    Raises:
+        DataError: if they cannot be read.
+        RunError: if the data is not what the run began with.
+    """
+    settings = run.settings
+    table = read_table(settings.data, settings.columns)
+    if run.environment.get("fingerprint", table.fingerprint) != table.fingerprint:
+        raise RunError(
+            f"the data of run {run.name!r} has changed since it began ({table.source}); bring the old data back, "
+            "or start a new run"
+        )
+    return table, *split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
 
 
 class Exam:
@@ -85,6 +103,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     Raises:
         ModelError: if the run has no adapter.
         DataError: if its rows cannot be read.
+        RunError: if they are not those it began with.
     """
     from bizassist_nb.assistant.bases import loaded_base
     from bizassist_nb.assistant.decoding import scaled
@@ -94,8 +113,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     settings = run.settings
     loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
-    table = read_table(settings.data, settings.columns)
-    _, rows = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
+    _, _, rows = rows_of(run)
     held, _ = loaded.chat.examples(rows, system_prompt=settings.system_prompt, max_length=settings.max_length)
     exam = Exam(loaded.chat, settings, rows, held)
     loaded.use([adapter])

@@ -1,6 +1,7 @@
 """Starting a worker process for a run, and following it to its end."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,7 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
     # A stop that arrives while the worker is still importing must wait until it listens; masks are inherited.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
+        os.truncate(lock, 0)  # a worker before this one left its number there
         Journal(run.path).write("state", state="starting")
         with (run.path / "worker.log").open("ab") as log:
             worker = subprocess.Popen(  # noqa: S603 - no shell, our own module
@@ -67,7 +69,6 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
                 pass_fds=(lock,),
                 env=_environment(run.path),
             )
-        os.truncate(lock, 0)
         os.write(lock, str(worker.pid).encode())
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -97,12 +98,15 @@ class _Interrupts:
         """From now on this is the run they are for; one that came before it was there goes to it, too."""
         self._run = run
         if self.count:
-            run.stop()
+            self._send(run)
 
     def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1
         if self._run:
-            (self._run.stop if self.count == 1 else self._run.kill)()
+            self._send(self._run)
+
+    def _send(self, run: Run) -> None:
+        (run.stop if self.count == 1 else run.kill)()
 
 
 def _created(path: Path, settings: Settings) -> Run:
@@ -138,7 +142,7 @@ def _resumed(path: Path, settings: Settings) -> Run:
 
 
 def _free_name(settings: Settings) -> str:
-    stem = Path(settings.data).stem.replace(" ", "-") or "run"
+    stem = re.sub(r"[^\w.-]+", "-", Path(settings.data).stem)[:50].strip(".-") or "run"
     number = 1
     while settings.run_path(f"{stem}-{number}").exists():
         number += 1

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from bizassist_nb import models
+from bizassist_nb.comparing import duration
 from bizassist_nb.settings import Settings
 from bizassist_nb.training.engines import Engine, own_kernels
 
@@ -127,7 +128,8 @@ class Fit:
     """dtype of arithmetic: "bfloat16", "float16" or "float32"."""
     reason: str
     kept: int = 0
-    """With checkpointing: tokens up to which a micro-batch has room for its activations, and does without it."""
+    """With checkpointing: tokens up to which a micro-batch has room for its activations, and does without it; 0 where
+    every step has a larger one."""
 
     def checkpoints(self, rows: Sequence[int], engine: Engine) -> bool:
         """Whether rows of these lengths, which go through in this fit's micro-batches, need checkpointing."""
@@ -164,7 +166,7 @@ class Estimate:
         if self.memory != "RAM":
             words += f", {self.ram:.1f} GiB of RAM"
         words += f", {self.disk:.1f} GiB of disk"
-        return words if self.seconds is None else f"{words}; {_duration(self.seconds)} of training"
+        return words if self.seconds is None else f"{words}; {duration(self.seconds)} of training"
 
 
 def process_ram(on: Device) -> float:
@@ -230,9 +232,8 @@ def _estimate(
     # On the way to a GPU weights are mapped into RAM; on a CPU all is there.
     ram = process_ram(on) + parts["weights"] if on.on_gpu else _cpu_ram(on, parts)
     if fit.checkpointing and own_kernels(engine, on_gpu=on.on_gpu):
-        ram += (
-            _tokens(rows, engine) * model.layers * model.hidden * on.width / GIB
-        )  # where Unsloth moves the blocks' inputs
+        # That is where Unsloth moves the blocks' inputs.
+        ram += _tokens(rows, engine) * model.layers * model.hidden * on.width / GIB
     saved = 3 * 12 + 2 * 4  # two checkpoints and one being written, with both moments; the adapter and the best one
     return Estimate(
         fit=fit,
@@ -268,7 +269,9 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
         if need(size, True) > room:
             return None
         why = f"{_why(settings, need(size, True), on)}; without checkpointing {need(size, False):.1f}"
-        return Fit(size, True, on.precision, why, roomy(size))
+        found = Fit(size, True, on.precision, why, roomy(size))
+        spared = any(not found.checkpoints(step, engine) for step in lengths)
+        return found if spared else dataclasses.replace(found, kept=0)
 
     def roomy(size: int) -> int:
         """Tokens of the largest micro-batch of the run that fits without checkpointing, as all smaller ones do."""
@@ -422,7 +425,3 @@ def _free_ram() -> float:
         return int(fields["MemAvailable"].split()[0]) * 1024 / GIB
     except FileNotFoundError:  # macOS
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -71,8 +71,9 @@ def train(
     Raises:
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
-    if checkpoint := newest_checkpoint(run.path):
-        journal.write("resumed", step=checkpoint.step)
+    checkpoint = newest_checkpoint(run.path)
+    if checkpoint or run.steps:  # without a checkpoint it begins from the start, and its steps count no more
+        journal.write("resumed", step=checkpoint.step if checkpoint else 0)
     while True:
         trainer = build_trainer(run, journal, stop, engine, settings, fit, model, chat, steps, after_step)
         try:
@@ -127,7 +128,7 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     most = preflight.longest_that_fits(settings.rank, engine, preflight.Shape.of(model.config), on, beside=True)
     raise RunError(
         f"memory ran out with a single row at once and checkpointing on ({problem}). The longest row of this step has "
-        f"{row} tokens; try max_length = {max(16, min(most, row // 2))}. What is done so far is kept"
+        f"{row} tokens; try max_length = {max(16, min(most, row // 2))}, under a new name. What is done so far is kept"
     )
 
 
@@ -147,35 +148,8 @@ def build_trainer(
 
     `after_step` is called with each step's number when it is done; the time it takes is not the step's.
     """
-    on_gpu = torch.cuda.is_available()
-    own_kernels = engines.own_kernels(engine, on_gpu=on_gpu)
-    if own_kernels and fit.checkpointing:
+    if fit.checkpointing and engines.own_kernels(engine, on_gpu=torch.cuda.is_available()):
         engines.turn_on_checkpointing(model)
-    arguments = SFTConfig(
-        output_dir=str(run.path / "checkpoints"),
-        per_device_train_batch_size=fit.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // fit.micro_batch,
-        max_steps=len(steps),
-        learning_rate=settings.learning_rate,
-        warmup_steps=warmup(settings, len(steps)),
-        lr_scheduler_type="linear",
-        optim="adamw_torch_fused",  # one launch for all matrices; the 8-bit one goes through them in Python
-        seed=settings.seed,
-        train_sampling_strategy="sequential",  # the plan is the order
-        max_length=settings.max_length,
-        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and cut already
-        loss_type="chunked_nll" if engine.name == "transformers" else "nll",  # Unsloth brings its own chunked loss
-        bf16=models.compute_dtype() is torch.bfloat16,
-        fp16=models.compute_dtype() is torch.float16,
-        gradient_checkpointing=fit.checkpointing and not own_kernels,
-        use_cpu=not on_gpu,
-        save_strategy="no",  # the callback says when
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a NaN has to be seen where it happens
-        report_to="none",
-        disable_tqdm=True,
-    )
     # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
     ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for step in ordered for e in step]
@@ -184,7 +158,7 @@ def build_trainer(
         dataset._unsloth_truncated_to = settings.max_length
     trainer = SFTTrainer(
         model=model,
-        args=arguments,
+        args=_arguments(run, engine, settings, fit, len(steps)),
         train_dataset=dataset,
         processing_class=chat.tokenizer,
         callbacks=[RunCallback(run, journal, stop, steps, settings.checkpoint_minutes, after_step)],
@@ -199,6 +173,36 @@ def build_trainer(
             parameter.data = parameter.data.float()
     model.train()
     return trainer
+
+
+def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: int) -> SFTConfig:
+    """What the trainer of so many steps is told."""
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(run.path / "checkpoints"),
+        per_device_train_batch_size=fit.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // fit.micro_batch,
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=warmup(settings, steps),
+        lr_scheduler_type="linear",
+        optim="adamw_torch_fused",  # one launch for all matrices; the 8-bit one goes through them in Python
+        seed=settings.seed,
+        train_sampling_strategy="sequential",  # the plan is the order
+        max_length=settings.max_length,
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and cut already
+        loss_type="chunked_nll" if engine.name == "transformers" else "nll",  # Unsloth brings its own chunked loss
+        bf16=models.compute_dtype() is torch.bfloat16,
+        fp16=models.compute_dtype() is torch.float16,
+        gradient_checkpointing=fit.checkpointing and not engines.own_kernels(engine, on_gpu=on_gpu),
+        use_cpu=not on_gpu,
+        save_strategy="no",  # the callback says when
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a NaN has to be seen where it happens
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def _save(trainer: SFTTrainer) -> None:
@@ -274,7 +278,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
             what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
             raise RunError(
                 f"{what} at step {state.global_step}, so training was stopped; the checkpoints "
-                f"before it are kept. Try a lower learning_rate than {args.learning_rate:g}"
+                f"before it are kept. Try a lower learning_rate than {args.learning_rate:g}, under a new name"
             )
         now = time.monotonic()
         self._journal.write(

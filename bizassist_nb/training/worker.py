@@ -19,17 +19,17 @@ from types import FrameType
 from typing import Any, Final
 
 from bizassist_nb import models
-from bizassist_nb.data.rows import Rejected, Row, Table, read_table, split
+from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
-from bizassist_nb.errors import BizassistError, DataError, RunError
+from bizassist_nb.errors import BizassistError, DataError, RunError, brief
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
 from bizassist_nb.runs import Journal, Run, write_json
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
-from bizassist_nb.training.checkpoints import Best, save_adapter
-from bizassist_nb.training.evaluation import Exam
+from bizassist_nb.training.checkpoints import Best, newest_checkpoint, save_adapter
+from bizassist_nb.training.evaluation import Exam, rows_of
 from bizassist_nb.verdict import Score, mean_loss
 
 PACKAGES: Final = (
@@ -100,7 +100,7 @@ def work(run: Run, journal: Journal) -> str:
     fit = _preflight(journal, settings, engine, base, steps)
     model = _load(journal, engine, base, settings, fit)
 
-    journal.write("state", state="scoring")
+    journal.write("state", state="scoring", who="base")
     with model.disable_adapter():
         base_scores = _examine(journal, "base", 0, model, exam, stop)
     best = Best(run.path)
@@ -109,7 +109,7 @@ def work(run: Run, journal: Journal) -> str:
         write_card(run)
         return "stopped"
     stop.patient = False  # what training gave is saved; scoring can be done again on resuming
-    journal.write("state", state="scoring")
+    journal.write("state", state="scoring", who="tuned")
     tuned_scores = _examine(journal, "tuned", done, model, exam, stop)
     better = best.loss < mean_loss(tuned_scores[0])
     if better and settings.keep == "best":
@@ -149,8 +149,7 @@ def _prepare(
     from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
 
     settings = run.settings
-    table = read_table(settings.data, settings.columns)
-    training, held_out = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
+    table, training, held_out = rows_of(run)
     chat = models.load_tokenizer(base.source)
     examples, held = tokenise(journal, chat, settings, table, training, held_out)
     _write_environment(run, engine.name, base, table)
@@ -183,6 +182,7 @@ def _train(
     from bizassist_nb.training.trainer import train
 
     stop.patient = True
+    _forget_scores(run, len(steps))
     watch = _watch(journal, run.settings, model, exam, chat, len(steps), best, stop)
     journal.write("state", state="training")
     done = train(run, journal, stop, engine, run.settings, fit, model, chat, steps, watch)
@@ -190,6 +190,14 @@ def _train(
     save_adapter(run.path / "adapter", model, chat)
     save_loss_png(run)
     return done
+
+
+def _forget_scores(run: Run, steps: int) -> None:
+    """Delete what was said of an adapter that is about to be trained further; one that is done keeps it."""
+    checkpoint = newest_checkpoint(run.path)
+    if checkpoint is None or checkpoint.step < steps:
+        for name in ("evaluation.json", "answers.json"):
+            (run.path / name).unlink(missing_ok=True)
 
 
 def _preflight(
@@ -243,7 +251,12 @@ def _watch(
     best: Best,
     stop: Stop,
 ) -> Callable[[int], None]:
-    """What is done after each step: the held-out rows are scored when it is time, and the best adapter is kept."""
+    """What is done after each step: the held-out rows are scored when it is time, and the best adapter is kept.
+
+    Where memory runs out over it, training goes on as it was, without that score: its own step is through.
+    """
+    from bizassist_nb.training.trainer import out_of_memory  # after unsloth, which has to be imported first
+
     every = settings.evaluate_every
     if isinstance(every, str):
         every = max(1, round(3 * len(exam.held_out) / settings.batch_size))
@@ -259,6 +272,11 @@ def _watch(
             scores = _score(journal, "tuned", step, model, exam, hurry)
         except Stopped:
             return  # training itself stops in its own, orderly way
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            journal.write("unscored", step=step, reason=brief(error))
+            return
         best.offer(step, mean_loss(scores), model, chat)
 
     return after
@@ -319,12 +337,6 @@ def _score(journal: Journal, who: str, step: int, model: Any, exam: Exam, betwee
 def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -> None:
     import torch
 
-    before = run.environment
-    if before and before["fingerprint"] != table.fingerprint:
-        raise RunError(
-            f"the data of run {run.name!r} has changed since it began ({table.source}); bring the old data back, "
-            "or start a new run"
-        )
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     write_json(
         run.path / "environment.json",
