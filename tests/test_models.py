@@ -104,7 +104,7 @@ models.embedded_folder()
 def test_a_conversion_that_is_killed_leaves_no_half_of_a_model(tmp_path, monkeypatch):
     killed = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})
     assert killed.returncode == -signal.SIGKILL
-    cache = tmp_path / "bizassist_nb"
+    cache = tmp_path / "bizassist_nb" / "2"
     assert [path.name[:12] for path in cache.iterdir()] == [".converting-"]
     # The next one is not misled by what is left, and finishes.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -123,7 +123,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_is_done_again(tmp_path, monk
     monkeypatch.setattr(models, "_convert_gguf", fail)
     with pytest.raises(OSError, match="disk full"):
         embedded_folder()
-    assert list((tmp_path / "bizassist_nb").iterdir()) == []
+    assert list((tmp_path / "bizassist_nb" / "2").iterdir()) == []
     monkeypatch.setattr(models, "_convert_gguf", lambda _, target: (target / "config.json").touch())
     assert (embedded_folder() / "config.json").exists()
 
