@@ -24,8 +24,6 @@ class Weights:
 
     def __init__(self, source: str, *, nf4: bool):
         """Look at the files of a hub id (fetched if they are not in its cache yet) or of a folder."""
-        with models.quietly():
-            import bitsandbytes  # noqa: F401 - it has a word to say when it is imported
         self._files = _files(source)
         weights = [name.removesuffix(f".{_STATE}") for name in self._files if name.endswith(f".{_STATE}")]
         self._parts = {

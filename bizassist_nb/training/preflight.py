@@ -6,7 +6,6 @@ the way back. docs/benchmarks.md has estimates beside measured peaks.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -418,10 +417,7 @@ def _work(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[i
 
 
 def _free_ram() -> float:
-    """GiB of RAM that could be had without swapping; all there is where the system does not say."""
-    try:
-        with open("/proc/meminfo") as file:  # noqa: PTH123 - a file of the kernel's
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024 / GIB
-    except FileNotFoundError:  # macOS
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    """GiB of RAM that could be had without swapping."""
+    import psutil
+
+    return float(psutil.virtual_memory().available / GIB)

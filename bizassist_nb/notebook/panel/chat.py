@@ -229,7 +229,7 @@ class Chat:
         turn = self._turns[-1]
         try:
             going = answering.step(turn)
-        except BaseException:
+        except BaseException:  # an interrupt, too, must leave no answer that seems to go on
             self._answering = None
             turn.end("not answered")
             raise
