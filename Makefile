@@ -11,6 +11,11 @@ PYTHON ?= python3.11
 TORCH  ?= torch==2.13.0
 export CHROMIUM ?= /usr/bin/chromium
 
+# Tests run in so many processes, a file of them in one. Each computes on one core: threads that wait for each other
+# on cores they share take far longer than a single one.
+JOBS ?= 2
+SIDE_BY_SIDE = OMP_NUM_THREADS=1
+
 .PHONY: demo test lab lint chromium notebooks clean
 .DELETE_ON_ERROR:
 
@@ -18,10 +23,10 @@ demo: .venv/demo
 	.venv/bin/bizassist demo
 
 test: chromium lint .venv/dev .venv/ipykernel-7.3.0 .venv-colab/ready
-	.venv/bin/python -m pytest
+	$(SIDE_BY_SIDE) .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 	rm -rf notebooks/runs
-	.venv/bin/python -m pytest --nbval notebooks
-	.venv-colab/bin/python -m pytest -m notebook
+	$(SIDE_BY_SIDE) .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --nbval notebooks
+	$(SIDE_BY_SIDE) .venv-colab/bin/python -m pytest -n $(JOBS) --dist loadfile -m notebook
 
 lint: .venv/dev
 	.venv/bin/ruff check

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 # Nothing here reaches a hub; a test that tries is told so at once instead of after minutes.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -88,16 +89,20 @@ def rows_file(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def trained(embedded, tmp_path_factory):
-    """A real run: the embedded model, fine-tuned on 16 of the package's rows, by the engine that "auto" takes."""
-    from bizassist_nb import Settings, finetune
+def trained(embedded, tmp_path_factory, worker_id):
+    """A real run: the embedded model, fine-tuned on 16 of the package's rows, by the engine that "auto" takes.
 
+    One for all processes of the test session, so no test may change it.
+    """
+    from bizassist_nb import Settings, finetune, open_run
+
+    folder = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        folder = folder.parent
     settings = Settings(
-        data="sample",
-        subset=16,
-        held_out=8,
-        max_length=384,
-        learning_rate=2e-3,
-        runs_dir=str(tmp_path_factory.mktemp("trained")),
+        data="sample", subset=16, held_out=8, max_length=384, learning_rate=2e-3, runs_dir=str(folder / "runs")
     )
-    return finetune(settings, "trained")
+    with FileLock(folder / "trained.lock"):
+        if (folder / "runs" / "trained" / "evaluation.json").exists():
+            return open_run("trained", folder / "runs")
+        return finetune(settings, "trained")
