@@ -1,6 +1,7 @@
 """The command line: `bizassist`, or `python -m bizassist_nb`."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -8,12 +9,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb import __version__
-from bizassist_nb.errors import BizassistError, SettingsError
+from bizassist_nb.errors import BizassistError, SettingsError, brief
 from bizassist_nb.runs import ENDED, Run, list_runs, open_run
-from bizassist_nb.settings import Settings, reference
+from bizassist_nb.settings import Settings, reference, user_path
 
 DEMO: Final = 'data = "sample"\nsubset = 96\nheld_out = 24\nmax_length = 512\nlearning_rate = 1e-3\n'
 """Settings of the demo: a few minutes on two CPU cores."""
+
+_LARGEST: Final = 2**20
+"""Bytes of a file of settings."""
 
 DEMO_QUESTION: Final = "We can build only one of three features this quarter. How should we decide?"
 
@@ -129,15 +133,22 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace, text: str) -> Settings:
-    overrides = [f"runs_dir={json.dumps(options.runs_dir)}"] if options.runs_dir != "runs" else []
-    return Settings.from_toml(text, [*overrides, *options.set])
+    settings = Settings.from_toml(text, options.set)
+    return dataclasses.replace(settings, runs_dir=options.runs_dir) if options.runs_dir != "runs" else settings
 
 
 def _read(name: str) -> str:
     try:
-        return Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([f"{name} cannot be read: {error}"]) from error
+        with user_path(name).open("rb") as file:
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise SettingsError([f"{name} is no file of settings: it has more than {_LARGEST // 1024:,} KiB"])
+        return text.decode()
+    except UnicodeDecodeError as error:
+        where = f"line {text[: error.start].count(10) + 1}"
+        raise SettingsError([f"{name} is not UTF-8 ({where}); save it as UTF-8"]) from error
+    except (OSError, ValueError) as error:
+        raise SettingsError([f"{name} cannot be read ({brief(error)}); give the path of a TOML file"]) from error
 
 
 def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:

@@ -3,18 +3,44 @@
 Every message says what is wrong, the value, and what to do about it.
 """
 
+import os
+import re
 from collections.abc import Sequence
+from typing import Final
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Characters that a terminal acts on (but for tab and new line), and halves of characters, which it cannot be sent."""
+
+_SECRETS: Final = re.compile(r"(?<=:/)(/?)[^/\s?#\"']+@|\bhf_[A-Za-z0-9]{20,}")
+"""What stands before the @ of an address, and tokens of the hub."""
 
 
-def brief(error: BaseException, token: str | None = None) -> str:
-    """Another library's error on one line: its type and what it begins with; `token` is a secret not to be shown."""
-    text = str(error).replace(token, "(the token)") if token else str(error)
-    lines = text.strip().splitlines()
+def printable(text: str) -> str:
+    r"""Others' text for a terminal: characters that would move its cursor or set its colours are spelt out (\x1b)."""
+    return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+def without_secrets(text: str) -> str:
+    """The text without tokens of the hub (the one in use, and whatever looks like one) and passwords in addresses."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        token = os.environ.get(name, "").strip()
+        if len(token) >= 8:  # a shorter one is none, and would be found within words
+            text = text.replace(token, "(the token)")
+    return _SECRETS.sub(lambda found: "(the token)" if found[1] is None else f"{found[1]}(the password)@", text)
+
+
+def brief(error: BaseException) -> str:
+    """Another library's error on one line: its type and what it begins with, without secrets."""
+    lines = without_secrets(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 class BizassistError(Exception):
     """Base of all errors whose message is the whole story: IPython shows it without a traceback."""
+
+    def __str__(self) -> str:
+        """The message; it may quote what others wrote."""
+        return printable(without_secrets(super().__str__()))
 
     def _render_traceback_(self) -> list[str]:
         # IPython's hook for exceptions that draw themselves.

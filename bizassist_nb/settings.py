@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import tomli_w
 
-from bizassist_nb.errors import SettingsError
+from bizassist_nb.errors import SettingsError, without_secrets
 
 ROLES: Final = ("instruction", "context", "response", "category")
 """What the columns of a data set are for; `Settings.columns` maps these to the data's own names."""
@@ -153,8 +153,8 @@ class Settings:
         The value of an override is TOML too; one that is not (`data=rows.csv`) is taken as the text it is.
         """
         try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            values = _toml(text.removeprefix("\ufeff"))
+        except ValueError as error:
             raise SettingsError(
                 [f'this is not TOML: {error}. Each line is a key and a value: data = "dolly"']
             ) from error
@@ -196,7 +196,25 @@ def reference() -> list[tuple[str, str, str]]:
     ]
 
 
+def _toml(text: str) -> dict[str, Any]:
+    """The values of a TOML text; ValueError says what is wrong with it."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+    except ValueError:  # of Python's own, which reads no such number
+        raise ValueError("a number has thousands of digits") from None
+
+
 def _problems(field: "dataclasses.Field[Any]", value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value.values() if isinstance(value, Mapping) else []
+    if any(isinstance(text, str) and without_secrets(text) != text for text in texts):
+        return [
+            f"{field.name} = {_shown(value)}: holds a password or a token, which would be written into the run "
+            "directory; leave it out (the hub's token is taken from HF_TOKEN or hf auth login)"
+        ]
     if _fits(field, value):
         return []
     return [f"{field.name} = {_shown(value)}: has to be {_allowed(field)}"]
@@ -237,7 +255,7 @@ def _allowed(field: "dataclasses.Field[Any]") -> str:
 
 def _unknown(key: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"{key}: there is no such setting; " + (
+    return f"{_cut(without_secrets(key))}: there is no such setting; " + (
         f"did you mean {near[0]}?" if near else f"there are {_listed(known)}"
     )
 
@@ -247,20 +265,29 @@ def _parse_override(override: str) -> dict[str, Any]:
     if not equals or not key:
         raise SettingsError([f"{override!r}: an override is KEY=VALUE, for example rank=32"])
     try:
-        return tomllib.loads(f"{key} = {value}")
-    except tomllib.TOMLDecodeError:
-        head, dot, rest = key.partition(".")
-        return {head: {rest: value}} if dot else {key: value}
+        found = _toml(f"{key} = {value}")
+    except ValueError:
+        found = {}
+    if len(found) == 1:  # a value of several lines could be several settings
+        return found
+    head, dot, rest = key.partition(".")
+    return {head: {rest: value}} if dot else {key: value}
 
 
 def _shown(value: Any) -> str:
-    """The value as it would stand in TOML."""
+    """The value as it would stand in TOML, a long one cut."""
     if isinstance(value, str):
-        shown = json.dumps(value if len(value) <= 80 else value[:79] + "…", ensure_ascii=False)
+        shown = json.dumps(_cut(without_secrets(value)), ensure_ascii=False)
         return shown.encode("utf-8", "backslashreplace").decode()  # a lone surrogate could not be printed
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {_shown(item)}" for key, item in value.items()) + " }" if value else "{}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int) and abs(value) >= 10**80:
+        return f"a number of {value.bit_length():,} bits"  # Python spells out no number of thousands of digits
+    return f"{value:g}" if isinstance(value, float) else _cut(without_secrets(str(value)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _listed(items: Iterable[Any]) -> str:

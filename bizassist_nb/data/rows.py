@@ -10,12 +10,13 @@ import json
 import os
 import random
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
-from bizassist_nb.errors import DataError, brief
+from bizassist_nb.errors import DataError, brief, printable
 from bizassist_nb.settings import ROLES, user_path
 
 DOLLY: Final = "databricks/databricks-dolly-15k"
@@ -24,6 +25,11 @@ DOLLY_SHA256: Final = "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fc
 """Of the file as published on the hub."""
 
 SUFFIXES: Final = (".jsonl", ".json", ".csv", ".parquet")
+
+_LONGEST: Final = 16 * 2**20
+"""Bytes or characters of a line or a CSV field at most: longer ones are no rows, and are never whole in memory."""
+_LARGEST_JSON: Final = 2**30
+"""Bytes of a .json file, which can only be read whole."""
 
 # Column names recognised without being told, by role, in order of preference.
 _ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -76,15 +82,18 @@ def read_table(data: str, columns: Mapping[str, str] | None = None) -> Table:
     Raises:
         DataError: if the source is missing, unreachable, empty, of an unknown kind, or holds no usable row.
     """
-    source, fingerprint, records = _open(data)
     rows: list[Row] = []
     rejected: list[Rejected] = []
-    for number, record in records:
-        try:
-            rows.append(_row(number, record, columns or {}))
-        except _BadRowError as problem:
-            reason = str(problem).encode("utf-8", "backslashreplace").decode()  # names in it may hold half characters
-            rejected.append(Rejected(number, reason))
+    try:
+        source, fingerprint, records = _open(data)
+        for number, record in records:
+            try:
+                rows.append(_row(number, record, columns or {}))
+            except _BadRowError as problem:
+                rejected.append(Rejected(number, printable(str(problem))))  # names in it may hold half characters
+    except OSError as error:
+        reason = error.strerror or brief(error)
+        raise DataError(f"{data} cannot be read ({reason}); check that it is there and that you may read it") from error
     if not rows and not rejected:
         raise DataError(f"{source} holds no rows")
     if not rows:
@@ -167,7 +176,7 @@ def _download_dolly() -> Path:
         raise DataError(
             f'the hub, where "dolly" comes from, cannot be reached ({type(error).__name__}). Check the network, '
             f'or fetch {DOLLY_FILE} elsewhere and set BIZASSIST_DOLLY to its path, or use data = "sample"'
-        ) from error
+        ) from None  # a server's words may repeat the token
 
 
 def _open_hub(name: str) -> tuple[str, str, _Records]:
@@ -180,50 +189,131 @@ def _open_hub(name: str) -> tuple[str, str, _Records]:
         raise DataError(
             f'the hub data set "{name}" cannot be loaded ({brief(error)}). '
             "Check its name, that it has a split named train, and the network"
-        ) from error
+        ) from None
     records = [dict(record) for record in dataset]
     digest = hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()
     return f"{name} on the hub", digest, enumerate(records, 1)
 
 
 def _open_file(path: Path) -> tuple[str, _Records]:
-    if not os.path.isfile(path):  # noqa: PTH113 - Path's own raises where a name is too long
-        raise DataError(f"there is no file {path} (looked in {path.absolute().parent})")
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"there is no file {path} (looked in {path.absolute().parent})") from None
+    if not stat.S_ISREG(kind):  # a folder has no rows, a pipe or a device no end
+        raise DataError(f"{path} is a folder, a pipe or a device; rows are read from a file")
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     return _sha256(path), readers[path.suffix.lower()](path)
 
 
 def _jsonl(path: Path) -> _Records:
+    _check_encoding(path)
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file), 1):
+            if line is None:
+                yield (
+                    number,
+                    _BadRowError(
+                        f"has more than {_LONGEST // 2**20} MiB in one line; write each row on one of its own"
+                    ),
+                )
+                continue
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode("utf-8-sig"))
+                yield number, json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
             except UnicodeDecodeError as error:
-                yield number, _BadRowError(f"is not UTF-8 (byte {error.start + 1} of the line)")
-            except (ValueError, RecursionError) as error:
-                yield number, _BadRowError(f"is not JSON ({error})")
+                yield number, _BadRowError(f"is not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8")
+            except RecursionError:
+                yield number, _BadRowError("is not JSON that can be read: its brackets are nested too deeply")
+            except ValueError as error:
+                yield number, _BadRowError(f'is not JSON ({error}); a row is {{"instruction": "…", "response": "…"}}')
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """The file's lines; None for one that is too long, of which only a part at a time is in memory."""
+    while line := file.readline(_LONGEST):
+        whole = len(line) < _LONGEST or line.endswith(b"\n")
+        rest = line
+        while len(rest) == _LONGEST and not rest.endswith(b"\n"):
+            rest = file.readline(_LONGEST)
+        yield line if whole else None
 
 
 def _json(path: Path) -> _Records:
+    _check_encoding(path)
+    if path.stat().st_size > _LARGEST_JSON:
+        raise DataError(f"{path} has more than {_LARGEST_JSON // 2**30} GiB; as .jsonl, a row a line, it can be read")
     try:
-        records = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON in UTF-8: {error}") from error
+        records = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object)
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not JSON in UTF-8 ({_first_not_utf8(path)}); save it as UTF-8") from None
+    except RecursionError:
+        raise DataError(f"{path} is not JSON that can be read: its brackets are nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}; it has to hold a list of rows") from error
     if not isinstance(records, list):
-        raise DataError(f"{path} has to hold a JSON list of rows; it holds a {type(records).__name__}")
+        kind = type(records).__name__ if not isinstance(records, _BadRowError) else "dict"
+        raise DataError(f"{path} has to hold a JSON list of rows; it holds a {kind}")
     return enumerate(records, 1)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    """A JSON object; one that names something twice, or holds one that does, is the error that stands for it."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in record if keys.count(key) > 1)
+        return _BadRowError(f"has {twice!r} twice; which one counts cannot be known, so leave one out")
+    inner = (item for value in record.values() for item in (value if isinstance(value, list) else [value]))
+    return next((item for item in inner if isinstance(item, _BadRowError)), record)
 
 
 def _csv(path: Path) -> _Records:
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 kB
+    _check_encoding(path)
+    csv.field_size_limit(_LONGEST)  # the default refuses texts of 128 kB
+    line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            records: list[Any] = list(csv.DictReader(file, strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not CSV in UTF-8 with a line of column names: {error}") from error
-    return enumerate(records, 1)
+            reader = csv.DictReader(_csv_lines(file), strict=True)
+            names = [name for name in reader.fieldnames or () if name]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{path} has two columns named {twice!r}; rename or delete one")
+            for number, record in enumerate(reader, 1):
+                line = reader.line_num
+                yield number, record
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not CSV in UTF-8 ({_first_not_utf8(path)}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise DataError(
+            f"{path} is not CSV with a line of column names: in the row that begins after line {line}: {error}; "
+            'a text with commas, quotes or several lines is written "in quotes", a quote in it twice'
+        ) from error
+
+
+def _csv_lines(file: IO[str]) -> Iterator[str]:
+    while line := file.readline(_LONGEST):
+        if len(line) == _LONGEST and not line.endswith(("\n", "\r")):
+            raise csv.Error(f"a line has more than {_LONGEST // 2**20} Mi characters")
+        yield line
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuse what is plainly not UTF-8 in one word, rather than line by line."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
+        raise DataError(f"{path} is UTF-16 or UTF-32, or no text at all; save it as UTF-8")
+
+
+def _first_not_utf8(path: Path) -> str:
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file), 1):
+            try:
+                (line or b"").decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}, byte {error.start + 1}"
+    return "in a line that is too long"
 
 
 def _parquet(path: Path) -> _Records:
@@ -231,9 +321,14 @@ def _parquet(path: Path) -> _Records:
     import pyarrow.parquet
 
     try:
-        records = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            records = file.read().to_pylist() if len(set(names)) == len(names) else None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path} is not a Parquet file that can be read ({brief(error)}); write it anew") from error
+    if records is None:
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path} has two columns named {twice!r}; rename or delete one")
     return enumerate(records, 1)
 
 
@@ -245,7 +340,9 @@ def _row(number: int, record: Any, columns: Mapping[str, str]) -> Row:
             f"has {len(record[None])} cells more than there are columns; quote texts with commas in them"
         )
     if not isinstance(record, dict):
-        raise _BadRowError(f"is a {type(record).__name__}, not an object with named columns")
+        raise _BadRowError(
+            f'is a {type(record).__name__}, not an object with named columns: {{"instruction": "…", "response": "…"}}'
+        )
     if "messages" in record and not columns:
         return _conversation(number, record)
     names = {role: _column(role, record, columns) for role in ROLES}
@@ -260,7 +357,7 @@ def _row(number: int, record: Any, columns: Mapping[str, str]) -> Row:
     texts = {role: _text(name, record[name]) for role, name in names.items() if name is not None}
     for role in ("instruction", "response"):
         if not texts[role]:
-            raise _BadRowError(f"{names[role]} is empty")
+            raise _BadRowError(f"{names[role]} is empty; write one, or leave the row out")
     return Row(
         number=number,
         instruction=texts["instruction"],
@@ -284,9 +381,9 @@ def _text(name: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _BadRowError(f"{name} is not text but a {type(value).__name__}")
+        raise _BadRowError(f"{name} is not text but a {type(value).__name__}; write it as a text, in quotes")
     if any("\ud800" <= char <= "\udfff" for char in value):
-        raise _BadRowError(f"{name} holds half of a character (a lone surrogate)")
+        raise _BadRowError(f"{name} holds half of a character (a lone surrogate); write the character whole")
     return value.strip()
 
 
@@ -296,13 +393,15 @@ def _conversation(number: int, record: Mapping[str, Any]) -> Row:
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
     ):
-        raise _BadRowError("messages is not a list of objects with role and content")
+        raise _BadRowError(
+            'messages is not a list of objects with role and content: [{"role": "user", "content": "…"}, …]'
+        )
     turns = [(message["role"], _text("content", message["content"])) for message in messages]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
     if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
         raise _BadRowError("messages are not user and assistant in turn, ending with the assistant")
     if not all(content for _, content in turns):
-        raise _BadRowError("a message is empty")
+        raise _BadRowError("a message is empty; write it, or leave the row out")
     pairs = [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
     category = _text("category", record.get("category"))
     return Row(number, *pairs[-1], category=category, system=system, history=tuple(pairs[:-1]))

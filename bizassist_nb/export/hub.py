@@ -19,7 +19,7 @@ def upload(run: Run, repo: str | None, *, private: bool = False) -> str:
         RunError: for an unusable name, without a token, or if the hub cannot be reached or refuses.
     """
     import httpx
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo or ""):
@@ -30,7 +30,7 @@ def upload(run: Run, repo: str | None, *, private: bool = False) -> str:
         api.create_repo(str(repo), private=private, exist_ok=True)
         api.upload_folder(repo_id=str(repo), folder_path=folder, commit_message=f"Adapter of run {run.name}")
     except (HfHubHTTPError, LocalTokenNotFoundError, httpx.HTTPError, OSError, ValueError) as error:
-        reason = brief(error, get_token())  # a server may repeat what it was sent
+        reason = brief(error)  # a server may repeat what it was sent
         raise RunError(
             f"the upload to {repo} failed ({reason}). "
             "Check the network, the name, and that you are logged in (hf auth login, or HF_TOKEN); "
