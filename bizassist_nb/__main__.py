@@ -6,10 +6,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from bizassist_nb import __version__
-from bizassist_nb.errors import BizassistError, SettingsError, brief
+from bizassist_nb.errors import BizassistError, SettingsError, brief, printable
 from bizassist_nb.runs import ENDED, Run, list_runs, open_run
 from bizassist_nb.settings import Settings, reference, user_path
 
@@ -28,11 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run_command(options)
     except BizassistError as error:
-        print(f"bizassist: {error}", file=sys.stderr)
+        _say(f"bizassist: {error}", to=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _say(text: object, to: TextIO | None = None) -> None:
+    """Print it, at once; no character in it moves the terminal's cursor or sets its colours."""
+    print(printable(str(text)), file=to, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,9 +132,9 @@ def _demo(options: argparse.Namespace) -> None:
     if run.status == "finished":
         first, last = run.steps[:5], run.steps[-5:]
         means = [sum(step.loss for step in steps) / len(steps) for steps in (first, last)]
-        print(f"\ntraining loss: {means[0]:.3f} over the first five steps, {means[1]:.3f} over the last five\n")
-        print(Assistant(run).ask(DEMO_QUESTION, max_new_tokens=200))
-        print(f"\nAsk more: bizassist ask {run.name} 'your question'; the loss curve is {run.path / 'loss.png'}")
+        _say(f"\ntraining loss: {means[0]:.3f} over the first five steps, {means[1]:.3f} over the last five\n")
+        _say(Assistant(run).ask(DEMO_QUESTION, max_new_tokens=200))
+        _say(f"\nAsk more: bizassist ask {run.name} 'your question'; the loss curve is {run.path / 'loss.png'}")
 
 
 def _settings(options: argparse.Namespace, text: str) -> Settings:
@@ -162,10 +167,10 @@ def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
         nonlocal shown, said
         line = headline(run)
         if run.status == "training" and (words := rising(run)) != said:
-            print(words or "Held-out loss falls again.", flush=True)
+            _say(words or "Held-out loss falls again.")
             said = words
         if line != shown:
-            print(run_text(run) if run.status in ENDED else line, flush=True)
+            _say(run_text(run) if run.status in ENDED else line)
             shown = line
 
     run = finetune(settings, name, resume=resume, show=show)
@@ -180,7 +185,7 @@ def _ask(options: argparse.Namespace) -> None:
 
     run = open_run(options.run, options.runs_dir)
     how = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "seed", "strength")}
-    print(Assistant(run).ask(options.question, who=(BASE,) if options.base else (BASE, TUNED), **how))
+    _say(Assistant(run).ask(options.question, who=(BASE,) if options.base else (BASE, TUNED), **how))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -190,16 +195,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     run = open_run(options.run, options.runs_dir)
     result = evaluate(run)
-    print(json.dumps(result, indent=1) if options.json else sections_text(sections(run)))
+    _say(json.dumps(result, indent=1) if options.json else sections_text(sections(run)))
 
 
 def _votes(options: argparse.Namespace) -> None:
     from bizassist_nb.votes import export_preferences, tally
 
     run = open_run(options.run, options.runs_dir)
-    print(tally(run).sentence)
+    _say(tally(run).sentence)
     if options.to:
-        print(f"{export_preferences(run, Path(options.to))} preference pairs in {options.to}")
+        _say(f"{export_preferences(run, Path(options.to))} preference pairs in {options.to}")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -209,21 +214,21 @@ def _export(options: argparse.Namespace) -> None:
         base=options.base,
         repo=options.repo,
         private=options.private,
-        show=lambda line: print(line, file=sys.stderr, flush=True),
+        show=lambda line: _say(line, to=sys.stderr),
     )
-    print(where)
+    _say(where)
 
 
 def _runs(options: argparse.Namespace) -> None:
     from bizassist_nb.comparing import runs_text
 
-    print(runs_text(list_runs(options.runs_dir)))
+    _say(runs_text(list_runs(options.runs_dir)))
 
 
 def _doctor(_: argparse.Namespace) -> None:
     from bizassist_nb import doctor
 
-    print(doctor.as_text(doctor.report()))
+    _say(doctor.as_text(doctor.report()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bizassist_nb import render
-from bizassist_nb.errors import RunError
+from bizassist_nb.errors import RunError, printable
 from bizassist_nb.render import Section
 from bizassist_nb.runs import Run, open_run
 from bizassist_nb.verdict import Score, judge
@@ -55,24 +55,34 @@ def compare(*runs: Run | str) -> RunComparison:
     """
     if not runs:
         raise RunError('which runs? compare("first", "second"), or the runs themselves')
-    return RunComparison([open_run(run) if isinstance(run, str) else run for run in runs])
+    found = [open_run(run) if isinstance(run, str) else run for run in runs]
+    if damage := next(filter(None, (run.damage for run in found)), None):
+        raise RunError(damage)
+    return RunComparison(found)
 
 
 def runs_section(runs: Iterable[Run]) -> Section:
-    """A table of runs: what differs in their settings, what came of them, what they took, and when."""
+    """A table of runs: what differs in their settings, what came of them, what they took, and when.
+
+    Of damaged ones there is only the name, and a line that says what is wrong.
+    """
     runs = list(runs)
-    differing = _differing(runs)
+    damaged = {run.path: damage for run in runs if (damage := run.damage)}
+    differing = _differing([run for run in runs if run.path not in damaged])
     head = (
         "run", "status", "model", "data", *differing, "steps", "held-out loss: base", "tuned", "change", "verdict",
         "training time", "tokens/s", "memory", "began",
     )  # fmt: skip
-    return Section("Runs", (), head, tuple(_row(run, differing) for run in runs))
+    nothing = ("",) * (len(head) - 2)
+    rows = (_row(run, differing) if run.path not in damaged else (run.name, "damaged", *nothing) for run in runs)
+    return Section("Runs", tuple(damaged.values()), head, tuple(rows))
 
 
 def runs_text(runs: Iterable[Run]) -> str:
     """The table of runs for a terminal."""
     section = runs_section(runs)
-    return render.text_table([section.head, *section.rows]) if section.rows else "no runs yet"
+    table = render.text_table([section.head, *section.rows]) if section.rows else "no runs yet"
+    return "\n\n".join([table, *map(printable, section.lines)])
 
 
 def against(first: Run, other: Run) -> str:

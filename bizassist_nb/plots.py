@@ -69,17 +69,23 @@ def loss_figure(run: Run) -> LossFigure:
 def overlaid_figure(runs: Sequence[Run]) -> LossFigure:
     """Smoothed training loss (lines) and held-out loss (dashed, with marks) of several runs against the step."""
     figure, axes = _empty(3.6)
+    names: list[str] = []
     for run, color, mark in zip(runs, itertools.cycle(_COLORS), itertools.cycle("os^Dv"), strict=False):
         steps = run.steps
         if steps:
             shown = _drawn(len(steps))
             numbers, losses = np.array([(step.step, step.loss) for step in steps]).T
-            axes.plot(numbers[shown], smoothed(losses)[shown], color=color, label=run.name)
+            axes.plot(numbers[shown], smoothed(losses)[shown], color=color, label=f"run {len(names)}")
+            names.append(run.name)
         if held_out := run.held_out:
             axes.plot(*zip(*held_out, strict=True), color=color, linestyle="--", marker=mark, clip_on=False)
     axes.set_xlim(left=0)
     axes.set_xlabel("step (lines: training, smoothed; dashed: held-out answers)")
-    return _with_legend(figure)
+    _with_legend(figure)
+    for text, name in zip(figure.legends[0].get_texts() if names else (), names, strict=True):
+        text.set_parse_math(False)  # a name is a name: no formula between dollar signs ...
+        text.set_text(name)  # ... and not left out of the legend for its underscore
+    return figure
 
 
 def _empty(height: float) -> tuple[LossFigure, Axes]:

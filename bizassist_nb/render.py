@@ -2,12 +2,15 @@
 
 import dataclasses
 import html
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
 
 import nh3
 from markdown_it import MarkdownIt
+
+from bizassist_nb.errors import printable
 
 # No images (fetching one tells its server who reads), no style, no forms.
 _TAGS = {
@@ -41,13 +44,19 @@ def _whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def plain_markdown(text: str) -> str:
+    """Text as it is, on one line, within Markdown: no link, picture, formula, HTML or new cell comes of it."""
+    line = re.sub(r"\s+", " ", _whole(text))
+    return html.escape(re.sub(r"([\\`*_\[\]|~$])", r"\\\1", line), quote=False)
+
+
 def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     """An HTML table of plain texts, aligned to the left."""
     cell = '<{0} style="text-align: left; vertical-align: top; padding: 2px 8px; white-space: pre-wrap">{1}</{0}>'
     lines = [(head, "th")] if head else []
     lines += [(row, "td") for row in rows]
     return "<table>" + "".join(
-        "<tr>" + "".join(cell.format(tag, html.escape(text)) for text in row) + "</tr>" for row, tag in lines
+        "<tr>" + "".join(cell.format(tag, html.escape(_whole(text))) for text in row) + "</tr>" for row, tag in lines
     ) + "</table>"  # fmt: skip
 
 
@@ -82,9 +91,9 @@ class Section:
 def sections_html(sections: Iterable[Section]) -> str:
     """Sections for a notebook; folded ones open at a click, without a kernel."""
     return "".join(
-        f"<details><summary>{html.escape(section.title)}</summary>{_body_html(section)}</details>"
+        f"<details><summary>{html.escape(section.title)}</summary>{body(section)}</details>"
         if section.folded
-        else f"<p><b>{html.escape(section.title)}</b></p>{_body_html(section)}"
+        else f"<p><b>{html.escape(section.title)}</b></p>{body(section)}"
         for section in sections
     )
 
@@ -92,7 +101,9 @@ def sections_html(sections: Iterable[Section]) -> str:
 def sections_text(sections: Iterable[Section]) -> str:
     """Sections for a terminal."""
     return "\n\n".join(
-        "\n".join(filter(None, [section.title, *section.lines, text_table([section.head, *section.rows])]))
+        "\n".join(
+            filter(None, [section.title, *map(printable, section.lines), text_table([section.head, *section.rows])])
+        )
         for section in sections
     )
 
@@ -100,28 +111,27 @@ def sections_text(sections: Iterable[Section]) -> str:
 def sections_markdown(sections: Iterable[Section]) -> str:
     """Sections for a model card."""
     return "\n\n".join(
-        "\n\n".join(filter(None, [f"## {section.title}", *map(_cell, section.lines), _markdown_table(section)]))
+        "\n\n".join(
+            filter(None, [f"## {section.title}", *map(plain_markdown, section.lines), _markdown_table(section)])
+        )
         for section in sections
     )
 
 
 def text_table(rows: Sequence[Sequence[str]], most: int = 60) -> str:
     """Columns for a terminal, each as wide as its widest text, or `most` characters."""
-    short = [[textwrap.shorten(text, most, placeholder=" …") for text in row] for row in rows]
+    short = [[textwrap.shorten(printable(text), most, placeholder=" …") for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*short, strict=True)]
     lines = ["  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=True)) for row in short]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _body_html(section: Section) -> str:
+def body(section: Section) -> str:
+    """A section without its title."""
     lines = "".join(f"<p>{html.escape(line)}</p>" for line in section.lines)
     return lines + (table(section.rows, section.head) if section.rows else "")
 
 
 def _markdown_table(section: Section) -> str:
     rows = [section.head, ["---"] * len(section.head), *section.rows] if section.rows else []
-    return "\n".join("| " + " | ".join(_cell(text) for text in row) + " |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+    return "\n".join("| " + " | ".join(map(plain_markdown, row)) + " |" for row in rows)

@@ -7,6 +7,7 @@ from typing import Any
 from bizassist_nb import render, votes
 from bizassist_nb.comparing import duration
 from bizassist_nb.data.tokens import MaskedText
+from bizassist_nb.errors import printable
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.scorecard import rising, sections
 
@@ -74,6 +75,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if unscored := [event for event in run.events if event["event"] == "unscored"]:
         after = ", ".join(map(str, sorted({event["step"] for event in unscored})))
         found.append(("held-out rows", f"not scored after step {after}: memory ran out ({unscored[-1]['reason']})"))
+    if unread := run.unread:
+        found.append(("events.jsonl", f"{unread} lines cannot be read, cut off or damaged, and are passed over"))
     if counted := run.last("parameters"):
         share = counted["trainable"] / counted["total"]
         found.append(("trainable parameters", f"{counted['trainable']:,} of {counted['total']:,} ({share:.2%})"))
@@ -126,17 +129,21 @@ def how_to_go_on(run: Run) -> str | None:
 
 def run_text(run: Run) -> str:
     """The run for a terminal."""
+    if damage := run.damage:
+        return f"{headline(run)}\n  {damage}"
     lines = [headline(run), *(f"  {label}: {text}" for label, text in facts(run))]
     lines += [f"  row {number} is not used: {reason}" for number, reason in rejected(run)]
     shown = [section for section in _verdict(run) if not section.folded]
     lines += [f"  {line}" for line in render.sections_text(shown).splitlines()]
     if hint := how_to_go_on(run):
         lines.append(f"  {hint}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def run_html(run: Run) -> str:
     """The run for a notebook, static: it needs neither kernel nor widgets to be seen again."""
+    if damage := run.damage:
+        return f"<p><b>{html.escape(headline(run))}</b></p><p>⚠ {html.escape(damage)}</p>"
     parts = [f"<p><b>{html.escape(headline(run))}</b></p>"]
     if now := progress(run):
         parts.append(_bar(now.share))

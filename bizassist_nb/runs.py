@@ -15,6 +15,7 @@ runs/NAME/  settings.toml     as asked for
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Literal, cast
 
-from bizassist_nb.errors import RunError
+from bizassist_nb import shapes
+from bizassist_nb.errors import RunError, SettingsError, brief
 from bizassist_nb.settings import Settings, user_path
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ Status = Literal[
     "starting", "loading", "scoring", "training", "answering", "saving", "finished", "stopped", "failed", "lost"
 ]
 ENDED: Final[frozenset[Status]] = frozenset({"finished", "stopped", "failed", "lost"})
+
+_TAIL: Final = 64 * 1024
+"""Bytes of a log, from its end, that are looked at."""
 
 _NAME: Final = re.compile(r"\w[\w.-]{0,62}\w|\w")
 
@@ -85,9 +90,11 @@ class Run:
     def __init__(self, path: Path):
         """Look at the run in `path`."""
         self.path = path
-        if not (path / "settings.toml").is_file():
+        if not os.path.isfile(path / "settings.toml"):  # noqa: PTH113 - Path's own raises where it may not look
             raise RunError(f"{path} holds no run (it has no settings.toml)")
+        self._files: dict[str, tuple[object, Any]] = {}  # what was read from each, and at which state of it
         self._offset = 0
+        self._unread = 0
         self._events: list[dict[str, Any]] = []
         self._newest: dict[str, dict[str, Any]] = {}  # of each kind
         self._steps: list[Step] = []
@@ -98,15 +105,18 @@ class Run:
         """Name of the run and of its folder."""
         return self.path.name
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
-        """The settings it was started with."""
-        return Settings.from_toml((self.path / "settings.toml").read_text("utf-8"))
+        """The settings it was started with; they do not change."""
+        try:
+            return Settings.from_toml((self.path / "settings.toml").read_text("utf-8"))
+        except (OSError, ValueError, SettingsError) as error:
+            raise self._unreadable("settings.toml", error) from error
 
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, device, resolved model and engine, data fingerprint; empty until the worker has written it."""
-        return cast("dict[str, Any]", _read_json(self.path / "environment.json") or {})
+        return cast("dict[str, Any]", self._json("environment.json", shapes.ENVIRONMENT) or {})
 
     @property
     def model(self) -> str:
@@ -116,12 +126,55 @@ class Run:
     @property
     def evaluation(self) -> dict[str, Any] | None:
         """Held-out scores of base and tuned and the verdict (see `bizassist_nb.verdict`); None before both exist."""
-        return cast("dict[str, Any] | None", _read_json(self.path / "evaluation.json"))
+        return cast("dict[str, Any] | None", self._json("evaluation.json", shapes.EVALUATION))
 
     @property
     def answers(self) -> list[dict[str, Any]]:
         """The fixed prompts with the answers of base and tuned (see `bizassist_nb.degeneration`); empty before."""
-        return cast("list[dict[str, Any]]", _read_json(self.path / "answers.json") or [])
+        return cast("list[dict[str, Any]]", self._json("answers.json", shapes.ANSWERS) or [])
+
+    def _json(self, name: str, shape: Any) -> Any:
+        """What a JSON file of the run holds, read when it has changed; None without one."""
+        path = self.path / name
+        try:
+            state = path.stat()
+            now = (state.st_mtime_ns, state.st_size, state.st_ino)
+            if self._files.get(name, (None, None))[0] != now:
+                self._files[name] = (now, _read_json(path, shape))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._unreadable(name, error) from error
+        return self._files[name][1]
+
+    def _unreadable(self, name: str, error: Exception) -> RunError:
+        if isinstance(error, OSError):
+            return RunError(
+                f"{self.path / name} cannot be read ({brief(error)}); see that its folder is there and may be read"
+            )
+        what = "; ".join(error.problems) if isinstance(error, SettingsError) else str(error)
+        again = name in ("evaluation.json", "answers.json")
+        remedy = f"make it anew with: bizassist evaluate {self.name}" if again else "put it back from a copy of the run"
+        return RunError(
+            f"the run {self.name!r} is damaged: {self.path / name} is not what it was ({what}); "
+            f"{remedy}, or delete the run's folder"
+        )
+
+    @property
+    def damage(self) -> str | None:
+        """What in its directory cannot be read, and what to do about it; None if all can."""
+        try:
+            check_name(self.name)
+            _ = self.settings, self.environment, self.evaluation, self.answers, self.events
+        except RunError as error:
+            return str(error)
+        return None
+
+    @property
+    def unread(self) -> int:
+        """Lines of events.jsonl that were passed over: cut off by a kill, or damaged."""
+        self._read()
+        return self._unread
 
     @property
     def adapter(self) -> Path | None:
@@ -147,6 +200,8 @@ class Run:
         for line in whole.splitlines():
             if (event := _parse_event(line)) is not None:
                 self._take(event)
+            else:
+                self._unread += bool(line.strip())
 
     def _take(self, event: dict[str, Any]) -> None:
         """Fold one event into what is known: looking at a long run again costs only what is new."""
@@ -208,7 +263,11 @@ class Run:
     def log(self, lines: int) -> list[str]:
         """The last lines that the worker's libraries printed."""
         path = self.path / "worker.log"
-        return path.read_text("utf-8", errors="replace").splitlines()[-lines:] if path.is_file() else []
+        if not path.is_file():
+            return []
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            return file.read().decode("utf-8", "replace").splitlines()[-lines:]
 
     def stop(self) -> None:
         """Ask the worker to finish its step, save a checkpoint and end; nothing happens if it has ended."""
@@ -298,17 +357,35 @@ def open_run(name: str, runs_dir: str | Path = "runs") -> Run:
         RunError: if there is none; the message lists those there are.
     """
     path = user_path(runs_dir) / check_name(name)
-    if not (path / "settings.toml").is_file():
+    if not os.path.isfile(path / "settings.toml"):  # noqa: PTH113 - Path's own raises where it may not look
         known = ", ".join(run.name for run in list_runs(runs_dir)) or "none yet"
         raise RunError(f"there is no run {name!r} in {Path(runs_dir).absolute()}; the runs there: {known}")
     return Run(path)
 
 
 def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
-    """All runs in that folder, oldest first."""
+    """All runs in that folder, oldest first, damaged ones too; none if there is no such folder.
+
+    Raises:
+        RunError: if it cannot be read.
+    """
     folder = user_path(runs_dir)
-    found = [path.parent for path in folder.glob("*/settings.toml")]
-    return [Run(path) for path in sorted(found, key=lambda path: (path / "settings.toml").stat().st_mtime)]
+    try:
+        paths = list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise RunError(f"the folder of runs {folder} cannot be read ({brief(error)}); name another") from error
+    ages = {path: _age(path) for path in paths}
+    return [Run(path) for path, age in sorted(ages.items(), key=lambda item: item[1] or 0) if age is not None]
+
+
+def _age(path: Path) -> int | None:
+    """When the run in that folder was begun; None where there is none."""
+    try:
+        return (path / "settings.toml").stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def take_lock(path: Path, patience: float = 0.2) -> int:
@@ -364,13 +441,18 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8", "replace"))
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+def _read_json(path: Path, shape: Any) -> Any:
+    value = json.loads(path.read_text("utf-8"))
+    if wrong := shapes.misfit(value, shape):
+        raise ValueError(wrong)
+    return value
 
 
 def _parse_event(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
-    except ValueError:  # also the half of a character that a cut leaves
+    except (ValueError, RecursionError):  # also the half of a character that a cut leaves
         return None
-    return event if isinstance(event, dict) and "event" in event else None
+    if shapes.misfit(event, {"event": str, "time": float}):
+        return None
+    return None if shapes.misfit(event, shapes.EVENTS.get(event["event"], {})) else event

@@ -14,9 +14,10 @@ from typing import IO, Any, Final, Literal, cast
 from bizassist_nb import render
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
 from bizassist_nb.data.chat import Message, conversation
-from bizassist_nb.errors import BizassistError
+from bizassist_nb.errors import BizassistError, brief, printable
 from bizassist_nb.render import Section
 from bizassist_nb.runs import Run, write_whole
+from bizassist_nb.shapes import VOTE, misfit
 
 Choice = Literal["left", "right", "tie", "bad"]
 CHOICES: Final[dict[Choice, str]] = {
@@ -63,6 +64,8 @@ class Tally:
     ties: int
     bad: int
     """Votes that both answers are bad."""
+    unread: int = 0
+    """Lines of votes.jsonl that cannot be read."""
 
     @property
     def decided(self) -> int:
@@ -90,14 +93,15 @@ class Tally:
     @property
     def sentence(self) -> str:
         """The tally in words."""
+        lost = f" {self.unread} lines of votes.jsonl cannot be read and are not counted." if self.unread else ""
         if self.win_rate is None or self.interval is None or self.p_value is None:
-            return f"No vote has decided for base or tuned yet ({self.ties} ties, {self.bad} times both bad)."
+            return f"No vote has decided for base or tuned yet ({self.ties} ties, {self.bad} times both bad).{lost}"
         low, high = self.interval
         telling = "tuned is preferred" if low > 0.5 else "base is preferred" if high < 0.5 else "nothing is shown yet"
         return (
             f"Tuned won {self.wins} of {self.decided} decided blind votes, {self.win_rate:.0%} (95 % interval "
             f"{low:.0%} to {high:.0%}; sign test p = {self.p_value:.2g}): {telling}. "
-            f"{self.ties} ties, {self.bad} times both bad."
+            f"{self.ties} ties, {self.bad} times both bad.{lost}"
         )
 
     def _test(self) -> Any:
@@ -151,7 +155,7 @@ class Ballot:
         """As plain text; names only once it has been cast."""
         answers = zip(self._heads(), self._texts(), strict=True)
         parts = [f"Question: {self.comparison.question}", *(f"--- {head} ---\n{text}" for head, text in answers)]
-        return "\n\n".join([*parts, self._foot()])
+        return printable("\n\n".join([*parts, self._foot()]))
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -210,21 +214,22 @@ def append(run: Run, vote: Vote) -> None:
 
 
 def votes(run: Run) -> list[Vote]:
-    """The run's votes, oldest first; a line that a crash cut off is passed over."""
-    path = run.path / "votes.jsonl"
-    found = [_parse(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
-    return [vote for vote in found if vote is not None]
+    """The run's votes, oldest first; lines that cannot be read, as a crash leaves them, are passed over."""
+    return [vote for vote in _lines(run) if vote is not None]
 
 
 def tally(run: Run) -> Tally:
     """The run's votes, counted."""
-    winners = [vote.winner for vote in votes(run)]
-    return Tally(*(winners.count(who) for who in ("tuned", "base", "tie", "bad")))
+    found = _lines(run)
+    winners = [vote.winner for vote in found if vote is not None]
+    wins, losses, ties, bad = (winners.count(who) for who in ("tuned", "base", "tie", "bad"))
+    return Tally(wins, losses, ties, bad, unread=found.count(None))
 
 
 def sections(run: Run) -> list[Section]:
     """The tally for the run's report; empty before the first vote."""
-    return [Section("Blind votes", (tally(run).sentence,), (), ())] if votes(run) else []
+    found = tally(run)
+    return [Section("Blind votes", (found.sentence,), (), ())] if found != Tally(0, 0, 0, 0) else []
 
 
 def preference_pairs(run: Run) -> list[dict[str, list[Message]]]:
@@ -271,8 +276,22 @@ def _ends_torn(file: IO[bytes]) -> bool:
     return file.read(1) != b"\n"
 
 
+def _lines(run: Run) -> list[Vote | None]:
+    """The votes, and None for each line that is none."""
+    try:
+        lines = (run.path / "votes.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise VoteError(
+            f"{run.path / 'votes.jsonl'} cannot be read ({brief(error)}); put it back from a copy"
+        ) from error
+    return [_parse(line) for line in lines if line.strip()]
+
+
 def _parse(line: bytes) -> Vote | None:
     try:
-        return Vote(**json.loads(line))
-    except (ValueError, TypeError):
+        found = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    return None if misfit(found, VOTE) else Vote(**{name: found[name] for name in VOTE})

@@ -20,12 +20,7 @@ def random_run(path: Path, base: Path, **changes) -> Run:
     )
     path.mkdir(parents=True)
     (path / "settings.toml").write_text(settings.to_toml())
-    environment = {
-        "model": str(base), "source": str(base), "engine": "transformers", "data": "sample",
-        "fingerprint": read_table(settings.data).fingerprint, "device": "CPU", "python": "3",
-        "versions": {"torch": torch.__version__},
-    }  # fmt: skip
-    write_json(path / "environment.json", environment)
+    write_json(path / "environment.json", environment(str(base), read_table(settings.data).fingerprint))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(models_config(base))
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(models.TARGETS))
@@ -42,6 +37,14 @@ def random_run(path: Path, base: Path, **changes) -> Run:
     models.load_tokenizer(base).tokenizer.save_pretrained(path / "adapter")
     Journal(path).write("state", state="finished")
     return Run(path)
+
+
+def environment(model: str, fingerprint: str) -> dict[str, object]:
+    """What environment.json holds."""
+    return {
+        "model": model, "source": model, "engine": "transformers", "data": "sample", "fingerprint": fingerprint,
+        "device": "CPU", "python": "3", "versions": {"torch": torch.__version__},
+    }  # fmt: skip
 
 
 def models_config(base: Path):

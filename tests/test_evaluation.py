@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from random_run import environment
 from transformers import AutoModelForCausalLM
 
 from bizassist_nb.data.rows import read_table
@@ -133,7 +134,7 @@ def test_a_runs_rows_are_those_it_began_with(tmp_path, rows_file):
     run = Run(tmp_path)
     table, training, held_out = rows_of(run)
     assert sorted(row.number for row in [*training, *held_out]) == list(range(1, 10))
-    write_json(tmp_path / "environment.json", {"model": "smollm2-135m", "fingerprint": table.fingerprint})
+    write_json(tmp_path / "environment.json", environment("smollm2-135m", table.fingerprint))
     assert rows_of(run) == (table, training, held_out)
     rows_file([{"instruction": f"Other question {i}?", "response": f"Answer {i}."} for i in range(9)])
     with pytest.raises(RunError, match=r"has changed since it began .*bring the old data back"):

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_run import environment
 
 from bizassist_nb.errors import RunError
 from bizassist_nb.runs import Journal, Run, check_name, is_locked, list_runs, open_run, take_lock, write_json
@@ -313,14 +314,15 @@ def test_runs_are_listed_oldest_first(tmp_path):
 
 
 def test_readers_of_a_file_that_is_replaced_see_the_old_or_the_new_one(run):
-    write_json(run.path / "evaluation.json", {"verdict": "helped"})
-    with (run.path / "evaluation.json").open() as old:
-        write_json(run.path / "evaluation.json", {"verdict": "hurt"})
-        assert json.load(old) == {"verdict": "helped"}
-    assert run.evaluation == {"verdict": "hurt"}
+    first, second = (environment(model, "f") for model in ("one", "another"))
+    write_json(run.path / "environment.json", first)
+    with (run.path / "environment.json").open() as old:
+        write_json(run.path / "environment.json", second)
+        assert json.load(old) == first
+    assert run.environment == second
     with pytest.raises(TypeError):
-        write_json(run.path / "evaluation.json", {"verdict": object()})
-    assert run.evaluation == {"verdict": "hurt"}
+        write_json(run.path / "environment.json", {"model": object()})
+    assert run.environment == second
 
 
 def test_adapter_is_there_once_it_is_saved(run):

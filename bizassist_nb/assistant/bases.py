@@ -10,9 +10,19 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.errors import ModelError, brief
 from bizassist_nb.runs import Run
+from bizassist_nb.shapes import misfit
 
 MOST_ADAPTERS: Final = 8
 """Adapters beside a base; one of rank 16 for Mistral-7B takes 0.17 GB."""
+
+
+_AGAIN: Final = "put it back from a copy, or train the run anew"
+_CONFIG: Final = {
+    "peft_type": {"LORA"}, "base_model_name_or_path": str, "r": int, "lora_alpha": float, "lora_dropout": float,
+    "target_modules": [str],
+}  # fmt: skip
+_HARMLESS: Final = {"auto_mapping", "task_type", "inference_mode", "peft_version", "revision"}
+"""What else may stand in an adapter's config as it likes. `auto_mapping` names a module, which nothing here imports."""
 
 
 class LoadedBase:
@@ -50,7 +60,7 @@ class LoadedBase:
             )
         weights = run.adapter / "adapter_model.safetensors"
         if not weights.is_file():
-            raise ModelError(f"the adapter of run {run.name!r} is damaged: {weights} is missing")
+            raise ModelError(f"the adapter of run {run.name!r} is damaged: {weights} is missing; {_AGAIN}")
         key = (str(run.adapter.resolve()), weights.stat().st_mtime_ns)
         if key not in self._adapters:
             check_adapter(run.adapter, self.base, self.model)
@@ -75,7 +85,7 @@ class LoadedBase:
         except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"the adapter of run {run.name!r} cannot be loaded onto {self.base.name} ({brief(error)}); "
-                "it is damaged"
+                f"it is damaged; {_AGAIN}"
             ) from error
         self.model.eval()
         return name
@@ -116,12 +126,13 @@ def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
     from peft.tuners.lora import LoraLayer
     from safetensors import SafetensorError, safe_open
 
+    config = adapter_config(folder)
+    made_for = config["base_model_name_or_path"]
     try:
-        made_for = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the adapter in {folder} is damaged ({brief(error)})") from error
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the adapter in {folder} is damaged ({brief(error)}); {_AGAIN}") from error
     other = f"the adapter in {folder} was made for another base than {base.name}"
     names = (base.source, models.HUB_IDS.get(base.name, base.name))  # the latter once it was made fit to be given away
     if Path(str(made_for)).name not in {Path(name).name for name in names}:
@@ -135,10 +146,41 @@ def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
         name, _, part = key.removeprefix("base_model.model.").partition(".lora_")
         if name not in inner:
             raise ModelError(f"{other}: it has weights for {name}, which that base has not")
+        if len(shape) != 2 or shape[not part.startswith("A")] != config["r"]:
+            raise ModelError(f"the adapter in {folder} is damaged: {key} is not of rank {config['r']}; {_AGAIN}")
         ours = inner[name].in_features if part.startswith("A") else inner[name].out_features
         theirs = shape[1] if part.startswith("A") else shape[0]
         if ours != theirs:
             raise ModelError(f"{other}: its {name} is {theirs} wide there, {ours} here")
+    wanted = [name for name in inner if name.rpartition(".")[2] in config["target_modules"]]
+    keys = [f"base_model.model.{name}.lora_{part}.weight" for name in wanted for part in "AB"]
+    if lacking := next((key for key in keys if key not in shapes), None):
+        raise ModelError(f"the adapter in {folder} is damaged: it has no {lacking}; {_AGAIN}")
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """What an adapter's adapter_config.json says.
+
+    Raises:
+        ModelError: if it cannot be read, or asks for more than plain LoRA: some of PEFT's options import a module that
+            the file names, rewrite the base, or copy its layers.
+    """
+    from peft import LoraConfig
+
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        if wrong := misfit(found, _CONFIG):
+            raise ValueError(wrong)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} cannot be used ({brief(error)}); {_AGAIN}") from error
+    plain = LoraConfig().to_dict()
+    for name in found.keys() & plain.keys() - _CONFIG.keys() - _HARMLESS:
+        if found[name] != plain[name] and found[name]:
+            raise ModelError(
+                f"{folder / 'adapter_config.json'} sets {name}, which no adapter that was trained here does, and which "
+                "may run code or change the base; it is not loaded"
+            )
+    return dict(found)
 
 
 def release() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from bizassist_nb import render
 from bizassist_nb.assistant.differences import marked
+from bizassist_nb.errors import printable
 
 BASE: Final = "base"
 TUNED: Final = "tuned"
@@ -59,7 +60,7 @@ class Comparison:
         """Question and answers as plain text."""
         answers = zip(self.heads, self.answers.values(), strict=True)
         parts = [f"Question: {self.question}", *(f"--- {head} ---\n{text}" for head, text in answers)]
-        return "\n\n".join([*parts, *filter(None, [self.note])])
+        return printable("\n\n".join([*parts, *filter(None, [self.note])]))
 
     def _repr_html_(self) -> str:
         return comparison_html(self, finished=True)
@@ -70,8 +71,8 @@ class Comparison:
         return "\n\n".join(
             [
                 _block(self.question),
-                *(f"**{_escaped(head)}**\n\n{_block(text)}" for head, text in answers),
-                *([_escaped(self.note)] if self.note else []),
+                *(f"**{render.plain_markdown(head)}**\n\n{_block(text)}" for head, text in answers),
+                *([render.plain_markdown(self.note)] if self.note else []),
             ]
         )
 
@@ -125,10 +126,6 @@ def _block(text: str) -> str:
     longest = max(map(len, re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([^\w\s(),.-])", r"\\\1", text)
 
 
 def lines(text: str) -> Iterable[str]:

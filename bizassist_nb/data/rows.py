@@ -203,7 +203,8 @@ def _open_file(path: Path) -> tuple[str, _Records]:
     if not stat.S_ISREG(kind):  # a folder has no rows, a pipe or a device no end
         raise DataError(f"{path} is a folder, a pipe or a device; rows are read from a file")
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    return _sha256(path), readers[path.suffix.lower()](path)
+    records = readers[path.suffix.lower()](path)
+    return _sha256(path), records
 
 
 def _jsonl(path: Path) -> _Records:

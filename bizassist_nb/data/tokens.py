@@ -15,7 +15,7 @@ import jinja2
 
 from bizassist_nb.data.chat import Message, row_messages
 from bizassist_nb.data.rows import Rejected, Row
-from bizassist_nb.errors import DataError, ModelError
+from bizassist_nb.errors import DataError, ModelError, printable
 
 IGNORED: Final = -100
 """The label of a token that is not learned (torch's cross-entropy leaves it out)."""
@@ -268,7 +268,7 @@ class MaskedText:
 
     def __repr__(self) -> str:
         """Learned text stands between ⟦ and ⟧."""
-        return "".join(f"⟦{text}⟧" if learned else text for text, learned in self.runs)
+        return printable("".join(f"⟦{text}⟧" if learned else text for text, learned in self.runs))
 
     def _repr_html_(self) -> str:
         body = "".join(

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb import models
+from bizassist_nb.assistant.bases import adapter_config
 from bizassist_nb.data.rows import DOLLY, SUFFIXES
 from bizassist_nb.errors import ModelError
-from bizassist_nb.render import Section, sections_markdown
+from bizassist_nb.render import Section, plain_markdown, sections_markdown
 from bizassist_nb.report import facts, how_to_go_on, settings_rows
 from bizassist_nb.runs import Run, write_json, write_whole
 from bizassist_nb.scorecard import sections
@@ -32,7 +33,7 @@ nf4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
-base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=nf4, device_map="auto")
+base = AutoModelForCausalLM.from_pretrained({base}, quantization_config=nf4, device_map="auto")
 model = PeftModel.from_pretrained(base, here)
 tokenizer = AutoTokenizer.from_pretrained(here)"""
 _LOAD_MERGED: Final = """
@@ -56,7 +57,7 @@ def complete_adapter(run: Run) -> Path:
     """
     if run.adapter is None:
         raise ModelError(f"the run {run.name!r} has no adapter to export (it is {run.status})")
-    config = json.loads((run.adapter / "adapter_config.json").read_text("utf-8"))
+    config = adapter_config(run.adapter)
     write_json(run.adapter / "adapter_config.json", config | {"base_model_name_or_path": _base(run)})
     write_whole(run.adapter / "README.md", lambda part: part.write_text(card(run), "utf-8"))
     if (run.path / "loss.png").is_file():
@@ -86,11 +87,13 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
     what = "A LoRA adapter for" if parity is None else "A LoRA adapter merged in 16 bits into"
     system = json.dumps(run.settings.system_prompt, ensure_ascii=False)
     message = f'    {{"role": "system", "content": {system}}},\n' if run.settings.system_prompt else ""
-    code = (_LOAD_ADAPTER.format(base=base) if parity is None else _LOAD_MERGED) + _ASK.format(system=message)
+    code = (
+        _LOAD_ADAPTER.format(base=json.dumps(base, ensure_ascii=False)) if parity is None else _LOAD_MERGED
+    ) + _ASK.format(system=message)
     return [
-        f"# {run.name}",
+        f"# {plain_markdown(run.name)}",
         "",
-        f"{what} {base}, trained with bizassist-nb.",
+        f"{what} {plain_markdown(base)}, trained with bizassist-nb.",
         "",
         sections_markdown(_public_section(run, section) for section in sections(run) if not section.private)
         or f"## Did it help?\n\nNot scored yet: {how_to_go_on(run) or run.status}.",
@@ -98,15 +101,18 @@ def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
         *([] if parity is None else ["## Is it the model that was scored?", "", parity_words(parity), ""]),
         "## How it was made",
         "",
-        *(f"- **{label}**: {_public(run, text)}" for label, text in facts(run)),
+        *(f"- **{label}**: {plain_markdown(_public(run, text))}" for label, text in facts(run)),
         f"- **licence of the data**: {_licence(run.settings.data)}",
-        f"- **device**: {environment['device']}",
-        f"- **versions**: Python {environment['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in environment["versions"].items()),
+        f"- **device**: {plain_markdown(environment['device'])}",
+        f"- **versions**: {plain_markdown(_versions(run))}",
         "",
         "| setting | value |",
         "| --- | --- |",
-        *(f"| {name} | {_cell(shown.get(name, value))} |" for name, value in settings_rows(run) if name != "runs_dir"),
+        *(
+            f"| {name} | {plain_markdown(shown.get(name, value))} |"
+            for name, value in settings_rows(run)
+            if name != "runs_dir"
+        ),
         "",
         "## How to use it",
         "",
@@ -125,6 +131,11 @@ def parity_words(parity: dict[str, Any]) -> str:
         f"are the same, the largest difference of two logits is {parity['largest_logit_difference']:.3g}; template and "
         "special tokens are the same."
     )
+
+
+def _versions(run: Run) -> str:
+    found = run.environment
+    return ", ".join(f"{name} {version}" for name, version in {"Python": found["python"], **found["versions"]}.items())
 
 
 def _base(run: Run) -> str:
@@ -158,7 +169,3 @@ def _licence(data: str) -> str:
     if data == "sample":
         return "Apache-2.0 (the sample rows of bizassist-nb)"
     return "see the data set's page on the hub" if _on_hub(data) else "not known to bizassist-nb; ask whose data it is"
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")

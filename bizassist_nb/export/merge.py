@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb import models
+from bizassist_nb.assistant.bases import adapter_config
 from bizassist_nb.errors import ModelError, RunError, brief
 from bizassist_nb.export import parity
 from bizassist_nb.export.card import card
@@ -111,8 +112,8 @@ class Adapter:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        config = adapter_config(folder)
         try:
-            config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
             tensors = load_file(folder / "adapter_model.safetensors", device=models.device())
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"the adapter in {folder} cannot be read ({brief(error)})") from error
@@ -122,7 +123,11 @@ class Adapter:
             layer, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
             self._pairs.setdefault(f"{layer}.weight", {})[side] = tensor.float()
         for name, pair in self._pairs.items():
-            fits = set(pair) == {"A.weight", "B.weight"} and name in shapes
+            fits = (
+                set(pair) == {"A.weight", "B.weight"}
+                and name in shapes
+                and all(each.ndim == 2 for each in pair.values())
+            )
             if not fits or shapes[name] != (pair["B.weight"].shape[0], pair["A.weight"].shape[1]):
                 raise ModelError(
                     f"the adapter in {folder} was made for another base: what it has for {name} does not fit there "

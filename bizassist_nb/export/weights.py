@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from bizassist_nb import models
 from bizassist_nb.errors import ModelError
+from bizassist_nb.shapes import misfit
 
 INDEX: Final = "model.safetensors.index.json"
 _STATE: Final = "quant_state.bitsandbytes__nf4"
@@ -102,11 +103,13 @@ def _files(source: str) -> dict[str, Path]:
     index = folder / INDEX
     try:
         if index.is_file():
-            names = json.loads(index.read_text("utf-8"))["weight_map"]
-            return {name: folder / file for name, file in names.items()}
+            names = json.loads(index.read_text("utf-8"))
+            if wrong := misfit(names, {"weight_map": {"*": str}}):
+                raise ValueError(f"{INDEX}: {wrong}")
+            return {name: folder / Path(file).name for name, file in names["weight_map"].items()}  # in that folder only
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             return dict.fromkeys(file.keys(), folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise models.unreachable("model", source, error) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from IPython.display import display, update_display
 
-from bizassist_nb.notebook.views import widget_bundle
+from bizassist_nb.notebook.views import close, widget_bundle
 from bizassist_nb.votes import CHOICES, KEYS_IN_WORDS, Ballot, Choice, choice_of
 
 
@@ -58,8 +58,10 @@ class BallotView:
             return
         self._ballot.cast(choice)
         self._html.value = self._ballot.html()
-        self.widget.children = (self._html,)
         if self._display_id:
             static = {"text/html": self._ballot.html(), "text/plain": repr(self._ballot)}
             update_display(static, display_id=self._display_id, raw=True)
+            close(self.widget)
+        else:
+            self.widget.children = (self._html,)
         self._on_vote(self._ballot)

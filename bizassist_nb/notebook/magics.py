@@ -1,6 +1,7 @@
 """`%%finetune`, `%%ask` and `%bizassist`: they parse their line, make one call, and return what it gave."""
 
 import re
+from keyword import iskeyword
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -108,6 +109,8 @@ class BizassistMagics(Magics):
                 "%%ask --blind: a vote is on one question to one run as it was trained; "
                 "leave out --each, --strength, and any --run but one"
             )
+        if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
+            raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
         runs = self._chosen(options)
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparisons, lines

@@ -27,7 +27,7 @@ def runs_table(runs: Iterable[Run]) -> Shown:
     """The runs there are."""
     runs = list(runs)
     section = runs_section(runs)
-    return Shown(render.table(section.rows, section.head) if runs else "<p>no runs yet</p>", runs_text(runs))
+    return Shown(render.body(section) if runs else "<p>no runs yet</p>", runs_text(runs))
 
 
 def doctor_table() -> Shown:

@@ -45,7 +45,7 @@ class TrainingView:
 
     def finish(self) -> None:
         """Replace the live view by static output: the plot, and for a run that failed what it was."""
-        clear_output()
+        self._live.close()
         run = self._run
         if run and run.steps:
             png = base64.b64encode(loss_png(run)).decode()
@@ -84,7 +84,7 @@ class AnswerView:
 
     def finish(self) -> None:
         """Take the live view away; the cell's value is the static one."""
-        clear_output()
+        self._live.close()
 
 
 class _LiveHtml:
@@ -99,6 +99,21 @@ class _LiveHtml:
     def show(self, content: str) -> None:
         if self._widget.value != content:
             self._widget.value = content
+
+    def close(self) -> None:
+        clear_output()
+        close(self._widget)
+
+
+def close(widget: Any) -> None:
+    """Let go of a widget with all that belongs to it: a kernel keeps it, and what it shows, for as long as it lives."""
+    import ipywidgets
+
+    for value in widget.trait_values().values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, ipywidgets.Widget):
+                close(part)
+    widget.close()
 
 
 def widget_bundle(widget: Any, html_without: str, text: str) -> dict[str, Any]:

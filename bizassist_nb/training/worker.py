@@ -21,7 +21,7 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
-from bizassist_nb.errors import BizassistError, DataError, RunError, brief
+from bizassist_nb.errors import BizassistError, DataError, RunError, brief, without_secrets
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
 from bizassist_nb.runs import Journal, Run, write_json
@@ -76,14 +76,14 @@ def main(directory: str) -> int:
     except BizassistError as error:
         return _fail(journal, error, expected=True)
     except Exception as error:  # noqa: BLE001 - the process ends here, and its run has to say why
-        traceback.print_exc()
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
         return _fail(journal, error, expected=False)
     journal.write("state", state=state)
     return 0
 
 
 def _fail(journal: Journal, error: Exception, *, expected: bool) -> int:
-    message = str(error) if expected else f"{type(error).__name__}: {error}"
+    message = str(error) if expected else without_secrets(f"{type(error).__name__}: {error}")
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
     return 1

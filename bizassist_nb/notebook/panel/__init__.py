@@ -91,7 +91,7 @@ class Panel:
 
     def _update(self) -> None:
         self._state.look()
-        problem = html.escape(self._pump.problem)
+        problem = html.escape(self._pump.problem or self._state.problem)
         self._problem.value = f'<div class="bn-alert" role="alert">⚠ {problem}</div>' if problem else ""
         for tab in self._tabs:
             tab.update()

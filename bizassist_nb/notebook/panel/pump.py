@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from IPython import get_ipython
 
-from bizassist_nb.errors import BizassistError
+from bizassist_nb.errors import BizassistError, without_secrets
 
 _IDLE: Final = 0.2
 """Seconds between turns."""
@@ -68,7 +68,7 @@ class Pump:
         except BizassistError as error:
             self.problem = str(error)
         except Exception as error:  # noqa: BLE001 - without its pump the panel would look alive and do nothing
-            self.problem = f"{type(error).__name__}: {error}"
+            self.problem = without_secrets(f"{type(error).__name__}: {error}")
 
     def _drive(self) -> None:
         """Run in the callback itself for as long as there is something to follow.

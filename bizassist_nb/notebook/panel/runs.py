@@ -44,19 +44,20 @@ class Runs:
         if self._looked == self._state.looked:
             return
         self._looked = self._state.looked
-        runs = list(reversed(self._state.runs.values()))
+        sound = list(reversed(self._state.runs.values()))
+        runs = [*sound, *self._state.damaged]
         seen = [_moved(run) for run in runs]
         if seen == self._shown and self._table.value:
             return
         self._shown = seen
         section = runs_section(runs)
-        self._table.value = render.table(section.rows, section.head) if runs else _NONE
-        names = [run.name for run in runs]
+        self._table.value = render.body(section) if runs else _NONE
+        names = [run.name for run in sound]
         if list(self._choice.options) != names:
             chosen = [name for name in self._choice.value if name in names]
             self._choice.options = names
             self._choice.value = chosen
-        self._compare.disabled = not runs
+        self._compare.disabled = not sound
 
     def _on_compare(self) -> None:
         runs = self._state.runs
@@ -68,4 +69,4 @@ def _moved(run: Run) -> tuple[Any, ...]:
     """What changes when the run's line in the table does, but for its steps: those are counted when it is over."""
     evaluation = run.path / "evaluation.json"
     written = evaluation.stat().st_mtime_ns if evaluation.is_file() else 0
-    return run.name, run.status, over(run), len(run.held_out), written
+    return run.name, run.damage, run.status, over(run), len(run.held_out), written

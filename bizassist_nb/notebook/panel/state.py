@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from bizassist_nb.assistant.bases import release
+from bizassist_nb.errors import RunError
 from bizassist_nb.runs import ENDED, Run, is_locked, list_runs
 from bizassist_nb.settings import Settings
 from bizassist_nb.survey import Watch
@@ -24,7 +25,11 @@ class State:
         """Whether the settings were changed a moment ago."""
         self.watch = Watch()
         self.runs: dict[str, Run] = {}
-        """By name, oldest first."""
+        """By name, oldest first; those that can be read."""
+        self.damaged: list[Run] = []
+        """Those that cannot."""
+        self.problem = ""
+        """Why there are none, if the folder cannot be read."""
         self.followed: Run | None = None
         self.live: Run | None = None
         """The run whose worker is at work, if any is."""
@@ -48,8 +53,14 @@ class State:
         runs_dir = self.settings.runs_dir if self.settings else self._runs_dir
         if runs_dir == self._runs_dir and time.monotonic() - self.looked < _RUNS_EVERY:
             return
-        known = {run.path: run for run in self.runs.values()} if runs_dir == self._runs_dir else {}
-        self.runs = {run.name: known.get(run.path, run) for run in list_runs(runs_dir)}
+        before = [*self.runs.values(), *self.damaged] if runs_dir == self._runs_dir else []
+        known = {run.path: run for run in before}
+        try:
+            found, self.problem = [known.get(run.path, run) for run in list_runs(runs_dir)], ""
+        except RunError as error:
+            found, self.problem = [], str(error)
+        self.damaged = [run for run in found if run.damage]
+        self.runs = {run.name: run for run in found if run not in self.damaged}
         self._runs_dir, self.looked = runs_dir, time.monotonic()
         if self.followed and self.followed.name not in self.runs:
             self.followed = None
