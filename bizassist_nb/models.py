@@ -170,7 +170,9 @@ def load_tokenizer(source: str | Path) -> ChatTokenizer:
 
     try:
         return ChatTokenizer(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
-    except (OSError, ValueError) as error:
+    except ModelError:
+        raise
+    except Exception as error:
         raise unreachable("tokenizer", source, error) from error
 
 
@@ -182,6 +184,7 @@ def load_nf4(source: str | Path) -> Any:
     Raises:
         ModelError: if it cannot be loaded.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -200,22 +203,47 @@ def load_nf4(source: str | Path) -> Any:
             stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
             quantization = None
         with quietly():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
+                output_loading_info=True,
                 quantization_config=quantization,
                 dtype=dtype,
                 device_map={"": device()},
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except torch.OutOfMemoryError:  # the caller knows what shares the GPU
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise unreachable("model", source, error) from error
+    wrong = [*loading["missing_keys"], *loading["mismatched_keys"], *_misshapen(model)]
+    if wrong:
+        raise ModelError(
+            f"the weights of {source} are not those of the model in its config.json ({wrong[0]} is missing or of "
+            "another shape); fetch both anew"
+        )
     without_packing(model)
     for parameter in model.parameters():
         if state := getattr(parameter, "quant_state", None):
             state.dtype = dtype  # stored ones say bfloat16: training and merging would round to it, asking would not
     return model.eval()
+
+
+def _misshapen(model: Any) -> Iterator[str]:
+    """Weights of other shapes than the config's: where they are put into 4 bits, transformers 5.17 does not look."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            declared, found = (module.num_embeddings, module.embedding_dim), module.weight.shape
+        elif isinstance(module, Linear4bit) and (state := getattr(module.weight, "quant_state", None)):
+            declared, found = (module.out_features, module.in_features), state.shape
+        else:
+            continue
+        if tuple(found) != declared:
+            yield f"{name}.weight"
 
 
 @contextmanager

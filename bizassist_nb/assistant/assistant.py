@@ -199,6 +199,7 @@ def _check(question: str, max_new_tokens: int, strength: float, sampling: "Sampl
         ("top_p", sampling.top_p, 0.01, 1, " (1 leaves no token out)"),
         ("top_k", sampling.top_k, 0, 1_000_000, " (0 leaves no token out)"),
         ("repetition_penalty", sampling.repetition_penalty, 0.1, 5, " (1 is none)"),
+        ("seed", sampling.seed, 0, 2**63 - 1, ""),
     ):
         if not least <= value <= most:
             raise QuestionError(f"{name} = {value}: has to be from {least:g} to {most:,g}{meaning}")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
 from typing import Any, Final
 
 from bizassist_nb import render
@@ -128,6 +127,6 @@ def _block(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def lines(text: str) -> Iterable[str]:
+def lines(text: str) -> list[str]:
     """The questions of a text that has one a line."""
     return [line.strip() for line in text.splitlines() if line.strip()]

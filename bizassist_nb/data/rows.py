@@ -11,7 +11,8 @@ import os
 import random
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any, Final
@@ -91,15 +92,15 @@ def read_table(data: str, columns: Mapping[str, str] | None = None) -> Table:
                 rows.append(_row(number, record, columns or {}))
             except _BadRowError as problem:
                 rejected.append(Rejected(number, printable(str(problem))))  # names in it may hold half characters
+        if not rows and not rejected:
+            raise DataError(f"{source} holds no rows")
+        if not rows:
+            first = "; ".join(f"row {bad.number}: {bad.reason}" for bad in rejected[:3])
+            raise DataError(f"{source} holds no usable row among {len(rejected):,}: {first}")
+        return Table(source, fingerprint(), tuple(rows), tuple(rejected))
     except OSError as error:
         reason = error.strerror or brief(error)
         raise DataError(f"{data} cannot be read ({reason}); check that it is there and that you may read it") from error
-    if not rows and not rejected:
-        raise DataError(f"{source} holds no rows")
-    if not rows:
-        first = "; ".join(f"row {bad.number}: {bad.reason}" for bad in rejected[:3])
-        raise DataError(f"{source} holds no usable row among {len(rejected):,}: {first}")
-    return Table(source, fingerprint, tuple(rows), tuple(rejected))
 
 
 def split(rows: Iterable[Row], *, subset: int, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -134,14 +135,14 @@ _Records = Iterator[tuple[int, Any]]
 """(number from 1, the record or the _BadRowError that stands for it)."""
 
 
-def _open(data: str) -> tuple[str, str, _Records]:
-    """(source in words, fingerprint, records)."""
+def _open(data: str) -> tuple[str, Callable[[], str], _Records]:
+    """(source in words, what works out its fingerprint, records)."""
     if data == "dolly":
         path = _dolly_file()
-        return f"Databricks Dolly 15k ({path})", DOLLY_SHA256, _jsonl(path)
+        return f"Databricks Dolly 15k ({path})", lambda: DOLLY_SHA256, _jsonl(path)
     if data == "sample":
         with resources.as_file(resources.files("bizassist_nb.data") / "samples" / "business.jsonl") as path:
-            return "the sample rows of this package", _sha256(path), iter(list(_jsonl(path)))
+            return "the sample rows of this package", partial(str, _sha256(path)), iter(list(_jsonl(path)))
     path = user_path(data)
     if path.suffix.lower() in SUFFIXES:
         return str(path), *_open_file(path)
@@ -179,7 +180,7 @@ def _download_dolly() -> Path:
         ) from None  # a server's words may repeat the token
 
 
-def _open_hub(name: str) -> tuple[str, str, _Records]:
+def _open_hub(name: str) -> tuple[str, Callable[[], str], _Records]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -192,10 +193,10 @@ def _open_hub(name: str) -> tuple[str, str, _Records]:
         ) from None
     records = [dict(record) for record in dataset]
     digest = hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{name} on the hub", digest, enumerate(records, 1)
+    return f"{name} on the hub", lambda: digest, enumerate(records, 1)
 
 
-def _open_file(path: Path) -> tuple[str, _Records]:
+def _open_file(path: Path) -> tuple[Callable[[], str], _Records]:
     try:
         kind = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -203,8 +204,7 @@ def _open_file(path: Path) -> tuple[str, _Records]:
     if not stat.S_ISREG(kind):  # a folder has no rows, a pipe or a device no end
         raise DataError(f"{path} is a folder, a pipe or a device; rows are read from a file")
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    records = readers[path.suffix.lower()](path)
-    return _sha256(path), records
+    return partial(_sha256, path), readers[path.suffix.lower()](path)
 
 
 def _jsonl(path: Path) -> _Records:
@@ -234,11 +234,14 @@ def _jsonl(path: Path) -> _Records:
 def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
     """The file's lines; None for one that is too long, of which only a part at a time is in memory."""
     while line := file.readline(_LONGEST):
-        whole = len(line) < _LONGEST or line.endswith(b"\n")
-        rest = line
-        while len(rest) == _LONGEST and not rest.endswith(b"\n"):
-            rest = file.readline(_LONGEST)
-        yield line if whole else None
+        if len(line) < _LONGEST or line.endswith(b"\n"):
+            yield line
+            continue
+        while rest := file.read(2**20):  # far quicker than readline, which looks at 8 kB at a time
+            if (end := rest.find(b"\n")) >= 0:
+                file.seek(end + 1 - len(rest), os.SEEK_CUR)
+                break
+        yield None
 
 
 def _json(path: Path) -> _Records:
@@ -280,6 +283,7 @@ def _csv(path: Path) -> _Records:
             names = [name for name in reader.fieldnames or () if name]
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise DataError(f"{path} has two columns named {twice!r}; rename or delete one")
+            line = reader.line_num
             for number, record in enumerate(reader, 1):
                 line = reader.line_num
                 yield number, record

@@ -80,10 +80,10 @@ class BizassistMagics(Magics):
         settings = Settings.from_toml(cell, options.set)
         if options.resume and options.name is None:
             raise UsageError("%%finetune --resume: which run? %%finetune NAME --resume")
-        self._runs_dir = settings.runs_dir
         release()
         if options.background:
             self._run = start(settings, options.name, resume=options.resume)
+            self._runs_dir = settings.runs_dir
             return self._run
         from bizassist_nb.notebook.views import TrainingView
 
@@ -92,6 +92,8 @@ class BizassistMagics(Magics):
             self._run = finetune(settings, options.name, resume=options.resume, show=view)
         finally:
             view.finish()
+            if view.run:
+                self._runs_dir = settings.runs_dir
         return self._run
 
     @no_var_expand  # a question is text: {braces} and $ in it are the asker's
@@ -123,7 +125,7 @@ class BizassistMagics(Magics):
         try:
             view.wait("Loading the model, once for this kernel …")
             assistant = Assistant(*runs)
-            questions = lines(question) if options.each else [question]
+            questions = (lines(question) or [""]) if options.each else [question]
             answered = Comparisons(view.follow(assistant.stream(each, **_answering(options))) for each in questions)
         finally:
             view.finish()

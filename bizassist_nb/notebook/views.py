@@ -32,11 +32,12 @@ class TrainingView:
         self._live = _LiveHtml("A run in training; this view is live while its kernel runs.")
         self._plot = ""
         self._plotted: tuple[float, int] = (0.0, -1)
-        self._run: Run | None = None
+        self.run: Run | None = None
+        """What was shown last."""
 
     def __call__(self, run: Run) -> None:
         """Bring the view up to date."""
-        self._run = run
+        self.run = run
         shapes = len(run.steps) + len(run.held_out)
         if shapes != self._plotted[1] and time.monotonic() - self._plotted[0] >= _PLOT_EVERY and shapes:
             self._plot = _inline_png(loss_png(run), "loss against step")
@@ -46,7 +47,7 @@ class TrainingView:
     def finish(self) -> None:
         """Replace the live view by static output: the plot, and for a run that failed what it was."""
         self._live.close()
-        run = self._run
+        run = self.run
         if run and run.steps:
             png = base64.b64encode(loss_png(run)).decode()
             display({"image/png": png, "text/plain": f"loss curve of {headline(run)}"}, raw=True)
