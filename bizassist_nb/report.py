@@ -130,7 +130,7 @@ def how_to_go_on(run: Run) -> str | None:
 def run_text(run: Run) -> str:
     """The run for a terminal."""
     if damage := run.damage:
-        return f"{headline(run)}\n  {damage}"
+        return printable(f"{headline(run)}\n  {damage}")
     lines = [headline(run), *(f"  {label}: {text}" for label, text in facts(run))]
     lines += [f"  row {number} is not used: {reason}" for number, reason in rejected(run)]
     shown = [section for section in _verdict(run) if not section.folded]

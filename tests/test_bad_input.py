@@ -714,7 +714,7 @@ BASES = {
         pickle.dumps(Evil()))), ["no .safetensors weights"]),
     "weights cut": (lambda f: os.truncate(f / "model.safetensors", 5000), ["cannot be loaded"]),
     "weights of nothing": (write("model.safetensors", b""), ["cannot be loaded"]),
-    "weights of another shape": (base_tensors(lambda name, t: t[:, :3].contiguous() if t.ndim == 2 else t),
+    "weights of another shape": (base_tensors(lambda _, t: t[:, :3].contiguous() if t.ndim == 2 else t),
         ["are not those of the model in its config.json", "fetch both anew"]),
     "a weight less": (base_tensors(lambda name, t: None if "0.mlp.up" in name else t), ["up_proj.weight is missing"]),
     "a tokenizer without tokens": (write("tokenizer.json", b'{"model": {"type": "None"}}'), ["cannot be loaded"]),

@@ -1,0 +1,408 @@
+"""What docs/safety.md promises: texts of models, data and files stay texts, and secrets are nowhere."""
+
+import ast
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from IPython.core.interactiveshell import InteractiveShell
+from markdown_it import MarkdownIt
+from random_run import environment, random_run
+from traitlets.config import Config
+
+import bizassist_nb
+from bizassist_nb import Assistant, Panel, plots, render
+from bizassist_nb.__main__ import main
+from bizassist_nb.assistant.comparison import Comparison, Comparisons
+from bizassist_nb.comparing import RunComparison, runs_text
+from bizassist_nb.errors import BizassistError, RunError, printable
+from bizassist_nb.export.card import card
+from bizassist_nb.notebook.ballots import BallotView
+from bizassist_nb.notebook.panel.preview import _page, _row
+from bizassist_nb.notebook.panel.train import RunView, _outcome
+from bizassist_nb.notebook.tables import runs_table
+from bizassist_nb.report import run_html, run_text
+from bizassist_nb.runs import Journal, Run, open_run, write_json
+from bizassist_nb.settings import Settings
+from bizassist_nb.survey import survey
+from bizassist_nb.verdict import Score, assess, judge
+from bizassist_nb.votes import Ballot, Vote, append
+
+sys.path.insert(0, str(Path(__file__).parent / "browser"))
+from hostile import HOSTILE
+
+PACKAGE = Path(bizassist_nb.__file__).parent
+TOKEN = "hf_markerTokenThatMustNotBeSeen"
+
+TEXTS = [
+    *(text for text in HOSTILE if len(text) < 1000),
+    "'\"><script>x</script>",
+    "</td></tr></table></details></pre></div><b>",
+    "$\\frac{1}{$",
+    "$\\href{javascript:x}{y}$ ~~a~~ **b** _c_ <!-- --> &lt;b&gt; \\| | `x` [a](javascript:x) ![a](//e.x/y.png)",
+    "\x1b[2J\x1b]0;title\x07\r\x08\x9b31m",
+    "{0.__class__} {name} %s %(x)d $HOME `id` $(id)",
+    "a\n---\nlicense: mine\n---\n# head\n\n- item\n\n```\ncode\n```\n| a | b |\n|---|---|",
+]
+CLEAN = [text.encode("utf-8", "replace").decode().replace("\0", "") for text in TEXTS]  # what a TOML file can hold
+
+
+MARKDOWN = MarkdownIt("gfm-like", {"linkify": False})
+
+
+class Structure(HTMLParser):
+    """Tags and attributes of a page; the values of those that hold texts are left out."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        keep = [(name, "" if name in ("aria-label", "alt", "src", "points") else value) for name, value in attributes]
+        self.found.append((tag, keep))
+
+    def handle_comment(self, data):
+        self.found.append(("a comment", data))
+
+    handle_decl = handle_pi = unknown_decl = handle_comment
+
+
+def structure(page):
+    return Structure(page).found
+
+
+def make(folder, text):
+    """A run of files alone, in which every text is this one."""
+    folder.mkdir(parents=True)
+    clean = text.encode("utf-8", "replace").decode().replace("\0", "") or "x"
+    asked = Settings(data=clean, model=clean, system_prompt=clean, columns={"context": clean})
+    (folder / "settings.toml").write_text(asked.to_toml(), "utf-8")
+    versions = {"versions": {clean: clean}, "device": clean, "python": clean, "data": clean}
+    write_json(folder / "environment.json", environment(clean, clean) | versions)
+    journal = Journal(folder)
+    lengths = {"rows": 2, "tokens": 9, "trained_tokens": 5, "median": 4, "longest": 5, "truncated": 1}
+    for what in ("model", "engine"):
+        journal.write(what, name=text, reason=text)
+    journal.write(
+        "data", source=text, training=lengths, held_out=lengths, rejected=1,
+        rejected_rows=[{"number": 3, "reason": text}],
+        shown={"number": 1, "runs": [[text, False], [text, True]]},
+    )  # fmt: skip
+    journal.write("preflight", sentence=text)
+    journal.write("fit", step=0, micro_batch=1, checkpointing=False, precision=text, reason=text)
+    journal.write("unscored", step=2, reason=text)
+    journal.write("plan", steps=2)
+    for step in (1, 2):
+        journal.write("step", step=step, loss=1.0, learning_rate=0.1, gradient_norm=None, tokens=1, seconds=1.0)
+    journal.write("evaluation", step=2, loss=1.0)
+    journal.write("unanswered", reason=text)
+    journal.write("error", message=text, expected=False)
+    journal.write("state", state="failed")
+    (folder / "worker.log").write_bytes(text.replace("\n", " ").encode("utf-8", "replace") * 3)
+    scores = [[Score(i, n + i, 3, (text, "b")[i % 2]) for i in range(4)] for n in (9, 6)]
+    found = judge(*scores, seed=0, questions=dict.fromkeys(range(4), text))
+    answer = {"text": text, "stopped": True, "signs": ["loops"]}
+    write_json(folder / "answers.json", [{"prompt": text, "base": answer, "tuned": answer}])
+    write_json(folder / "evaluation.json", assess(found, found, None) | {"sentence": text, "notes": [text]})
+    append(Run(folder), Vote(1.0, text, text, text, "tuned", "base"))
+    return Run(folder)
+
+
+def in_training(run, monkeypatch):
+    """What the panel shows of a run that is at work."""
+    monkeypatch.setattr("bizassist_nb.notebook.panel.train.over", lambda _: False)
+    view = RunView.__new__(RunView)
+    view._stopping = None
+    return view._progress(run)
+
+
+VIEWS = {
+    "report": lambda run, _: run_html(run),
+    "panel, ended": lambda run, _: _outcome(run),
+    "panel, in training": in_training,
+    "table": lambda run, _: runs_table([run, run])._repr_html_(),
+    "comparison of runs": lambda run, _: RunComparison([run, run])._repr_html_(),
+    "plot": lambda run, _: plots.loss_svg(run),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_no_text_of_a_run_adds_to_the_structure_of_a_view(view, tmp_path, monkeypatch):
+    expected = structure(VIEWS[view](make(tmp_path / "plain", "x"), monkeypatch))
+    for i, text in enumerate(TEXTS):
+        page = VIEWS[view](make(tmp_path / f"run{i}", text), monkeypatch)
+        assert structure(page) == expected, text
+        page.encode()  # it can be sent
+
+
+def test_no_name_of_a_folder_adds_to_the_structure_of_a_view(tmp_path, monkeypatch):
+    """A folder may have any name, once somebody unpacked it here."""
+    plain = make(tmp_path / "plain", "x")
+    for i, text in enumerate(CLEAN):
+        name = text.replace("/", "∕")[:60].strip(".") or "x"
+        run = make(tmp_path / str(i) / name, "x")
+        assert runs_table([run]).html.count("<") == runs_table([run]).html.count(">")
+        assert len(structure(runs_table([run])._repr_html_())) == len(structure(runs_table([plain])._repr_html_())) + 1
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", run_text(run) + runs_text([run]))
+        assert plots.overlaid_figure([run, plain])._repr_png_().startswith(b"\x89PNG")  # no formula, no formats
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    figure = plots.overlaid_figure([make(tmp_path / "_one", "x"), make(tmp_path / "$two$", "x")])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_one", "$two$"]
+    assert figure._repr_png_()
+
+
+def test_no_text_of_a_row_adds_to_the_structure_of_the_preview(tiny, tmp_path):
+    def page(text):
+        path = tmp_path / "rows.json"
+        clean = (text.encode("utf-8", "replace").decode()).strip() or "x"
+        rows = [{"instruction": f"{clean} {i}", "response": clean, "context": clean} for i in range(5)]
+        path.write_text(json.dumps(rows), "utf-8")
+        *_, found = survey(Settings(model=str(tiny), data=str(path), subset=3, held_out=2, engine="transformers"))
+        tags = structure(_page(found, 0)), structure(_row(found, found.training[0]))
+        return tags[0], {tag for tag, _ in tags[1]}, {name for _, all_ in tags[1] for name, _ in all_}
+
+    expected = page("x")
+    for text in TEXTS:
+        assert page(text) == expected, text
+
+
+def test_no_text_of_a_question_adds_to_the_structure_of_answers_and_votes(tmp_path):
+    run = make(tmp_path / "one", "x")
+
+    def pages(text):
+        both = Comparison(text, {"base": "x", "tuned": "y"}, (text,), note=text)
+        ballot = Ballot(run, Comparison(text, {"base": "x", "tuned": "y"}, ("one",)), ("base", "tuned"))
+        view = BallotView(ballot)
+        before = structure(view._html.value)
+        ballot.cast("tie")
+        return [
+            structure(page) for page in (both._repr_html_(), Comparisons([both])._repr_html_(), ballot.html())
+        ], before
+
+    expected = pages("x")
+    for text in TEXTS:
+        assert pages(text) == expected, text
+
+
+def test_descriptions_of_the_panels_controls_are_plain_text(tmp_path):
+    make(tmp_path / "runs" / "one", "x")
+
+    def widgets(at):
+        yield at
+        for child in getattr(at, "children", ()):
+            yield from widgets(child)
+
+    for widget in widgets(Panel(str(tmp_path / "runs"))._view):
+        assert not getattr(widget, "description_allow_html", False)
+        assert not re.search("[<>]", getattr(widget, "description", ""))
+
+
+def markdown_structure(text):
+    return [(token.type, token.tag) for token in MARKDOWN.parse(text) if token.type != "inline"]
+
+
+def test_no_text_of_a_run_adds_to_the_model_card(tiny, tmp_path):
+    def text_of(text):
+        return card(make(tmp_path / f"{abs(hash(text))}" / "one", text))
+
+    expected = text_of("x")
+    shape = markdown_structure(expected.split("---", 2)[2])
+    for text in CLEAN:
+        found = text_of(text)
+        _, head, body = found.split("---\n", 2)
+        assert yaml.safe_load(head).keys() <= {
+            "library_name",
+            "pipeline_tag",
+            "tags",
+            "base_model",
+            "datasets",
+            "license",
+        }
+        assert "license" not in yaml.safe_load(head)
+        assert markdown_structure(body) == shape, text
+        rendered = MARKDOWN.render(body)
+        tags = {tag for tag, _ in structure(rendered)}
+        assert not tags & {"script", "iframe", "style", "svg", "form", "object", "math", "a comment", "a", "em", "s"}
+        assert rendered.count("<img") == 1  # the loss curve
+        (code,) = [token.content for token in MARKDOWN.parse(body) if token.type == "fence"]
+        calls = {node.func.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and
+                 isinstance(node.func, ast.Name)}  # fmt: skip
+        assert calls <= {"BitsAndBytesConfig", "print"}
+
+
+# The terminal
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_nothing_that_is_printed_moves_the_cursor(text, tmp_path, capsys):
+    run = make(tmp_path / "one", text)
+    both = Comparison(text, {"base": text, "tuned": text}, (text,), note=text)
+    ballot = Ballot(run, Comparison(text, {"base": text, "tuned": text}, ("one",)))
+    shown = [
+        repr(both),
+        repr(Comparisons([both])),
+        repr(ballot),
+        run_text(run),
+        runs_text([run]),
+        repr(RunComparison([run])),
+    ]
+    shown += BizassistError(text)._render_traceback_()
+    for command in (["runs"], ["votes", "one"]):
+        assert main([*command, "--runs-dir", str(tmp_path)]) == 0
+    assert main(["ask", text, "Hi?", "--runs-dir", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    for each in (*shown, said.out, said.err):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", each)
+        each.encode()
+
+
+def test_line_ends_and_tabs_are_printed_as_they_are():
+    assert printable("a\tb\r\nc\nü 漢 🦜") == "a\tb\nc\nü 漢 🦜"
+
+
+# Names, code, shells
+
+
+def test_a_question_is_not_expanded(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random_run(tmp_path / "runs" / "one", tiny)
+    config = Config()
+    config.HistoryManager.enabled = False
+    shell = InteractiveShell(config=config)
+    shell.run_line_magic("load_ext", "bizassist_nb")
+    shell.user_ns.update(name="expanded", price="expanded")
+    asked = "What is {name} worth, {price!r}, $name $$ %s {0} {undefined} `id` $(id) !ls ?"
+    for code in (f"%ask --max-new-tokens 1 -o found {asked}", f"%%ask --max-new-tokens 1 -o found\n{asked}"):
+        assert shell.run_cell(code).success
+        assert shell.user_ns["found"].question == asked
+
+
+def test_the_package_has_nothing_that_runs_what_it_reads():
+    """No eval, pickle, shell or remote code; torch.load only of weights."""
+    names = {"eval", "exec", "compile", "__import__", "input"}
+    modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                found = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+                assert not {name.partition(".")[0] for name in found} & modules, path
+            if not isinstance(node, ast.Call):
+                continue
+            called, keywords = ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
+            assert called not in names, (path, node.lineno)
+            assert called not in ("os.system", "os.popen", "subprocess.getoutput"), (path, node.lineno)
+            assert keywords.get("shell", "False") == "False", (path, node.lineno)
+            assert keywords.get("trust_remote_code", "False") == "False", (path, node.lineno)
+            if called == "torch.load":
+                assert keywords.get("weights_only") == "True", (path, node.lineno)
+            if (
+                called == "AutoModelForCausalLM.from_pretrained" and path.name != "parity.py"
+            ):  # which loads what we wrote
+                assert keywords.get("use_safetensors") == "True" or "gguf_file" in keywords, (path, node.lineno)
+
+
+# Secrets
+
+
+@pytest.fixture
+def echo():
+    """A hub that answers everything with a refusal in which the token is repeated."""
+
+    class Echo(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            length = int(self.headers.get("Content-Length") or 0)
+            self.rfile.read(length)
+            said = f"not for {self.headers.get('Authorization')}, said {TOKEN}"
+            seen.append(self.headers.get("Authorization"))
+            body = json.dumps({"error": said}).encode()
+            self.send_response(403)
+            self.send_header("X-Error-Message", said)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            self.answer()
+
+        def do_POST(self):
+            self.answer()
+
+        def do_HEAD(self):
+            self.answer()
+
+        def log_message(self, *_):
+            pass
+
+    seen = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("what", [{"data": "owner/rows"}, {"model": "owner/model", "data": "sample"}])
+def test_a_token_that_a_hub_repeats_is_nowhere(what, echo, tmp_path):
+    address, seen = echo
+    settings = [part for key, value in what.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "bizassist_nb", "finetune", "--name", "one", *settings, "--set", "subset=8"]
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": TOKEN,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert f"Bearer {TOKEN}" in seen  # it was really sent
+    assert "(the token)" in result.stderr or "cannot be loaded" in result.stderr
+    run = open_run("one", tmp_path / "runs")
+    views = [result.stdout, result.stderr, run_text(run), run_html(run), run.error, "\n".join(run.log(1000))]
+    files = [path.read_bytes().decode("utf-8", "replace") for path in tmp_path.rglob("*") if path.is_file()]
+    for text in (*views, *files):
+        assert "markerToken" not in text
+
+
+def test_a_surprise_in_the_worker_is_logged_without_the_token(tmp_path, monkeypatch, capfd):
+    from bizassist_nb.training import worker
+
+    def fail(*_):
+        raise RuntimeError(f"https://me:secret-word@host said {TOKEN}")
+
+    (tmp_path / "settings.toml").write_text(Settings().to_toml())
+    monkeypatch.setattr(worker, "work", fail)
+    assert worker.main(str(tmp_path)) == 1
+    seen = capfd.readouterr().err + (tmp_path / "events.jsonl").read_text()
+    assert "RuntimeError: https://(the password)@host said (the token)" in seen
+    assert "markerToken" not in seen
+    assert "secret-word" not in seen
+
+
+def test_a_token_that_does_not_look_like_one_is_known_from_the_environment(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "an-odd-token")
+    assert str(RunError("refused an-odd-token")) == "refused (the token)"
+    with pytest.raises(BizassistError, match="holds a password or a token"):
+        Settings(data="an-odd-token/rows.csv")
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert str(RunError("refused an-odd-token")) == "refused an-odd-token"
+
+
+def test_answers_of_a_model_are_what_the_hostile_texts_are_held_against(tiny, tmp_path):
+    run = random_run(tmp_path / "one", tiny)
+    answer = Assistant(run).ask("<script>x</script>", max_new_tokens=2)
+    assert "script" not in {tag for tag, _ in structure(answer._repr_html_())}
+    assert render.markdown("<script>x</script>") == "<p>&lt;script&gt;x&lt;/script&gt;</p>\n"
