@@ -5,7 +5,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.errors import ModelError, brief
-from bizassist_nb.settings import user_path
+from bizassist_nb.settings import cache, user_path
 
 MISTRAL: Final = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
 """NF4 weights of mistralai/Mistral-7B-Instruct-v0.3: 4.1 GB to download instead of 14.5."""
@@ -90,11 +89,6 @@ def _checked_folder(folder: Path) -> Path:
             f"{folder} has no .safetensors weights; other formats can run code when loaded and are refused"
         )
     return folder.resolve()
-
-
-def cache() -> Path:
-    """Folder for what is made once a machine and can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bizassist_nb"
 
 
 def embedded_folder() -> Path:
