@@ -175,14 +175,27 @@ class Run:
             if line not in self._ahead:
                 self._take_line(line)
         if kept := self._new_lines(self._kept):
-            delivered = set(_lines_of(self.path, 0)[0])
+            delivered = self._delivered()
             for line in kept:
                 if line not in delivered:
                     self._ahead.add(line)
                     self._take_line(line)
 
+    def _delivered(self) -> set[bytes]:
+        try:
+            return set(_lines_of(self.path, 0)[0])
+        except OSError:
+            return set()
+
     def _new_lines(self, folder: Path) -> list[bytes]:
-        lines, self._offsets[folder] = _lines_of(folder, self._offsets[folder])
+        try:
+            lines, self._offsets[folder] = _lines_of(folder, self._offsets[folder])
+        except FileNotFoundError:
+            if folder == self._kept:  # delivered; what is kept there another time is another file
+                self._offsets[folder] = 0
+            return []
+        except OSError:  # out of reach
+            return []
         return lines
 
     def _take_line(self, line: bytes) -> None:
@@ -446,43 +459,6 @@ def kept_folder(run_path: Path) -> Path:
     return cache() / "kept" / hashlib.sha256(str(run_path.absolute()).encode()).hexdigest()[:16]
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a file beside `path`, then put it in place: readers see the old one or the new one.
-
-    It is on the disk before it is in place, so this holds for a machine that loses its power, too.
-    """
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        write(beside)
-        sync_entries(beside)
-        beside.replace(path)
-        sync_entries(path.parent)
-    except OSError:
-        beside.unlink(missing_ok=True)  # half of it, on a full disk
-        raise
-
-
-def sync(path: Path) -> None:
-    """Have a file, or a folder with all that is in it, on the disk before anything else is done."""
-    for inner in path.iterdir() if path.is_dir() else ():
-        sync(inner)
-    sync_entries(path)
-
-
-def sync_entries(path: Path) -> None:
-    """Have a file on the disk, or of a folder the names in it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader never sees half of it."""
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8", "replace"))
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
@@ -491,15 +467,10 @@ def _read_json(path: Path) -> Any:
 
 
 def _lines_of(folder: Path, offset: int) -> tuple[list[bytes], int]:
-    """(whole lines of its events from that byte on, the byte behind them); none and 0 where there is no such file."""
-    try:
-        with (folder / EVENTS).open("rb") as file:
-            file.seek(offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-    except FileNotFoundError:
-        return [], 0
-    except OSError:  # out of reach
-        return [], offset
+    """(whole lines of its events from that byte on, the byte behind them)."""
+    with (folder / EVENTS).open("rb") as file:
+        file.seek(offset)
+        whole, newline, _ = file.read().rpartition(b"\n")
     return whole.splitlines(), offset + len(whole) + len(newline)
 
 

@@ -1,5 +1,6 @@
 """Training for real, on a CPU: both engines, the worker's run directory, stopping and resuming, and what is refused."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ from bizassist_nb import Settings, finetune
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.errors import RunError
 from bizassist_nb.export.card import card
+from bizassist_nb.report import run_text
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training import launch
+from bizassist_nb.training.checkpoints import CHECKSUMS, checkpoints
 from bizassist_nb.training.evaluation import evaluate
 from bizassist_nb.verdict import Score
 
@@ -183,7 +186,6 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
 def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_path):
     from types import SimpleNamespace
 
-    from bizassist_nb.report import run_text
     from bizassist_nb.training.outbox import Outbox
     from bizassist_nb.training.worker import _watch
 
@@ -221,19 +223,46 @@ def test_scores_of_a_stopped_run_go_once_it_is_trained_further(tmp_path, steps, 
     assert [file.exists() for file in files] == [kept, kept]
 
 
-def test_killed_run_is_lost_and_resumes_from_its_last_checkpoint(tiny, tmp_path):
-    settings = quick(tiny, tmp_path, epochs=20, checkpoint_minutes=0.0)
+class Evil:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint_and_runs_no_code_from_it(tiny, tmp_path):
+    settings = quick(tiny, tmp_path, epochs=20, checkpoint_minutes=0.0, max_length=128)
     run = launch.start(settings, "killed")
     wait_until(lambda: (saved := run.last("checkpoint")) is not None and saved["step"] >= 4)
     run.kill()
     wait_until(lambda: run.status == "lost")
     assert "ended without a word" in run.error
-    step = run.last("checkpoint")["step"]
+    newest, before = checkpoints(run.path)
+    assert not [path for path in run.path.rglob("*") if path.suffix in (".bin", ".pkl")]
+    with (newest.path / "optimizer.pt").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"?")
     launch.start(settings, "killed", resume=True)
-    wait_until(lambda: len(run.steps) > step)
+    wait_until(lambda: len(run.steps) > newest.step)
     run.stop()
-    wait_until(lambda: run.status == "stopped")
-    assert run.last("resumed")["step"] >= step
+    wait_until(lambda: run.status == "stopped" and not run.alive)
+    assert run.last("resumed")["step"] == before.step
+    assert run.last("damaged")["checkpoint"] == str(newest.path)
+    words = f"{newest.path}: optimizer.pt is not what was written; the one before it was used"
+    assert words in run_text(run)
+
+    # One that is whole, but was not written by this package.
+    forged = checkpoints(run.path)[0].path
+    torch.save(Evil(tmp_path / "run by a pickle"), forged / "optimizer.pt")
+    sums = json.loads((forged / CHECKSUMS).read_text())
+    sums["optimizer.pt"] = hashlib.sha256((forged / "optimizer.pt").read_bytes()).hexdigest()
+    (forged / CHECKSUMS).write_text(json.dumps(sums))
+    with pytest.raises(RunError, match=r"holds something else than tensors.*Delete that folder"):
+        finetune(settings, "killed", resume=True)
+    assert not (tmp_path / "run by a pickle").exists()
 
 
 def test_two_workers_cannot_train_one_run(tiny, tmp_path):

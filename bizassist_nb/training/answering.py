@@ -19,7 +19,8 @@ from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.degeneration import counted, prompts, signs
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Run, write_json
+from bizassist_nb.runs import Run
+from bizassist_nb.whole import write_json
 
 _WHO: Final = ("base", "tuned")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.runs import sync, sync_entries
+from bizassist_nb.whole import discard, put_in_place, recover
 
 CHECKSUMS: Final = "checksums.json"
 """Name of the file with the SHA-256 of every other file of a checkpoint, written when all of them are there."""
@@ -76,7 +76,9 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
     folder = run_path / "checkpoints"
     part = folder / ".part" / f"checkpoint-{step}"
     shutil.rmtree(part.parent, ignore_errors=True)  # a worker that was killed may have left one
-    part.mkdir(parents=True)
+    # Not `parents`: a run's directory that is away would be made anew, in the way of the one that comes back.
+    for inner in (folder, part.parent, part):
+        inner.mkdir(exist_ok=True)
     try:
         write(part)
         files = [file for file in sorted(part.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
@@ -87,37 +89,7 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
         shutil.rmtree(part.parent, ignore_errors=True)
     older = [checkpoint for checkpoint in checkpoints(run_path) if checkpoint.step <= step][_KEPT:]
     for checkpoint in [*older, *(later for later in checkpoints(run_path) if later.step > step)]:
-        _discard(checkpoint.path)
-
-
-def put_in_place(part: Path, target: Path) -> None:
-    """Put a folder that has been filled in the place of `target`, which stays there until then."""
-    sync(part)
-    if target.is_dir():  # a folder cannot be put in the place of one that is not empty
-        old = _old(target)
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    part.rename(target)
-    sync_entries(target.parent)
-    shutil.rmtree(_old(target), ignore_errors=True)
-
-
-def recover(target: Path) -> None:
-    """Bring back the folder that was there before, where a worker was killed while it put another in its place."""
-    if _old(target).is_dir() and not target.is_dir():
-        _old(target).rename(target)
-
-
-def _discard(folder: Path) -> None:
-    """Delete a folder, which is gone at once: half of a checkpoint would look like a damaged one."""
-    old = _old(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+        discard(checkpoint.path)
 
 
 def _checksum(file: Path) -> str:
@@ -165,6 +137,7 @@ def save_adapter(target: Path, model: Any, chat: ChatTokenizer, notes: dict[str,
     """
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # a worker that was killed may have left one
+    part.mkdir()  # and no folder above it: see `save_checkpoint`
     try:
         model.save_pretrained(part, safe_serialization=True)
         chat.tokenizer.save_pretrained(part)

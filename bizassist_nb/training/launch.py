@@ -14,19 +14,9 @@ from types import FrameType
 from typing import Self
 
 from bizassist_nb.errors import RunError, brief
-from bizassist_nb.runs import (
-    ENDED,
-    WORKER,
-    Journal,
-    Run,
-    check_name,
-    is_locked,
-    kept_folder,
-    take_lock,
-    write_whole,
-    write_worker,
-)
+from bizassist_nb.runs import ENDED, WORKER, Journal, Run, check_name, is_locked, kept_folder, take_lock, write_worker
 from bizassist_nb.settings import Settings
+from bizassist_nb.whole import write_whole
 
 _POLL = 0.25
 """Seconds between looks at a run that is being followed."""

@@ -68,6 +68,8 @@ class Outbox(Journal):
         problems = []
         for place in (self._run_path, self._kept):
             try:
+                if place is self._kept:
+                    place.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(place, step, write)
             except (*UNWRITTEN, RuntimeError) as error:
                 problems.append(f"in {place}: {brief(error)}")

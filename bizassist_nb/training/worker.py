@@ -25,7 +25,7 @@ from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
 from bizassist_nb.errors import BizassistError, DataError, RunError, brief
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
-from bizassist_nb.runs import Run, write_json
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
@@ -33,6 +33,7 @@ from bizassist_nb.training.checkpoints import Best, newest_checkpoint, save_adap
 from bizassist_nb.training.evaluation import Exam, rows_of
 from bizassist_nb.training.outbox import UNWRITTEN, Outbox
 from bizassist_nb.verdict import Score, mean_loss
+from bizassist_nb.whole import write_json
 
 PACKAGES: Final = (
     "bizassist-nb", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes",
