@@ -95,7 +95,7 @@ def _started(run: Run) -> Run:
 def _running(settings: Settings, name: str) -> Run | None:
     """The run of that name if it is being trained."""
     path = settings.run_path(check_name(name))
-    return _resumed(path, settings) if is_locked(path) else None
+    return _resumed(path, settings) if is_locked(path) and Run(path).status not in ENDED else None
 
 
 class _Interrupts:

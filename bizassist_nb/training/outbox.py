@@ -43,6 +43,7 @@ class Outbox(Journal):
         self._waiting: list[bytes] = []
         with contextlib.suppress(OSError):
             self._waiting = (self._kept / EVENTS).read_bytes().splitlines(keepends=True)
+        self._spooled = len(self._waiting)  # so many of them are in the file here, too
         self._tried = float("-inf")
         self.deliver()
 
@@ -59,9 +60,11 @@ class Outbox(Journal):
 
     def _keep(self, lines: bytes) -> None:
         self._waiting.append(lines)
-        with contextlib.suppress(OSError):  # then they are kept in memory alone
+        with contextlib.suppress(OSError):  # then they are kept in memory alone, until there is room here
             self._kept.mkdir(parents=True, exist_ok=True)
-            Journal(self._kept).append(lines)
+            while self._spooled < len(self._waiting):
+                Journal(self._kept).append(self._waiting[self._spooled])
+                self._spooled += 1
 
     def checkpoint(self, step: int, write: Callable[[Path], object]) -> None:
         """Save one of this step: in the run's directory, else here; else training goes on without, and says so."""
@@ -123,6 +126,7 @@ class Outbox(Journal):
         known = set(path.read_bytes().splitlines(keepends=True)) if path.exists() else set()
         super().append(b"".join(line for line in self._waiting if line not in known))
         self._waiting.clear()
+        self._spooled = 0
         (self._kept / EVENTS).unlink(missing_ok=True)
         super().append(line_of("back", {}))
 
