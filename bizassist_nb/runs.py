@@ -319,7 +319,7 @@ class Run:
         """Process ids of its workers, found by their command lines: while its folder is away, so is the lock in it."""
         import psutil
 
-        command = [WORKER, str(self.path)]
+        command = [WORKER, str(self.path.absolute())]
         found = psutil.process_iter(["cmdline", "pid"])
         return [process.pid for process in found if (process.info["cmdline"] or [])[-2:] == command]
 

@@ -57,7 +57,7 @@ def test_a_run_outlives_its_kernel_and_the_next_one_follows_it(tiny, tmp_path):
     with kernel(tmp_path) as second:
         second.run("%load_ext bizassist_nb")
         with pytest.raises(RunError, match="being trained by another process"):
-            launch.start(run.settings, "run", resume=True)
+            launch.start(Settings(runs_dir=str(tmp_path / "runs")), "run", resume=True)
         cell = second.start("%%finetune run --resume")
         shown = second.client.get_iopub_msg(timeout=60)
         while "run: training" not in str(shown["content"]):

@@ -97,6 +97,12 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def clear(run_path: Path) -> None:
+    """Delete what was left half-written: by a worker that was killed, or that could not even delete it."""
+    for part in (run_path / "checkpoints" / ".part", run_path / ".best.part", run_path / ".adapter.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
 class Best:
     """The adapter that scored best on the held-out rows so far, with its step and loss, in RUN/best/."""
 

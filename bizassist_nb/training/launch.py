@@ -77,7 +77,7 @@ def _started(run: Run) -> Run:
         Journal(run.path).write("state", state="starting")
         with (run.path / "worker.log").open("ab") as log:
             worker = subprocess.Popen(  # noqa: S603 - no shell, our own module
-                [sys.executable, "-m", WORKER, str(run.path)],
+                [sys.executable, "-m", WORKER, str(run.path.absolute())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

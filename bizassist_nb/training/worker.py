@@ -29,7 +29,7 @@ from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
-from bizassist_nb.training.checkpoints import Best, newest_checkpoint, save_adapter
+from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.evaluation import Exam, rows_of
 from bizassist_nb.training.outbox import UNWRITTEN, Outbox
 from bizassist_nb.verdict import Score, mean_loss
@@ -79,6 +79,7 @@ def main(directory: str) -> int:
     journal = Outbox(run.path, between=stop.hurry)
     try:
         work(run, journal, stop)
+        clear(run.path)
         journal.settle()
     except Stopped:
         journal.write("state", state="stopped")
