@@ -31,7 +31,7 @@ from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.evaluation import Exam, rows_of
-from bizassist_nb.training.outbox import UNWRITTEN, Outbox
+from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.verdict import Score, mean_loss
 from bizassist_nb.whole import write_json
 
@@ -95,6 +95,7 @@ def _fail(journal: Outbox, error: Exception, *, expected: bool) -> int:
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
+    journal.deliver(now=True)
     return 1
 
 
@@ -293,7 +294,7 @@ def _watch(
             return
         try:
             best.offer(step, mean_loss(scores), model, chat)
-        except UNWRITTEN as error:
+        except OSError as error:
             journal.unsaved(f"the adapter of step {step}, the best so far,", brief(error))
 
     return after
