@@ -105,7 +105,7 @@ def found(tiny, tmp_path_factory):
     with kernel(folder) as live:
         live.run("found = {}")
         for code in (SETUP, TRAINING, PANEL, ASK, CHAT):
-            import time; t=time.time(); cell = live.run(code); print(time.time()-t)
+            cell = live.run(code)
             assert cell.status == "ok", cell.text
         return json.loads(live.run("print(json.dumps(found))").text)
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from bizassist_nb.assistant.bases import release
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import ENDED, Run, is_locked, list_runs
+from bizassist_nb.runs import ENDED, Run, list_runs
 from bizassist_nb.settings import Settings
 from bizassist_nb.survey import Watch
 
@@ -47,7 +47,7 @@ class State:
     def look(self) -> None:
         """See which run is at work and, if it has been a while, which there are."""
         self._list()
-        self.live = next((run for run in reversed(self.runs.values()) if is_locked(run.path)), None)
+        self.live = next((run for run in reversed(self.runs.values()) if run.alive), None)
 
     def _list(self) -> None:
         runs_dir = self.settings.runs_dir if self.settings else self._runs_dir
@@ -55,12 +55,13 @@ class State:
             return
         before = [*self.runs.values(), *self.damaged] if runs_dir == self._runs_dir else []
         known = {run.path: run for run in before}
+        away = {run.name: run for run in known.values() if run.status == "out of reach" and run.alive}
         try:
             found, self.problem = [known.get(run.path, run) for run in list_runs(runs_dir)], ""
-        except RunError as error:
+        except RunError as error:  # also a mount that has failed; those whose workers live are told of it
             found, self.problem = [], str(error)
         self.damaged = [run for run in found if run.damage]
-        self.runs = {run.name: run for run in found if run not in self.damaged}
+        self.runs = {run.name: run for run in found if run not in self.damaged} | away
         self._runs_dir, self.looked = runs_dir, time.monotonic()
         if self.followed and self.followed.name not in self.runs:
             self.followed = None
@@ -88,4 +89,4 @@ class State:
 
 def over(run: Run) -> bool:
     """Whether it has ended and its worker is gone: only then can it be resumed."""
-    return run.status in ENDED and not is_locked(run.path)
+    return run.status in ENDED and not run.alive
