@@ -15,7 +15,7 @@ import pytest
 import yaml
 from IPython.core.interactiveshell import InteractiveShell
 from markdown_it import MarkdownIt
-from random_run import environment, random_run
+from random_run import random_run
 from traitlets.config import Config
 
 import bizassist_nb
@@ -30,14 +30,13 @@ from bizassist_nb.notebook.panel.preview import _page, _row
 from bizassist_nb.notebook.panel.train import RunView, _outcome
 from bizassist_nb.notebook.tables import runs_table
 from bizassist_nb.report import run_html, run_text
-from bizassist_nb.runs import Journal, Run, open_run, write_json
+from bizassist_nb.runs import open_run
 from bizassist_nb.settings import Settings
 from bizassist_nb.survey import survey
-from bizassist_nb.verdict import Score, assess, judge
-from bizassist_nb.votes import Ballot, Vote, append
+from bizassist_nb.votes import Ballot
 
 sys.path.insert(0, str(Path(__file__).parent / "browser"))
-from hostile import HOSTILE
+from hostile import HOSTILE, hostile_run
 
 PACKAGE = Path(bizassist_nb.__file__).parent
 TOKEN = "hf_markerTokenThatMustNotBeSeen"
@@ -81,43 +80,6 @@ def structure(page):
     return Structure(page).found
 
 
-def make(folder, text):
-    """A run of files alone, in which every text is this one."""
-    folder.mkdir(parents=True)
-    clean = text.encode("utf-8", "replace").decode().replace("\0", "") or "x"
-    asked = Settings(data=clean, model=clean, system_prompt=clean, columns={"context": clean})
-    (folder / "settings.toml").write_text(asked.to_toml(), "utf-8")
-    versions = {"versions": {clean: clean}, "device": clean, "python": clean, "data": clean}
-    write_json(folder / "environment.json", environment(clean, clean) | versions)
-    journal = Journal(folder)
-    lengths = {"rows": 2, "tokens": 9, "trained_tokens": 5, "median": 4, "longest": 5, "truncated": 1}
-    for what in ("model", "engine"):
-        journal.write(what, name=text, reason=text)
-    journal.write(
-        "data", source=text, training=lengths, held_out=lengths, rejected=1,
-        rejected_rows=[{"number": 3, "reason": text}],
-        shown={"number": 1, "runs": [[text, False], [text, True]]},
-    )  # fmt: skip
-    journal.write("preflight", sentence=text)
-    journal.write("fit", step=0, micro_batch=1, checkpointing=False, precision=text, reason=text)
-    journal.write("unscored", step=2, reason=text)
-    journal.write("plan", steps=2)
-    for step in (1, 2):
-        journal.write("step", step=step, loss=1.0, learning_rate=0.1, gradient_norm=None, tokens=1, seconds=1.0)
-    journal.write("evaluation", step=2, loss=1.0)
-    journal.write("unanswered", reason=text)
-    journal.write("error", message=text, expected=False)
-    journal.write("state", state="failed")
-    (folder / "worker.log").write_bytes(text.replace("\n", " ").encode("utf-8", "replace") * 3)
-    scores = [[Score(i, n + i, 3, (text, "b")[i % 2]) for i in range(4)] for n in (9, 6)]
-    found = judge(*scores, seed=0, questions=dict.fromkeys(range(4), text))
-    answer = {"text": text, "stopped": True, "signs": ["loops"]}
-    write_json(folder / "answers.json", [{"prompt": text, "base": answer, "tuned": answer}])
-    write_json(folder / "evaluation.json", assess(found, found, None) | {"sentence": text, "notes": [text]})
-    append(Run(folder), Vote(1.0, text, text, text, "tuned", "base"))
-    return Run(folder)
-
-
 def in_training(run, monkeypatch):
     """What the panel shows of a run that is at work."""
     monkeypatch.setattr("bizassist_nb.notebook.panel.train.over", lambda _: False)
@@ -138,19 +100,19 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_no_text_of_a_run_adds_to_the_structure_of_a_view(view, tmp_path, monkeypatch):
-    expected = structure(VIEWS[view](make(tmp_path / "plain", "x"), monkeypatch))
+    expected = structure(VIEWS[view](hostile_run(tmp_path / "plain", "x"), monkeypatch))
     for i, text in enumerate(TEXTS):
-        page = VIEWS[view](make(tmp_path / f"run{i}", text), monkeypatch)
+        page = VIEWS[view](hostile_run(tmp_path / f"run{i}", text), monkeypatch)
         assert structure(page) == expected, text
         page.encode()  # it can be sent
 
 
 def test_no_name_of_a_folder_adds_to_the_structure_of_a_view(tmp_path, monkeypatch):
     """A folder may have any name, once somebody unpacked it here."""
-    plain = make(tmp_path / "plain", "x")
+    plain = hostile_run(tmp_path / "plain", "x")
     for i, text in enumerate(CLEAN):
         name = text.replace("/", "∕")[:60].strip(".") or "x"
-        run = make(tmp_path / str(i) / name, "x")
+        run = hostile_run(tmp_path / str(i) / name, "x")
         assert runs_table([run]).html.count("<") == runs_table([run]).html.count(">")
         assert len(structure(runs_table([run])._repr_html_())) == len(structure(runs_table([plain])._repr_html_())) + 1
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", run_text(run) + runs_text([run]))
@@ -158,7 +120,7 @@ def test_no_name_of_a_folder_adds_to_the_structure_of_a_view(tmp_path, monkeypat
 
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
-    figure = plots.overlaid_figure([make(tmp_path / "_one", "x"), make(tmp_path / "$two$", "x")])
+    figure = plots.overlaid_figure([hostile_run(tmp_path / "_one", "x"), hostile_run(tmp_path / "$two$", "x")])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_one", "$two$"]
     assert figure._repr_png_()
 
@@ -179,7 +141,7 @@ def test_no_text_of_a_row_adds_to_the_structure_of_the_preview(tiny, tmp_path):
 
 
 def test_no_text_of_a_question_adds_to_the_structure_of_answers_and_votes(tmp_path):
-    run = make(tmp_path / "one", "x")
+    run = hostile_run(tmp_path / "one", "x")
 
     def pages(text):
         both = Comparison(text, {"base": "x", "tuned": "y"}, (text,), note=text)
@@ -197,7 +159,7 @@ def test_no_text_of_a_question_adds_to_the_structure_of_answers_and_votes(tmp_pa
 
 
 def test_descriptions_of_the_panels_controls_are_plain_text(tmp_path):
-    make(tmp_path / "runs" / "one", "x")
+    hostile_run(tmp_path / "runs" / "one", "x")
 
     def widgets(at):
         yield at
@@ -215,7 +177,7 @@ def markdown_structure(text):
 
 def test_no_text_of_a_run_adds_to_the_model_card(tiny, tmp_path):
     def text_of(text):
-        return card(make(tmp_path / f"{abs(hash(text))}" / "one", text))
+        return card(hostile_run(tmp_path / f"{abs(hash(text))}" / "one", text))
 
     expected = text_of("x")
     shape = markdown_structure(expected.split("---", 2)[2])
@@ -247,7 +209,7 @@ def test_no_text_of_a_run_adds_to_the_model_card(tiny, tmp_path):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_nothing_that_is_printed_moves_the_cursor(text, tmp_path, capsys):
-    run = make(tmp_path / "one", text)
+    run = hostile_run(tmp_path / "one", text)
     both = Comparison(text, {"base": text, "tuned": text}, (text,), note=text)
     ballot = Ballot(run, Comparison(text, {"base": text, "tuned": text}, ("one",)))
     shown = [

@@ -1,5 +1,13 @@
 """Answers that a model may give by mistake or because its data told it to: nothing in them may run or be fetched."""
 
+from random_run import environment
+
+from bizassist_nb.runs import Journal, Run
+from bizassist_nb.settings import Settings
+from bizassist_nb.verdict import Score, assess, judge
+from bizassist_nb.votes import Vote, append
+from bizassist_nb.whole import write_json
+
 _RUN = "window.hacked=(window.hacked||0)+1"
 _AWAY = "http://evil.invalid/x"
 
@@ -48,3 +56,40 @@ HOSTILE = [
     "x" * 100_000,
     "$\\href{javascript:" + _RUN + "}{x}$ and \\(\\unicode{x}\\) {{constructor.constructor('" + _RUN + "')()}}",
 ]
+
+
+def hostile_run(folder, text):
+    """A run of files alone, in which every text is this one."""
+    folder.mkdir(parents=True)
+    clean = text.encode("utf-8", "replace").decode().replace("\0", "") or "x"
+    asked = Settings(data=clean, model=clean, system_prompt=clean, columns={"context": clean})
+    (folder / "settings.toml").write_text(asked.to_toml(), "utf-8")
+    versions = {"versions": {clean: clean}, "device": clean, "python": clean, "data": clean}
+    write_json(folder / "environment.json", environment(clean, clean) | versions)
+    journal = Journal(folder)
+    lengths = {"rows": 2, "tokens": 9, "trained_tokens": 5, "median": 4, "longest": 5, "truncated": 1}
+    for what in ("model", "engine"):
+        journal.write(what, name=text, reason=text)
+    journal.write(
+        "data", source=text, training=lengths, held_out=lengths, rejected=1,
+        rejected_rows=[{"number": 3, "reason": text}],
+        shown={"number": 1, "runs": [[text, False], [text, True]]},
+    )  # fmt: skip
+    journal.write("preflight", sentence=text)
+    journal.write("fit", step=0, micro_batch=1, checkpointing=False, precision=text, reason=text)
+    journal.write("unscored", step=2, reason=text)
+    journal.write("plan", steps=2)
+    for step in (1, 2):
+        journal.write("step", step=step, loss=1.0, learning_rate=0.1, gradient_norm=None, tokens=1, seconds=1.0)
+    journal.write("evaluation", step=2, loss=1.0)
+    journal.write("unanswered", reason=text)
+    journal.write("error", message=text, expected=False)
+    journal.write("state", state="failed")
+    (folder / "worker.log").write_bytes(text.replace("\n", " ").encode("utf-8", "replace") * 3)
+    scores = [[Score(i, n + i, 3, (text, "b")[i % 2]) for i in range(4)] for n in (9, 6)]
+    found = judge(*scores, seed=0, questions=dict.fromkeys(range(4), text))
+    answer = {"text": text, "stopped": True, "signs": ["loops"]}
+    write_json(folder / "answers.json", [{"prompt": text, "base": answer, "tuned": answer}])
+    write_json(folder / "evaluation.json", assess(found, found, None) | {"sentence": text, "notes": [text]})
+    append(Run(folder), Vote(1.0, text, text, text, "tuned", "base"))
+    return Run(folder)

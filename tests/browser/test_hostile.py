@@ -41,6 +41,54 @@ for text in HOSTILE:
     display(Comparison(text, {"base": text, "tuned": text}, ("run",)))
 """
 
+VIEWS = """
+import sys, tempfile
+from pathlib import Path
+sys.path[:0] = [{folder!r}, {tests!r}]
+import ipywidgets
+from hostile import HOSTILE, hostile_run
+from IPython.display import display
+from bizassist_nb.comparing import RunComparison
+from bizassist_nb.data.rows import Row
+from bizassist_nb.notebook.panel.train import _outcome
+from bizassist_nb.notebook.tables import runs_table
+from bizassist_nb.render import table
+place = Path(tempfile.mkdtemp())
+shown = [text for text in HOSTILE if len(text) < 1000]
+runs = [hostile_run(place / str(i), text) for i, text in enumerate(shown)]
+"""
+EACH_VIEW = """
+for run in runs:
+    display(run, RunComparison([run]))
+    live = ipywidgets.HTML(_outcome(run))
+    live.add_class("bn-kept")
+    display(live)
+display(runs_table(runs), ipywidgets.HTML(table([shown], shown)))
+print("all shown")
+"""
+
+
+def quiet(book, server, asked):
+    """Check that nothing ran, nothing was fetched and nothing went wrong."""
+    book.page.wait_for_timeout(1500)  # time to run, for what would
+    assert book.page.evaluate("window.hacked") is None
+    assert book.errors == []
+    home = (server.url, server.url.replace("http", "ws"), "data:", "blob:")
+    assert not [url for url in asked if not url.startswith(home)]
+
+
+def test_nothing_in_the_views_of_a_run_runs(lab, opened):
+    folder = Path(__file__).parent
+    book = opened(lab, [VIEWS.format(folder=str(folder), tests=str(folder.parent)), EACH_VIEW], name="views.ipynb")
+    asked = []
+    book.page.on("request", lambda request: asked.append(request.url))
+    for cell in range(2):
+        book.run(cell)
+    book.page.get_by_text("all shown", exact=True).wait_for()
+    quiet(book, lab, asked)
+    links = book.page.locator(".jp-OutputArea a[href]").evaluate_all("all => all.map(a => a.protocol)")
+    assert set(links) <= {"http:", "https:", "mailto:"}
+
 
 def test_nothing_in_an_answer_runs_or_breaks_the_layout(lab, opened):
     assert len(HOSTILE) >= 30
@@ -52,14 +100,11 @@ def test_nothing_in_an_answer_runs_or_breaks_the_layout(lab, opened):
         book.run(cell)
     panes = book.page.locator(".bn-panes").last.locator(".bn-pane")
     panes.first.get_by_text("deep").first.wait_for()
-    book.page.wait_for_timeout(1500)  # time to run, for what would
+    quiet(book, lab, asked)
     for pane in (panes.nth(0), panes.nth(1)):
         schemes = pane.locator("a[href]").evaluate_all("all => all.map(a => a.protocol)")  # as the browser takes them
         assert set(schemes) <= {"http:", "https:", "mailto:"}
         assert pane.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
         assert pane.locator("script, img, iframe, svg, style, form, object, embed, video, input").count() == 0
     assert panes.nth(0).bounding_box()["y"] == panes.nth(1).bounding_box()["y"]
-    assert book.page.evaluate("window.hacked") is None
-    assert book.errors == []
-    assert not [url for url in asked if not url.startswith((lab.url, lab.url.replace("http", "ws"), "data:", "blob:"))]
     assert book.page.locator(".bizassist").first.is_visible()
