@@ -24,7 +24,6 @@ from random_run import environment, random_run, save
 from safetensors.torch import load_file
 from traitlets.config import Config
 
-import bizassist_nb
 from bizassist_nb import open_run
 from bizassist_nb.__main__ import main
 from bizassist_nb.assistant.bases import adapter_config, loaded_base
@@ -951,4 +950,3 @@ def test_any_adapter_config_is_plain_lora_or_refused(tmp_path_factory, content):
 def test_the_corpus_is_as_large_as_it_is_said_to_be():
     tables = (FILES, DAMAGED, ADAPTERS, BASES, CELLS, COMMANDS)
     assert sum(map(len, tables)) >= 120
-    assert bizassist_nb.__version__
