@@ -4,9 +4,10 @@ from pathlib import Path
 
 from hostile import HOSTILE
 
+FOLDERS = {"folder": str(Path(__file__).parent), "tests": str(Path(__file__).parents[1])}
 SHOW = """
 import sys
-sys.path.insert(0, {folder!r})
+sys.path[:0] = [{folder!r}, {tests!r}]
 import ipywidgets
 from hostile import HOSTILE
 from bizassist_nb.assistant.comparison import Comparison
@@ -47,22 +48,22 @@ from pathlib import Path
 sys.path[:0] = [{folder!r}, {tests!r}]
 import ipywidgets
 from hostile import HOSTILE, hostile_run
-from IPython.display import display
+from IPython.display import HTML, display
 from bizassist_nb.comparing import RunComparison
-from bizassist_nb.data.rows import Row
 from bizassist_nb.notebook.panel.train import _outcome
 from bizassist_nb.notebook.tables import runs_table
 from bizassist_nb.render import table
+from bizassist_nb.report import run_html
 place = Path(tempfile.mkdtemp())
 shown = [text for text in HOSTILE if len(text) < 1000]
 runs = [hostile_run(place / str(i), text) for i, text in enumerate(shown)]
 """
 EACH_VIEW = """
-for run in runs:
-    display(run, RunComparison([run]))
-    live = ipywidgets.HTML(_outcome(run))
-    live.add_class("bn-kept")
-    display(live)
+for pages in (map(run_html, runs), (RunComparison([run])._repr_html_() for run in runs), map(_outcome, runs)):
+    page = "".join(pages)
+    live = ipywidgets.HTML(page)
+    live.add_class("bizassist")
+    display(HTML(page), live)
 display(runs_table(runs), ipywidgets.HTML(table([shown], shown)))
 print("all shown")
 """
@@ -78,13 +79,12 @@ def quiet(book, server, asked):
 
 
 def test_nothing_in_the_views_of_a_run_runs(lab, opened):
-    folder = Path(__file__).parent
-    book = opened(lab, [VIEWS.format(folder=str(folder), tests=str(folder.parent)), EACH_VIEW], name="views.ipynb")
+    book = opened(lab, [VIEWS.format(**FOLDERS), EACH_VIEW], name="views.ipynb")
     asked = []
     book.page.on("request", lambda request: asked.append(request.url))
     for cell in range(2):
         book.run(cell)
-    book.page.get_by_text("all shown", exact=True).wait_for()
+    book.page.get_by_text("all shown", exact=True).first.wait_for(state="attached")
     quiet(book, lab, asked)
     links = book.page.locator(".jp-OutputArea a[href]").evaluate_all("all => all.map(a => a.protocol)")
     assert set(links) <= {"http:", "https:", "mailto:"}
@@ -92,7 +92,7 @@ def test_nothing_in_the_views_of_a_run_runs(lab, opened):
 
 def test_nothing_in_an_answer_runs_or_breaks_the_layout(lab, opened):
     assert len(HOSTILE) >= 30
-    cells = [SHOW.format(folder=str(Path(__file__).parent)), "panel", "around", EACH, STATIC]
+    cells = [SHOW.format(**FOLDERS), "panel", "around", EACH, STATIC]
     book = opened(lab, cells, name="hostile.ipynb")
     asked = []
     book.page.on("request", lambda request: asked.append(request.url))
