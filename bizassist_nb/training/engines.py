@@ -24,8 +24,8 @@ class Engine:
     """Whether rows go through laid end to end, without padding."""
 
 
-def choose(engine: str) -> Engine:
-    """The engine for `Settings.engine` on this device.
+def choose(engine: str, *, processes: int = 1) -> Engine:
+    """The engine for `Settings.engine` on this device, in so many processes.
 
     Raises:
         EngineError: if the one asked for is not installed or cannot run here.

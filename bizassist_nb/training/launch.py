@@ -16,6 +16,7 @@ from typing import Self
 from bizassist_nb.errors import RunError
 from bizassist_nb.runs import ENDED, Journal, Run, check_name, is_locked, take_lock
 from bizassist_nb.settings import Settings
+from bizassist_nb.training.several import processes
 
 _POLL = 0.25
 """Seconds between looks at a run that is being followed."""
@@ -50,9 +51,13 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
 
     Raises:
         RunError: if the name cannot be used: taken, busy, or nothing there to resume.
+        SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
     """
     path = settings.run_path(check_name(name) if name is not None else _free_name(settings))
-    run = _resumed(path, settings) if resume else _created(path, settings)
+    resumed = _resumed(path, settings) if resume else None
+    # Refused before there is a folder, if it cannot be done here.
+    module = "several" if processes(resumed.settings if resumed else settings)[0] > 1 else "worker"
+    run = resumed or _created(path, settings)
     lock = take_lock(run.path, patience=20 if run.status in ENDED else 0.2)
     # A stop that arrives while the worker is still importing must wait until it listens; masks are inherited.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -61,13 +66,12 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
         Journal(run.path).write("state", state="starting")
         with (run.path / "worker.log").open("ab") as log:
             worker = subprocess.Popen(  # noqa: S603 - no shell, our own module
-                [sys.executable, "-m", "bizassist_nb.training.worker", str(run.path)],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", f"bizassist_nb.training.{module}", str(run.path)],
+                stdin=lock,  # which every process of the run has, down to the last
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # closing the notebook or interrupting the kernel leaves it alone
-                pass_fds=(lock,),
-                env=_environment(run.path),
+                env=_environment(run.path, one_gpu=module == "worker"),
             )
         os.write(lock, str(worker.pid).encode())
     finally:
@@ -149,12 +153,13 @@ def _free_name(settings: Settings) -> str:
     return f"{stem}-{number}"
 
 
-def _environment(run_path: Path) -> dict[str, str]:
+def _environment(run_path: Path, *, one_gpu: bool) -> dict[str, str]:
+    # Where the Trainer of a single process sees more, it quietly gives one of them the batches of all.
+    first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     return {
         **os.environ,
+        **(first if one_gpu else {}),
         "PYTHONUNBUFFERED": "1",
-        # One GPU (Settings.gpus): where the Trainer sees more, it quietly gives one of them the batches of all.
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
         "TOKENIZERS_PARALLELISM": "false",
         "UNSLOTH_DISABLE_STATISTICS": "1",  # it reports to its makers otherwise
         "UNSLOTH_COMPILE_LOCATION": str(run_path.absolute() / ".unsloth"),  # else a folder in the working directory

@@ -5,7 +5,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import SFTConfig, SFTTrainer
 
 from bizassist_nb import models
-from bizassist_nb.data.tokens import ChatTokenizer, Example
+from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError, brief
 from bizassist_nb.runs import Journal, Run
 from bizassist_nb.settings import Settings
@@ -22,6 +22,7 @@ from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import COMPLETE, newest_checkpoint
 from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.preflight import Fit
+from bizassist_nb.training.ranks import this_rank
 
 if TYPE_CHECKING:
     from bizassist_nb.training.worker import Stop
@@ -82,6 +83,8 @@ def train(
             if not out_of_memory(error):
                 raise
             problem = brief(error)
+            if this_rank().count > 1:
+                raise RunError(_too_much(fit, settings, problem)) from error
         else:
             # accelerate leaves an autocast around the model's forward: base was scored without, and so is tuned.
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -132,6 +135,18 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     )
 
 
+def _too_much(fit: Fit, settings: Settings, problem: str) -> str:
+    """What to do when memory ran out in one of several ranks.
+
+    None of them can go on from there: the others are in the midst of an exchange with it, which nothing ends in order.
+    """
+    smaller = [size for size in preflight.divisors(settings.batch_size) if size <= fit.micro_batch / 2]
+    what = f"memory ran out with {fit.micro_batch} rows at once on each of {this_rank().count} processes ({problem})"
+    if smaller:
+        return f"{what}. Start it under a new name with micro_batch = {smaller[0]}"
+    return f"{what}. Start it under a new name with a max_length below {settings.max_length}"
+
+
 def build_trainer(
     run: Run,
     journal: Journal,
@@ -152,7 +167,7 @@ def build_trainer(
         engines.turn_on_checkpointing(model)
     # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
     ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
-    rows = [{"input_ids": e.input_ids, "labels": e.labels} for step in ordered for e in step]
+    rows = [row for step in ordered for row in _rows(step, fit.micro_batch)]
     dataset = Dataset.from_list(rows)
     if engine.end_to_end:  # Unsloth does so with tokenised rows only if their dataset vouches for their length (rl.py)
         dataset._unsloth_truncated_to = settings.max_length
@@ -164,7 +179,7 @@ def build_trainer(
         callbacks=[RunCallback(run, journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )
     if fit.kept:
-        lengths = [[len(example.input_ids) for example in step] for step in steps]
+        lengths = [this_rank().shares([len(example.input_ids) for example in step])[0] for step in ordered]
         trainer.add_callback(_Sparing(model, [fit.checkpoints(rows, engine) for rows in lengths]))
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
@@ -175,13 +190,32 @@ def build_trainer(
     return trainer
 
 
+def _rows(step: list[Example], micro_batch: int) -> Iterator[dict[str, list[int]]]:
+    """A step's rows, by falling length, in the order in which its ranks read them: each a micro-batch in turn.
+
+    So accelerate gives batches out (BatchSamplerShard). Where the run's last step has too few rows for whole rounds, it
+    would take some of the first step's, so rows of which nothing is learned make them up.
+    """
+    rank = this_rank()
+    shares = rank.shares([{"input_ids": example.input_ids, "labels": example.labels} for example in step])
+    if rank.count > 1:
+        nothing = {"input_ids": step[-1].input_ids[:2], "labels": [IGNORED, IGNORED]}
+        length = -(-len(shares[0]) // micro_batch) * micro_batch
+        shares = [share + [nothing] * (length - len(share)) for share in shares]
+    for start in range(0, len(shares[0]), micro_batch):
+        for share in shares:
+            yield from share[start : start + micro_batch]
+
+
 def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: int) -> SFTConfig:
     """What the trainer of so many steps is told."""
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(run.path / "checkpoints"),
         per_device_train_batch_size=fit.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // fit.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // this_rank().count // fit.micro_batch,
+        average_tokens_across_devices=True,  # a token weighs the same, whichever rank has it
+        ddp_find_unused_parameters=False,  # all of an adapter is used
         max_steps=steps,
         learning_rate=settings.learning_rate,
         warmup_steps=warmup(settings, steps),
@@ -253,11 +287,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
         self._saved = self._last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Decide whether to save and whether to go on."""
-        if self._stop.asked:
+        """Decide whether to save and whether to go on: the first rank does, for all."""
+        asked, due = this_rank().told([self._stop.asked, time.monotonic() - self._saved >= self._interval])
+        if asked:
             control.should_training_stop = True
-        last = state.global_step >= state.max_steps
-        if self._stop.asked or last or time.monotonic() - self._saved >= self._interval:
+        if asked or due or state.global_step >= state.max_steps:
             control.should_save = True
 
     def on_log(
@@ -295,7 +329,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint as whole; the Trainer calls this when all its files are written."""
+        this_rank().meet()  # each writes its random state
         folder = self._run.path / "checkpoints" / f"checkpoint-{state.global_step}"
-        (folder / COMPLETE).touch()
+        if this_rank().first:
+            (folder / COMPLETE).touch()
         self._journal.write("checkpoint", step=state.global_step)
         self._saved = time.monotonic()

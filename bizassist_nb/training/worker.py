@@ -1,6 +1,9 @@
 """The worker: one process that trains one run and writes its directory. Run as `python -m ...worker RUN_DIRECTORY`.
 
 SIGTERM stops it: in training after the current step, with a checkpoint and the adapter saved; before that at once.
+
+On several GPUs each has such a process (`bizassist_nb.training.several` launches them). The first does all of what is
+said here; the others load the same, train along, and leave.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
 from bizassist_nb.training.checkpoints import Best, newest_checkpoint, save_adapter
 from bizassist_nb.training.evaluation import Exam, rows_of
+from bizassist_nb.training.ranks import Silent, end_with_launcher, leave_reason, this_rank
 from bizassist_nb.verdict import Score, mean_loss
 
 PACKAGES: Final = (
@@ -65,14 +69,25 @@ class Stop:
             raise Stopped
 
 
+class Heedless(Stop):
+    """That of a rank that is not the first: it is told, not asked."""
+
+    def __init__(self) -> None:
+        """Listen for nothing."""
+        self.asked, self.patient = False, True
+
+
 def main(directory: str) -> int:
     """Train the run in that directory; 0 if it finished or was stopped, 1 if it failed (its events say why)."""
-    run = Run(Path(directory))
-    journal = Journal(run.path)
+    run, rank = Run(Path(directory)), this_rank()
+    if rank.count > 1:
+        end_with_launcher()
+    journal = Journal(run.path) if rank.first else Silent()
     try:
-        state = work(run, journal)
+        state = work(run, journal) if rank.first else follow(run)
     except Stopped:
-        state = "stopped"
+        journal.write("state", state="stopped")
+        return int(rank.count > 1)  # the others wait for this one, and have to be ended
     except BizassistError as error:
         return _fail(journal, error, expected=True)
     except Exception as error:  # noqa: BLE001 - the process ends here, and its run has to say why
@@ -84,19 +99,48 @@ def main(directory: str) -> int:
 
 def _fail(journal: Journal, error: Exception, *, expected: bool) -> int:
     message = str(error) if expected else f"{type(error).__name__}: {error}"
+    if this_rank().count > 1:  # which of the ranks' errors came first, their launcher knows
+        leave_reason(message, expected=expected)
+        return 1
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
     return 1
+
+
+def follow(run: Run) -> str:
+    """What every rank but the first does; "finished" when it is no longer wanted.
+
+    SIGTERM ends it at once, even while it waits for the first: that is how the launcher ends it when another has died.
+    A stop is for the first, which tells the others.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    this_rank().join()
+    this_rank().meet()  # now the first has written which model and engine it is to be
+    journal = Silent()
+    engine = _engine(run, journal)
+    base = models.resolve(run.model)
+    _, chat, steps, _ = _prepare(run, journal, base)
+    fit = _preflight(journal, run.settings, engine, base, steps)
+    model = _load(journal, engine, base, run.settings, fit)
+    from bizassist_nb.training.trainer import train
+
+    this_rank().meet()
+    train(run, journal, Heedless(), engine, run.settings, fit, model, chat, steps)
+    return "finished"
 
 
 def work(run: Run, journal: Journal) -> str:
     """The whole run, top to bottom; the state it ends in ("finished" or "stopped")."""
     stop, settings = Stop(), run.settings
     journal.write("state", state="loading")
+    this_rank().join()
     engine = _engine(run, journal)
     base = models.resolve(run.model)
     journal.write("model", **vars(base))
-    chat, steps, exam = _prepare(run, journal, engine, base)
+    table, chat, steps, exam = _prepare(run, journal, base)
+    _write_environment(run, engine.name, base, table)
+    this_rank().meet()
     fit = _preflight(journal, settings, engine, base, steps)
     model = _load(journal, engine, base, settings, fit)
 
@@ -135,27 +179,24 @@ def work(run: Run, journal: Journal) -> str:
 
 def _engine(run: Run, journal: Journal) -> engines.Engine:
     """What trains, imported where it has to be the first; a resumed run keeps its own."""
-    engine = engines.choose(run.environment.get("engine", run.settings.engine))
+    engine = engines.choose(run.environment.get("engine", run.settings.engine), processes=this_rank().count)
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
     journal.write("engine", **vars(engine))
     return engine
 
 
-def _prepare(
-    run: Run, journal: Journal, engine: engines.Engine, base: models.Base
-) -> tuple[ChatTokenizer, list[list[Example]], Exam]:
-    """(tokenizer, examples of each step, what base and tuned are scored on)."""
+def _prepare(run: Run, journal: Journal, base: models.Base) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
+    """(data, tokenizer, examples of each step, what base and tuned are scored on)."""
     from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
 
     settings = run.settings
     table, training, held_out = rows_of(run)
     chat = models.load_tokenizer(base.source)
     examples, held = tokenise(journal, chat, settings, table, training, held_out)
-    _write_environment(run, engine.name, base, table)
     steps = plan(examples, settings)
     journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
-    return chat, steps, Exam(chat, settings, held_out, held)
+    return table, chat, steps, Exam(chat, settings, held_out, held)
 
 
 def _load(journal: Journal, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit) -> Any:
@@ -184,6 +225,7 @@ def _train(
     stop.patient = True
     _forget_scores(run, len(steps))
     watch = _watch(journal, run.settings, model, exam, chat, len(steps), best, stop)
+    this_rank().meet()
     journal.write("state", state="training")
     done = train(run, journal, stop, engine, run.settings, fit, model, chat, steps, watch)
     journal.write("memory", **_peak_memory())
@@ -204,8 +246,12 @@ def _preflight(
     journal: Journal, settings: Settings, engine: engines.Engine, base: models.Base, steps: list[list[Example]]
 ) -> preflight.Fit:
     """How steps are cut up, with events that say so and what the run is expected to need."""
-    lengths = [[len(example.input_ids) for example in step] for step in steps]
-    expected = preflight.estimate(settings, engine, base, lengths)
+    rank = this_rank()
+    # The first rank's share of each step has its longest rows: what fits there fits everywhere, and all cut alike.
+    lengths = [rank.shares(sorted((len(example.input_ids) for example in step), reverse=True))[0] for step in steps]
+    on = preflight.device()
+    on = dataclasses.replace(on, free=rank.least(on.free / (1 if on.on_gpu else rank.beside)))
+    expected = preflight.estimate(settings.share(rank.count), engine, base, lengths, on)
     fields = dataclasses.asdict(expected)
     fit = fields.pop("fit")
     journal.write("preflight", sentence=expected.sentence, peak=expected.peak, **fields)
@@ -347,6 +393,7 @@ def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -
             "data": table.source,
             "fingerprint": table.fingerprint,
             "device": gpu or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
+            "processes": this_rank().count,
             "python": platform.python_version(),
             "versions": {name: version for name in PACKAGES if (version := _version(name))},
         },
