@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
 def settings(tiny, folder) -> Settings:
     """10 rows in 5 epochs: 12 steps of 4, and one of 2, a row for each process and none beside it."""
     return Settings(
-        model=str(tiny), data="sample", subset=10, held_out=2, max_length=128, epochs=5, learning_rate=0.02,
+        model=str(tiny), data="sample", subset=10, held_out=2, max_length=256, epochs=5, learning_rate=0.02,
         micro_batch=2, engine="transformers", checkpoint_minutes=0.0, evaluate_every=6, runs_dir=str(folder / "runs"),
         accelerate_config=str(folder / "two.yaml"),
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_ending_in_every_way_and_going_on_is_as_if_nothing_had_been(settings, to
     (tmp_path / "sitecustomize.py").write_text(FULL)
     with monkeypatch.context() as full:
         full.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-        with pytest.raises(RunError, match="memory ran out with 2 rows at once on each of 2 .* micro_batch = 1"):
+        with pytest.raises(RunError, match=r"memory ran out with 2 rows at once on each of 2 .* micro_batch = 1"):
             finetune(settings, "broken")
     run = Run(settings.run_path("broken"))
     assert ended(run) == "failed"
@@ -105,7 +105,7 @@ def test_ending_in_every_way_and_going_on_is_as_if_nothing_had_been(settings, to
 
     # The second process is killed.
     launch.start(Settings(runs_dir=settings.runs_dir), "broken", resume=True)
-    wait_until(lambda: len(run.steps) >= 3)
+    wait_until(lambda: len(run.steps) >= 3 or run.status in ENDED)
     ranks(run)["1"].kill()
     assert ended(run) == "failed"
     assert "one of its processes (the one of GPU 1) was ended by SIGKILL" in run.error
@@ -113,7 +113,7 @@ def test_ending_in_every_way_and_going_on_is_as_if_nothing_had_been(settings, to
 
     # It is stopped.
     launch.start(Settings(runs_dir=settings.runs_dir), "broken", resume=True)
-    wait_until(lambda: run.status == "training" and len(run.steps) >= 6)
+    wait_until(lambda: len(run.steps) >= 6 or run.status in ENDED)
     run.stop()
     assert ended(run) == "stopped"
     done = len(run.steps)

@@ -16,6 +16,8 @@ from bizassist_nb.runs import Journal
 
 T = TypeVar("T")
 
+LAUNCHER: Final = "BIZASSIST_LAUNCHER"
+"""Environment variable with the number of the process that launched the ranks of this machine."""
 _POLL: Final = 0.2
 """Seconds between looks at whether the launcher is still there."""
 _PATIENCE: Final = timedelta(hours=12)
@@ -44,6 +46,9 @@ class Rank:
         from accelerate import PartialState
 
         if self.count > 1:  # the Trainer will find this process group, and use it
+            if not torch.cuda.is_available():
+                # Else accelerate calls it "cpu:0", to which torch 2.13 can load no checkpoint (serialization.py).
+                os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
             PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
     def shares(self, rows: Sequence[T]) -> list[list[T]]:
@@ -102,7 +107,7 @@ def end_with_launcher() -> None:
     The launcher gives each rank a session of its own (torch/distributed/elastic, subprocess_handler.py), so a kill of
     the run's process group does not reach them.
     """
-    launcher = os.getppid()
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # which may be gone already
 
     def watch() -> None:
         while os.getppid() == launcher:

@@ -22,6 +22,7 @@ import psutil
 from bizassist_nb.errors import SettingsError
 from bizassist_nb.runs import Journal, Run
 from bizassist_nb.settings import Settings, user_path
+from bizassist_nb.training.ranks import LAUNCHER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -39,6 +40,7 @@ def main(directory: str) -> int:
     # Never delivered: the launcher would end the ranks by it. They inherit this, and listen when they are ready to.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_pass_on_a_stop, daemon=True).start()
+    os.environ[LAUNCHER] = str(os.getpid())
     # A rank that waits for one that is gone hears nothing else than SIGKILL; so many seconds it has to end by itself.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
     try:
@@ -71,12 +73,15 @@ def _pass_on_a_stop() -> None:
 def _reason(failures: "list[ProcessFailure]") -> tuple[str, bool]:
     """(why the run failed, whether that is the whole story): of the ranks that ended, the one on which it began."""
 
-    def began(failure: "ProcessFailure") -> tuple[bool, bool, float]:
-        # A signal does not follow from another rank's end, nor does an error that is expected; others may.
+    def order(failure: "ProcessFailure") -> tuple[bool, bool, float]:
         told = _told(failure)
-        return failure.exitcode >= 0, not told.get("expected"), told.get("time", failure.timestamp)
+        if told:  # an error that is expected does not come of another rank's end; one that is not may
+            return False, not told["expected"], told["time"]
+        # One that was killed is noticed when the others may have said already that they miss it. Those that have not
+        # ended by themselves the launcher ends, by SIGTERM and five seconds later by SIGKILL.
+        return failure.exitcode == -signal.SIGTERM, True, failure.timestamp - 2
 
-    failure = min(failures, key=began)
+    failure = min(failures, key=order)
     told = _told(failure)
     if told:
         return str(failure.error_file_data["message"]["message"]), bool(told["expected"])
