@@ -98,7 +98,7 @@ class Settings:
     evaluate_every: int | str = _field(
         _AUTO,
         'steps between scores of the held-out rows in training; "auto" has trained on three times as many rows as are '
-        "held out between two of them, which takes about a tenth of the time",
+        "held out between two of them (on each GPU, for only one scores), which takes about a tenth of the time",
         least=1,
         most=1_000_000,
         words=(_AUTO,),

@@ -1,5 +1,7 @@
 """One run in several processes, as on several GPUs: here two on a CPU, which talk by gloo, with a tiny model."""
 
+import contextlib
+import dataclasses
 import os
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from live_kernel import wait_until
 from safetensors.torch import load_file
 
 from bizassist_nb import Settings, finetune
-from bizassist_nb.errors import RunError, SettingsError
+from bizassist_nb.errors import SettingsError
 from bizassist_nb.runs import ENDED, Run, is_locked
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint
@@ -46,7 +48,11 @@ def ranks(run: Run) -> dict[str, psutil.Process]:
     """The processes of a run that is being trained, by rank."""
     launcher = (run.path / "worker.lock").read_text()
     children = psutil.Process(int(launcher)).children() if launcher and is_locked(run.path) else []
-    return {rank: child for child in children if (rank := child.environ().get("RANK"))}
+    found = {}
+    for child in children:
+        with contextlib.suppress(psutil.Error):  # one that has just ended, or not yet begun
+            found[child.environ().get("RANK")] = child
+    return {rank: child for rank, child in found.items() if rank}
 
 
 def left(run: Run) -> list[psutil.Process]:
@@ -66,8 +72,6 @@ def ended(run: Run) -> str:
 
 
 def test_two_processes_learn_what_one_does(settings, together):
-    import dataclasses
-
     alone = finetune(dataclasses.replace(settings, accelerate_config=""), "alone")
     losses = [[step.loss for step in run.steps] for run in (alone, together)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -93,44 +97,45 @@ def test_the_first_process_alone_writes_the_run(together):
 
 
 def test_ending_in_every_way_and_going_on_is_as_if_nothing_had_been(settings, together, tmp_path, monkeypatch):
-    # Memory runs out in the second process in its third step.
-    (tmp_path / "sitecustomize.py").write_text(FULL)
-    with monkeypatch.context() as full:
-        full.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-        with pytest.raises(RunError, match=r"memory ran out with 2 rows at once on each of 2 .* micro_batch = 1"):
-            finetune(settings, "broken")
-    run = Run(settings.run_path("broken"))
-    assert ended(run) == "failed"
-    assert newest_checkpoint(run.path).step == 2
-
     # The second process is killed.
-    launch.start(Settings(runs_dir=settings.runs_dir), "broken", resume=True)
-    wait_until(lambda: len(run.steps) >= 3 or run.status in ENDED)
+    run = launch.start(settings, "broken")
+    wait_until(lambda: len(run.steps) >= 2 or run.status in ENDED)
     ranks(run)["1"].kill()
     assert ended(run) == "failed"
     assert "one of its processes (the one of GPU 1) was ended by SIGKILL" in run.error
     assert "What was saved is kept" in run.error
+    killed = newest_checkpoint(run.path).step
 
     # It is stopped.
     launch.start(Settings(runs_dir=settings.runs_dir), "broken", resume=True)
-    wait_until(lambda: len(run.steps) >= 6 or run.status in ENDED)
+    wait_until(lambda: len(run.steps) > killed + 1 or run.status in ENDED)
     run.stop()
     assert ended(run) == "stopped"
-    done = len(run.steps)
-    assert newest_checkpoint(run.path).step == run.steps[-1].step == done < STEPS
+    assert run.last("resumed")["step"] == killed
+    stopped = len(run.steps)
+    assert newest_checkpoint(run.path).step == run.steps[-1].step == stopped < STEPS - 3
 
-    # It goes on to the end.
+    # Memory runs out in the second process, two steps later; both go on with less.
+    (tmp_path / "sitecustomize.py").write_text(FULL)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     finetune(Settings(runs_dir=settings.runs_dir), "broken", resume=True)
     assert ended(run) == "finished"
-    assert run.last("resumed")["step"] == done
-    assert [step.loss for step in run.steps] == [step.loss for step in together.steps]
+    resumed = [event["step"] for event in run.events if event["event"] == "resumed"]
+    assert resumed == [killed, stopped, stopped + 2]
+    assert run.last("fit")["micro_batch"] == 1
+    assert "memory ran out with 2 rows at once (OutOfMemoryError: CUDA out of memory" in run.last("fit")["reason"]
+
+    losses = [[step.loss for step in each.steps] for each in (run, together)]
+    assert losses[0][: stopped + 2] == losses[1][: stopped + 2]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     first, second = (load_file(each.adapter / "adapter_model.safetensors") for each in (run, together))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    moved = max(float(tensor.abs().max()) for name, tensor in second.items() if "lora_B" in name)
+    assert all(torch.allclose(first[name], second[name], rtol=0, atol=0.02 * moved) for name in first)
 
 
 FULL = """
 import os
-if os.environ.get("RANK") == "1":
+if os.environ.get("RANK") == "1" and "BIZASSIST_FIT" not in os.environ:
     import torch.distributed
 
     broadcast, left = torch.distributed.broadcast, [2]
@@ -163,6 +168,8 @@ def test_before_training_a_stop_and_a_kill_leave_no_process(settings):
 def test_more_gpus_than_there_are_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match='gpus = 2: this machine has no CUDA GPU; take "auto"'):
         finetune(Settings(gpus=2, runs_dir=str(tmp_path / "runs")))
+    with pytest.raises(SettingsError, match='gpus = "all": this machine has no CUDA GPU'):
+        finetune(Settings(gpus="all", runs_dir=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(SettingsError, match="gpus = 8: this machine has 4 CUDA GPUs; take 4"):
@@ -174,7 +181,7 @@ def test_more_gpus_than_there_are_are_refused_before_anything_is_written(tmp_pat
 def test_gpus_become_processes_of_accelerate(monkeypatch):
     from accelerate.commands.launch import launch_command_parser
 
-    assert processes(Settings(gpus="all"))[0] == processes(Settings(gpus=1))[0] == 1  # no GPU here: as "auto"
+    assert processes(Settings()) == processes(Settings(gpus=1)) == (1, [])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for gpus, count in ((2, 2), ("all", 4)):
         found, arguments = processes(Settings(gpus=gpus, batch_size=8))
@@ -211,3 +218,25 @@ def test_a_configuration_that_cannot_be_used_says_where_and_why(text, said, tmp_
     assert said in str(caught.value)
     assert str(path) in str(caught.value) or "batch_size" in said
     assert not (tmp_path / "runs").exists()
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "several-gpus.md").read_text("utf-8")
+
+
+def test_the_configuration_of_the_page_is_one_of_accelerate(tmp_path, monkeypatch):
+    path = tmp_path / "first.yaml"
+    path.write_text(PAGE.partition("```yaml\n")[2].partition("```")[0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    count, arguments = processes(Settings(accelerate_config=str(path), batch_size=64))
+    told, _, _ = _validate_launch_command(launch_command_parser().parse_args([*arguments, "--module", "m"]))
+    assert (count, told.num_processes, told.num_machines, told.machine_rank) == (16, 16, 2, 0)
+    assert (told.multi_gpu, told.main_process_ip, told.main_process_port) == (True, "10.0.0.1", 29500)
+
+
+def test_the_table_of_the_page_is_what_its_script_prints():
+    namespace = {"__name__": "several"}
+    exec((ROOT / "tests" / "benchmarks" / "several.py").read_text(), namespace)  # noqa: S102 - our own script
+    assert namespace["table"]() in PAGE

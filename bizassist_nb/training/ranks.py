@@ -12,12 +12,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+from bizassist_nb.errors import BizassistError, RunError
 from bizassist_nb.runs import Journal
 
 T = TypeVar("T")
 
 LAUNCHER: Final = "BIZASSIST_LAUNCHER"
 """Environment variable with the number of the process that launched the ranks of this machine."""
+FIT: Final = "BIZASSIST_FIT"
+"""Environment variable with the fit to go on with (JSON), where the ranks are launched anew as memory ran out."""
 _POLL: Final = 0.2
 """Seconds between looks at whether the launcher is still there."""
 _PATIENCE: Final = timedelta(hours=12)
@@ -55,6 +58,10 @@ class Rank:
         """A step's rows as the ranks have them, dealt out like cards: of rows by falling length, each gets as much."""
         return [list(rows[number :: self.count]) for number in range(self.count)]
 
+    def longest(self, lengths: Sequence[int]) -> list[int]:
+        """The share of a step that has its longest rows, by their tokens; it is the first rank's."""
+        return self.shares(sorted(lengths, reverse=True))[0]
+
     def meet(self) -> None:
         """Wait until all are here."""
         import torch
@@ -81,6 +88,18 @@ class Rank:
         tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
         getattr(torch.distributed, name)(tensor, how)
         return [float(number) for number in tensor]
+
+
+class NoRoomError(RunError):
+    """Memory ran out in this rank; `fit` is what is to be tried next (the fields of a `preflight.Fit`)."""
+
+    def __init__(self, fit: dict[str, Any]):
+        """Say so, for where nobody launches the ranks anew."""
+        self.fit = fit
+        super().__init__(
+            f"{fit['reason']}. Over several machines a run does not go on with less by itself: start it under a new "
+            f"name, with micro_batch = {fit['micro_batch']} or a lower max_length"
+        )
 
 
 class Silent(Journal):
@@ -117,9 +136,15 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def leave_reason(message: str, *, expected: bool) -> None:
+def leave_reason(message: str, error: Exception) -> None:
     """Tell the launcher why this rank fails, in the file and form that torch's errors have (ErrorHandler)."""
-    extra = {"timestamp": str(int(time.time())), "time": time.time(), "expected": expected}
+    rank = this_rank()
+    extra = {
+        "timestamp": str(int(time.time())),
+        "time": time.time(),
+        "expected": isinstance(error, BizassistError),
+        "fit": error.fit if isinstance(error, NoRoomError) and rank.beside == rank.count else None,
+    }
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
         json.dumps({"message": {"message": message, "extraInfo": extra}}), "utf-8"
     )

@@ -22,7 +22,7 @@ import psutil
 from bizassist_nb.errors import SettingsError
 from bizassist_nb.runs import Journal, Run
 from bizassist_nb.settings import Settings, user_path
-from bizassist_nb.training.ranks import LAUNCHER
+from bizassist_nb.training.ranks import FIT, LAUNCHER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -39,39 +39,49 @@ def main(directory: str) -> int:
     run = Run(Path(directory))
     # Never delivered: the launcher would end the ranks by it. They inherit this, and listen when they are ready to.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_pass_on_a_stop, daemon=True).start()
+    stopping = threading.Event()
+    threading.Thread(target=_pass_on_a_stop, args=(stopping,), daemon=True).start()
     os.environ[LAUNCHER] = str(os.getpid())
     # A rank that waits for one that is gone hears nothing else than SIGKILL; so many seconds it has to end by itself.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
-    try:
-        worker = ["--module", "bizassist_nb.training.worker", str(run.path)]
-        launch_command(launch_command_parser().parse_args([*processes(run.settings)[1], *worker]))
-    except ChildFailedError as error:
-        if run.status == "stopped":  # before training began, so the others had to be ended
+    worker = ["--module", "bizassist_nb.training.worker", str(run.path)]
+    while True:
+        try:
+            launch_command(launch_command_parser().parse_args([*processes(run.settings)[1], *worker]))
+        except ChildFailedError as error:
+            if run.status == "stopped":  # before training began, so the others had to be ended
+                return 0
+            failure = _first(list(error.failures.values()))
+            if not (fit := _told(failure).get("fit")):
+                return _fail(run, *_reason(failure))
+            if stopping.is_set():
+                Journal(run.path).write("state", state="stopped")
+                return 0
+            os.environ[FIT] = json.dumps(fit)  # memory ran out: all go on from the last checkpoint, with less at once
+        except SettingsError as error:
+            return _fail(run, str(error), True)
+        except Exception as error:  # noqa: BLE001 - the process ends here, and its run has to say why
+            traceback.print_exc()
+            return _fail(run, f"{type(error).__name__}: {error}", False)
+        else:
             return 0
-        return _fail(run, *_reason(list(error.failures.values())))
-    except SettingsError as error:
-        return _fail(run, str(error), True)
-    except Exception as error:  # noqa: BLE001 - the process ends here, and its run has to say why
-        traceback.print_exc()
-        return _fail(run, f"{type(error).__name__}: {error}", False)
-    return 0
 
 
-def _pass_on_a_stop() -> None:
+def _pass_on_a_stop(stopping: threading.Event) -> None:
     """Wait for a SIGTERM, and give it to the first rank as soon as there is one; it tells the others."""
     signal.sigwait({signal.SIGTERM})
+    stopping.set()
     while True:
         for child in psutil.Process().children():
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):  # one that has just ended, or not yet begun
                 if child.environ().get("RANK") == "0":
                     child.terminate()
                     return
         time.sleep(_POLL)
 
 
-def _reason(failures: "list[ProcessFailure]") -> tuple[str, bool]:
-    """(why the run failed, whether that is the whole story): of the ranks that ended, the one on which it began."""
+def _first(failures: "list[ProcessFailure]") -> "ProcessFailure":
+    """The one with which it began, of those of all ranks that did not end well."""
 
     def order(failure: "ProcessFailure") -> tuple[bool, bool, float]:
         told = _told(failure)
@@ -81,9 +91,12 @@ def _reason(failures: "list[ProcessFailure]") -> tuple[str, bool]:
         # ended by themselves the launcher ends, by SIGTERM and five seconds later by SIGKILL.
         return failure.exitcode == -signal.SIGTERM, True, failure.timestamp - 2
 
-    failure = min(failures, key=order)
-    told = _told(failure)
-    if told:
+    return min(failures, key=order)
+
+
+def _reason(failure: "ProcessFailure") -> tuple[str, bool]:
+    """(why the run failed, whether that is the whole story)."""
+    if told := _told(failure):
         return str(failure.error_file_data["message"]["message"]), bool(told["expected"])
     end = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with status {failure.exitcode}"
     return (

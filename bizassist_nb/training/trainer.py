@@ -22,7 +22,7 @@ from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import COMPLETE, newest_checkpoint
 from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.preflight import Fit
-from bizassist_nb.training.ranks import this_rank
+from bizassist_nb.training.ranks import NoRoomError, this_rank
 
 if TYPE_CHECKING:
     from bizassist_nb.training.worker import Stop
@@ -70,6 +70,7 @@ def train(
     Where memory runs out, what is done is saved, and training goes on from the same step with less at once.
 
     Raises:
+        NoRoomError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
     checkpoint = newest_checkpoint(run.path)
@@ -83,16 +84,15 @@ def train(
             if not out_of_memory(error):
                 raise
             problem = brief(error)
-            if this_rank().count > 1:
-                raise RunError(_too_much(fit, settings, problem)) from error
         else:
             # accelerate leaves an autocast around the model's forward: base was scored without, and so is tuned.
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             return int(trainer.state.global_step)
         # Only now, when the error is gone and with it the frames that hold the half-done step's tensors.
         done = int(trainer.state.global_step)
+        alone = this_rank().count == 1
         model.zero_grad(set_to_none=True)
-        if done > (checkpoint.step if checkpoint else 0):
+        if alone and done > (checkpoint.step if checkpoint else 0):
             _save(trainer)
             checkpoint = newest_checkpoint(run.path)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -101,6 +101,8 @@ def train(
         gc.collect()
         torch.cuda.empty_cache()
         fit = _smaller(fit, settings, engine, model, steps[min(done, len(steps) - 1)], problem)
+        if not alone:
+            raise NoRoomError(dataclasses.asdict(fit))
         journal.write("fit", step=done, **dataclasses.asdict(fit))
 
 
@@ -116,11 +118,12 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     Checkpointing where it was thought to do without; then half the micro-batch, or the largest below; then
     checkpointing in every step.
     """
-    on, lengths = preflight.device(), [len(example.input_ids) for example in step]
+    on, lengths = preflight.device(), _share(step)
     if fit.kept and not fit.checkpoints(lengths, engine):
         why = f"memory ran out in a step without checkpointing ({problem})"
         return dataclasses.replace(fit, kept=0, reason=why)
-    smaller = [size for size in preflight.divisors(settings.batch_size) if size <= fit.micro_batch / 2]
+    each = settings.share(this_rank().count).batch_size
+    smaller = [size for size in preflight.divisors(each) if size <= fit.micro_batch / 2]
     if smaller:
         why = f"memory ran out with {fit.micro_batch} rows at once ({problem})"
         return dataclasses.replace(fit, micro_batch=smaller[0], reason=why)
@@ -133,18 +136,6 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
         f"memory ran out with a single row at once and checkpointing on ({problem}). The longest row of this step has "
         f"{row} tokens; try max_length = {max(16, min(most, row // 2))}, under a new name. What is done so far is kept"
     )
-
-
-def _too_much(fit: Fit, settings: Settings, problem: str) -> str:
-    """What to do when memory ran out in one of several ranks.
-
-    None of them can go on from there: the others are in the midst of an exchange with it, which nothing ends in order.
-    """
-    smaller = [size for size in preflight.divisors(settings.batch_size) if size <= fit.micro_batch / 2]
-    what = f"memory ran out with {fit.micro_batch} rows at once on each of {this_rank().count} processes ({problem})"
-    if smaller:
-        return f"{what}. Start it under a new name with micro_batch = {smaller[0]}"
-    return f"{what}. Start it under a new name with a max_length below {settings.max_length}"
 
 
 def build_trainer(
@@ -179,8 +170,7 @@ def build_trainer(
         callbacks=[RunCallback(run, journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )
     if fit.kept:
-        lengths = [this_rank().shares([len(example.input_ids) for example in step])[0] for step in ordered]
-        trainer.add_callback(_Sparing(model, [fit.checkpoints(rows, engine) for rows in lengths]))
+        trainer.add_callback(_Sparing(model, [fit.checkpoints(_share(step), engine) for step in steps]))
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
     for parameter in model.parameters():
@@ -188,6 +178,11 @@ def build_trainer(
             parameter.data = parameter.data.float()
     model.train()
     return trainer
+
+
+def _share(step: Sequence[Example]) -> list[int]:
+    """Tokens of the rows of a step that go through one rank, of the one that has the longest."""
+    return this_rank().longest([len(example.input_ids) for example in step])
 
 
 def _rows(step: list[Example], micro_batch: int) -> Iterator[dict[str, list[int]]]:

@@ -8,6 +8,7 @@ said here; the others load the same, train along, and leave.
 
 import dataclasses
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -33,7 +34,7 @@ from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
 from bizassist_nb.training.checkpoints import Best, newest_checkpoint, save_adapter
 from bizassist_nb.training.evaluation import Exam, rows_of
-from bizassist_nb.training.ranks import Silent, end_with_launcher, leave_reason, this_rank
+from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_reason, this_rank
 from bizassist_nb.verdict import Score, mean_loss
 
 PACKAGES: Final = (
@@ -100,7 +101,7 @@ def main(directory: str) -> int:
 def _fail(journal: Journal, error: Exception, *, expected: bool) -> int:
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     if this_rank().count > 1:  # which of the ranks' errors came first, their launcher knows
-        leave_reason(message, expected=expected)
+        leave_reason(message, error)
         return 1
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
@@ -247,17 +248,19 @@ def _preflight(
 ) -> preflight.Fit:
     """How steps are cut up, with events that say so and what the run is expected to need."""
     rank = this_rank()
-    # The first rank's share of each step has its longest rows: what fits there fits everywhere, and all cut alike.
-    lengths = [rank.shares(sorted((len(example.input_ids) for example in step), reverse=True))[0] for step in steps]
+    # All ranks cut alike: so that the longest share of a step fits, on the device with the least room.
+    lengths = [rank.longest([len(example.input_ids) for example in step]) for step in steps]
     on = preflight.device()
     on = dataclasses.replace(on, free=rank.least(on.free / (1 if on.on_gpu else rank.beside)))
     expected = preflight.estimate(settings.share(rank.count), engine, base, lengths, on)
     fields = dataclasses.asdict(expected)
     fit = fields.pop("fit")
     journal.write("preflight", sentence=expected.sentence, peak=expected.peak, **fields)
+    if FIT in os.environ:
+        fit = json.loads(os.environ[FIT])
     journal.write("fit", step=0, **fit)
     print(expected.sentence)
-    return expected.fit
+    return preflight.Fit(**fit)
 
 
 def _take_best(run: Run, journal: Journal, best: Best, model: Any, chat: ChatTokenizer, stop: Stop) -> None:
@@ -305,7 +308,7 @@ def _watch(
 
     every = settings.evaluate_every
     if isinstance(every, str):
-        every = max(1, round(3 * len(exam.held_out) / settings.batch_size))
+        every = max(1, round(3 * len(exam.held_out) / settings.share(this_rank().count).batch_size))
 
     def hurry() -> None:
         if stop.asked:
