@@ -6,8 +6,8 @@ Each GPU has the whole base in NF4 and 4 rows a step. With N of them a step take
 
     compute    one GPU's step of 4 rows of 212 tokens: of 7B as measured (docs/benchmarks.md, Training: 0.314 s); of 70B
                that, times what `preflight` expects of the two shapes
-    exchange   bytes / bandwidth + 2 (N - 1) x 10 us, with bytes = 2 (N - 1) / N x adapter weights x 4: a ring all-reduce
-               of float32 gradients, none of it hidden behind the backward pass
+    exchange   bytes / bandwidth + 2 (N - 1) x 10 us, with bytes = 2 (N - 1) / N x adapter weights x 4: a ring
+               all-reduce of float32 gradients, none of it hidden behind the backward pass
     scoring    0.7 s of the first GPU once in 48 steps, the others waiting (7B, measured), 70B as for compute
     bandwidth  inside a machine of 8 GPUs NVLink; between machines the network card that all 8 share. The slower counts
 
@@ -56,9 +56,8 @@ def table() -> str:
     for name, shape in (("7B", MISTRAL), ("70B", LLAMA_70B)):
         one = sum(ROWS) / step(shape, 1, NVLINK)[0]
         for gpus in (1, 2, 4, 8, 16, 32, 64):
-            for network, bandwidth in (
-                NETWORKS.items() if gpus > 8 else {"NVLink" if gpus > 1 else "none": NVLINK}.items()
-            ):
+            inside = {"NVLink" if gpus > 1 else "none": NVLINK}
+            for network, bandwidth in (NETWORKS if gpus > 8 else inside).items():
                 seconds, exchange, sent = step(shape, gpus, bandwidth)
                 speed = gpus * sum(ROWS) / seconds
                 memory = sum(peak(shape, RANK, ENGINE, H100, ROWS, checkpointing=False).values())

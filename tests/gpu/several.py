@@ -1,9 +1,9 @@
 """Two GPUs against one: tokens/s and losses, by runs as a user starts them. Not run yet: it wants a machine with two.
 
 Usage: several.py MODEL_FOLDER ROWS.json FOLDER [ENGINE ...]. Each engine (transformers and unsloth without any) trains
-the same 240 rows twice, 8 a step and 4 at once on each GPU: alone in two micro-batches, and by two GPUs in one each. Steps
-6 to 30 are counted. Prints JSON: both speeds, their ratio (the aim is 1.8), and how far the losses of a step are apart at
-most (the aim is 1 %).
+the same 240 rows twice, 8 a step and 4 at once on each GPU: alone in two micro-batches, and by two GPUs in one each.
+Steps 6 to 30 are counted. Prints JSON: both speeds, their ratio (the aim is 1.8), and how far the losses of a step are
+apart at most (the aim is 1 %).
 """
 
 import dataclasses
