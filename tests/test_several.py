@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 
 from bizassist_nb import Settings, finetune
 from bizassist_nb.errors import SettingsError
+from bizassist_nb.report import run_text
 from bizassist_nb.runs import ENDED, Run, is_locked
+from bizassist_nb.survey import survey
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint
 from bizassist_nb.training.several import processes
@@ -91,7 +93,9 @@ def test_the_first_process_alone_writes_the_run(together):
     assert states == ["starting", "loading", "scoring", "training", "scoring", "answering", "saving", "finished"]
     kinds = [event["event"] for event in together.events]
     assert (kinds.count("data"), kinds.count("checkpoint"), kinds.count("evaluation")) == (1, STEPS, 3)
-    assert together.environment["processes"] == 2
+    assert together.environment["device"].startswith("2 × CPU")
+    assert "processes: 2, each with 2 of the 4 examples of a step" in run_text(together)
+    assert str(together.settings.accelerate_config) not in (together.path / "README.md").read_text()
     states = {path.name for path in newest_checkpoint(together.path).path.glob("rng_state*")}
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}  # a resumed run goes on with both
 
@@ -240,3 +244,14 @@ def test_the_table_of_the_page_is_what_its_script_prints():
     namespace = {"__name__": "several"}
     exec((ROOT / "tests" / "benchmarks" / "several.py").read_text(), namespace)  # noqa: S102 - our own script
     assert namespace["table"]() in PAGE
+
+
+def test_before_it_starts_a_run_is_reckoned_for_the_share_of_each_gpu(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    settings = Settings(model=str(tiny), data="sample", subset=16, held_out=2, max_length=256, batch_size=8, gpus=2)
+    *_, found = survey(settings)
+    assert found.steps == 2
+    assert found.expected.fit.micro_batch == 4
+    *_, alone = survey(dataclasses.replace(settings, gpus=1))
+    assert alone.expected.fit.micro_batch == 8
+    assert found.expected.parts["activations"] == pytest.approx(alone.expected.parts["activations"] / 2, rel=0.3)

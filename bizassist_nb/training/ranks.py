@@ -44,15 +44,15 @@ class Rank:
         return self.number == 0
 
     def join(self) -> None:
-        """Meet the others, and take a GPU of one's own if there are any. Waits until all are there."""
+        """Meet the others, of which there are some, and take a GPU of one's own if there are any."""
         import torch
         from accelerate import PartialState
 
-        if self.count > 1:  # the Trainer will find this process group, and use it
-            if not torch.cuda.is_available():
-                # Else accelerate calls it "cpu:0", to which torch 2.13 can load no checkpoint (serialization.py).
-                os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-            PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+        if not torch.cuda.is_available():
+            # Else accelerate calls it "cpu:0", to which torch 2.13 can load no checkpoint (serialization.py).
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        # The Trainer will find the process group that this makes, and use it.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
     def shares(self, rows: Sequence[T]) -> list[list[T]]:
         """A step's rows as the ranks have them, dealt out like cards: of rows by falling length, each gets as much."""

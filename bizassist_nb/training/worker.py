@@ -135,7 +135,9 @@ def work(run: Run, journal: Journal) -> str:
     """The whole run, top to bottom; the state it ends in ("finished" or "stopped")."""
     stop, settings = Stop(), run.settings
     journal.write("state", state="loading")
-    this_rank().join()
+    if (count := this_rank().count) > 1:
+        journal.write("processes", count=count)
+        this_rank().join()
     engine = _engine(run, journal)
     base = models.resolve(run.model)
     journal.write("model", **vars(base))
@@ -386,7 +388,10 @@ def _score(journal: Journal, who: str, step: int, model: Any, exam: Exam, betwee
 def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -> None:
     import torch
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    count = this_rank().count
     write_json(
         run.path / "environment.json",
         {
@@ -395,8 +400,7 @@ def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -
             "engine": engine,
             "data": table.source,
             "fingerprint": table.fingerprint,
-            "device": gpu or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
-            "processes": this_rank().count,
+            "device": f"{count} × {device}" if count > 1 else device,
             "python": platform.python_version(),
             "versions": {name: version for name in PACKAGES if (version := _version(name))},
         },
