@@ -34,7 +34,6 @@ class Rank:
     number: int = 0
     """Counted from 0. The first alone writes the run directory, scores and answers."""
     count: int = 1
-
     beside: int = 1
     """How many of them are on this machine."""
 
@@ -87,7 +86,7 @@ class Rank:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
         getattr(torch.distributed, name)(tensor, how)
-        return [float(number) for number in tensor]
+        return [float(number) for number in tensor.tolist()]
 
 
 class NoRoomError(RunError):
