@@ -100,8 +100,8 @@ def _reason(failure: "ProcessFailure") -> tuple[str, bool]:
         return str(failure.error_file_data["message"]["message"]), bool(told["expected"])
     end = f"by {failure.signal_name()}" if failure.exitcode < 0 else f"with status {failure.exitcode}"
     return (
-        f"one of its processes (rank {failure.local_rank} of this machine) was ended {end}, and the others with it; SIGKILL "
-        "comes from a person, or from a system without memory. What was saved is kept: go on from there with --resume",
+        f"one of its processes (rank {failure.local_rank} of this machine) was ended {end}, and the others with it; "
+        "SIGKILL comes from a person, or from a system without memory. What was saved is kept: go on with --resume",
         True,
     )
 

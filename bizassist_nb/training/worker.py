@@ -117,15 +117,15 @@ def follow(run: Run) -> str:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     this_rank().join()
-    this_rank().meet()  # now the first has written which model and engine it is to be
     journal = Silent()
     engine = _engine(run, journal)
+    from bizassist_nb.training.trainer import train  # takes its time, which the first needs, too
+
+    this_rank().meet()  # now the first has written which model it is to be
     base = models.resolve(run.model)
     _, chat, steps, _ = _prepare(run, journal, base)
     fit = _preflight(journal, run.settings, engine, base, steps)
     model = _load(journal, engine, base, run.settings, fit)
-    from bizassist_nb.training.trainer import train
-
     this_rank().meet()
     train(run, journal, Heedless(), engine, run.settings, fit, model, chat, steps)
     return "finished"
