@@ -135,7 +135,9 @@ def processes(settings: Settings) -> tuple[int, list[str]]:
         return 1, []
     else:
         count = _gpus(settings.gpus)
-        which = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--machine_rank", "0", *_ANY_PORT]
+        # All is said: what is not, accelerate would take from the user's default configuration.
+        which = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--machine_rank", "0"]
+        which += ["--gpu_ids", "all", *_ANY_PORT]
     settings.share(count)
     return count, [*which, "--mixed_precision", "no", "--dynamo_backend", "no"]  # of both the trainer is told by us
 

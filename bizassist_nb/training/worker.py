@@ -414,5 +414,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _keep_lock() -> None:
+    """Move the run's lock away from standard input, so that what this process starts (compilers) does not hold it."""
+    os.dup(0)  # which is not inherited
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+
 if __name__ == "__main__":
+    _keep_lock()
     sys.exit(main(sys.argv[1]))
