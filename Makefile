@@ -3,6 +3,7 @@
 #   make demo   fine-tune the embedded model on a CPU and see base and tuned answer
 #   make test   all checks: ruff, mypy, pytest, notebooks, and the front-end tests under Colab's versions; its tests of
 #               the panel drive Chromium, which has to be there (apt-get install chromium, or CHROMIUM=path)
+#   make kills  the test of a run that is killed and resumed, with 100 kills
 #   make lab    JupyterLab with the notebooks
 #
 # On a machine with a GPU, install the torch build for it first, then this package.
@@ -14,19 +15,24 @@ export CHROMIUM ?= /usr/bin/chromium
 # Tests run in so many processes, a file of them in one. Each computes on one core: threads that wait for each other
 # on cores they share take far longer than a single one.
 JOBS ?= 2
-SIDE_BY_SIDE = OMP_NUM_THREADS=1
+OPTIONS = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lab lint chromium notebooks clean
+test kills: export OMP_NUM_THREADS = 1
+
+.PHONY: demo test kills lab lint chromium notebooks clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
 	.venv/bin/bizassist demo
 
 test: chromium lint .venv/dev .venv/ipykernel-7.3.0 .venv-colab/ready
-	$(SIDE_BY_SIDE) .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
+	.venv/bin/python -m pytest $(OPTIONS)
 	rm -rf notebooks/runs
-	$(SIDE_BY_SIDE) .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --nbval notebooks
-	$(SIDE_BY_SIDE) .venv-colab/bin/python -m pytest -n $(JOBS) --dist loadfile -m notebook
+	.venv/bin/python -m pytest $(OPTIONS) --nbval notebooks
+	.venv-colab/bin/python -m pytest $(OPTIONS) -m notebook
+
+kills: .venv/dev
+	KILLS=100 .venv/bin/python -m pytest tests/test_kills.py
 
 lint: .venv/dev
 	.venv/bin/ruff check

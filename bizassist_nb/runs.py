@@ -14,26 +14,43 @@ runs/NAME/  settings.toml     as asked for
 """
 
 import dataclasses
+import errno
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from bizassist_nb.errors import RunError
-from bizassist_nb.settings import Settings, user_path
+from bizassist_nb.settings import Settings, cache, user_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Status = Literal[
-    "starting", "loading", "scoring", "training", "answering", "saving", "finished", "stopped", "failed", "lost"
-]
+    "starting", "loading", "scoring", "training", "answering", "saving", "finished", "stopped", "failed", "lost",
+    "out of reach",
+]  # fmt: skip
 ENDED: Final[frozenset[Status]] = frozenset({"finished", "stopped", "failed", "lost"})
+
+WORKER: Final = "bizassist_nb.training.worker"
+"""The module that a worker is started as, followed by its run's directory."""
+SEVERAL: Final = "bizassist_nb.training.several"
+"""The module that launches the workers of a run in several processes; it is the one that is stopped and killed."""
+
+EVENTS: Final = "events.jsonl"
+"""Name of the file with a run's events."""
+_ROOM: Final = 1_000_000
+"""Bytes with less of which free a disk is full."""
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk, or a person's share of it, says that has no room."""
 
 _NAME: Final = re.compile(r"\w[\w.-]{0,62}\w|\w")
 
@@ -59,20 +76,37 @@ _STEP_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Step))
 
 
 class Journal:
-    """The writing end of events.jsonl: one flushed line an event."""
+    """The writing end of events.jsonl: one line an event, opened anew for each, as the folder may have come anew, too.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
 
     def __init__(self, directory: Path):
-        """Open for appending; a last line that a killed writer left half-written is closed first."""
-        path = directory / "events.jsonl"
-        self._file: IO[bytes] = path.open("ab")
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write(b"\n")
+        """Of the run in that directory."""
+        self._path = directory / EVENTS
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; floats that JSON has no number for are refused with ValueError."""
-        line = json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False, allow_nan=False)
-        self._file.write(line.encode("utf-8", "replace") + b"\n")
-        self._file.flush()
+        self.append(line_of(event, fields))
+
+    def append(self, lines: bytes) -> None:
+        """Append whole lines; a last line that a killed writer or a full disk left half-written is closed first."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                lines = b"\n" + lines
+            while lines:
+                lines = lines[os.write(descriptor, lines) :]
+        finally:
+            os.close(descriptor)
+
+
+def line_of(event: str, fields: Mapping[str, Any]) -> bytes:
+    """An event as the line that it is kept in."""
+    line = json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False, allow_nan=False)
+    return line.encode("utf-8", "replace") + b"\n"
 
 
 class Run:
@@ -87,7 +121,9 @@ class Run:
         self.path = path
         if not (path / "settings.toml").is_file():
             raise RunError(f"{path} holds no run (it has no settings.toml)")
-        self._offset = 0
+        self._kept = kept_folder(path)
+        self._offsets = {path: 0, self._kept: 0}
+        self._ahead: set[bytes] = set()  # lines that were read where they are kept, before they were delivered
         self._events: list[dict[str, Any]] = []
         self._newest: dict[str, dict[str, Any]] = {}  # of each kind
         self._steps: list[Step] = []
@@ -98,9 +134,9 @@ class Run:
         """Name of the run and of its folder."""
         return self.path.name
 
-    @property
+    @functools.cached_property
     def settings(self) -> Settings:
-        """The settings it was started with."""
+        """The settings it was started with; they do not change."""
         return Settings.from_toml((self.path / "settings.toml").read_text("utf-8"))
 
     @property
@@ -136,17 +172,37 @@ class Run:
         return self._events
 
     def _read(self) -> None:
-        """Take in what has been written since the last time."""
-        path = self.path / "events.jsonl"
-        if not path.is_file():
-            return
-        with path.open("rb") as file:
-            file.seek(self._offset)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        for line in whole.splitlines():
-            if (event := _parse_event(line)) is not None:
-                self._take(event)
+        """Take in what has been written since the last time: in its directory, and while that is away, beside it."""
+        for line in self._new_lines(self.path):
+            if line not in self._ahead:
+                self._take_line(line)
+        if kept := self._new_lines(self._kept):
+            delivered = self._delivered()
+            for line in kept:
+                if line not in delivered:
+                    self._ahead.add(line)
+                    self._take_line(line)
+
+    def _delivered(self) -> set[bytes]:
+        try:
+            return set(_lines_of(self.path, 0)[0])
+        except OSError:
+            return set()
+
+    def _new_lines(self, folder: Path) -> list[bytes]:
+        try:
+            lines, self._offsets[folder] = _lines_of(folder, self._offsets[folder])
+        except FileNotFoundError:
+            if folder == self._kept:  # delivered; what is kept there another time is another file
+                self._offsets[folder] = 0
+            return []
+        except OSError:  # out of reach
+            return []
+        return lines
+
+    def _take_line(self, line: bytes) -> None:
+        if (event := _parse_event(line)) is not None:
+            self._take(event)
 
     def _take(self, event: dict[str, Any]) -> None:
         """Fold one event into what is known: looking at a long run again costs only what is new."""
@@ -186,29 +242,59 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """What it is doing; "lost" if its worker went away without a word."""
+        """What it is doing; "lost" if its worker went away without a word.
+
+        "out of reach" where its folder cannot be read (a Drive that has dropped): a worker goes on without it.
+        """
+        if not self._in_reach():
+            return "out of reach"
         alive = is_locked(self.path)
         state = self.last("state")  # read after the lock: what a worker wrote before it ended is then seen
         status = cast("Status", state["state"] if state else "starting")
         return status if alive or status in ENDED else "lost"
 
     @property
+    def alive(self) -> bool:
+        """Whether a worker of it lives."""
+        return is_locked(self.path) if self._in_reach() else bool(self._workers())
+
+    def _in_reach(self) -> bool:
+        try:
+            (self.path / "settings.toml").stat()
+        except OSError:
+            return False
+        return True
+
+    @property
     def error(self) -> str | None:
         """Why it failed or was lost, with the last lines of its log; None if it did neither."""
         status = self.status
+        if status == "out of reach":
+            return (
+                f"{self.path} cannot be read. A worker goes on without it, and what it does is kept on this machine, "
+                f"in {self._kept}; bring the folder back (mount the Drive again)"
+            )
         if status not in ("failed", "lost"):
             return None
         event = self.last("error") if status == "failed" else None
-        reason = event["message"] if event else "its process ended without a word (killed, or out of memory)"
+        reason = event["message"] if event else self._lost()
         if event and event["expected"]:
             return str(reason)
         log = "\n".join(f"    {line}" for line in self.log(12))
         return f"{reason}\nThe end of {self.path / 'worker.log'}:\n{log}"
 
+    def _lost(self) -> str:
+        free = shutil.disk_usage(self.path).free
+        if free < _ROOM:
+            return f"its process ended without a word, and its disk is full ({free:,} bytes are free): make room there"
+        return "its process ended without a word (killed, or out of memory)"
+
     def log(self, lines: int) -> list[str]:
         """The last lines that the worker's libraries printed."""
-        path = self.path / "worker.log"
-        return path.read_text("utf-8", errors="replace").splitlines()[-lines:] if path.is_file() else []
+        try:
+            return (self.path / "worker.log").read_text("utf-8", errors="replace").splitlines()[-lines:]
+        except OSError:  # not there yet, or out of reach
+            return []
 
     def stop(self) -> None:
         """Ask the worker to finish its step, save a checkpoint and end; nothing happens if it has ended."""
@@ -219,13 +305,28 @@ class Run:
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
+        send = os.killpg if number is signal.SIGKILL else os.kill
+        if not self._in_reach():
+            for pid in self._workers():
+                send(pid, number)
+            return
         # The lock is held by that very process as long as it lives, so the number cannot be another's by now.
         while is_locked(self.path):
             if worker := (self.path / "worker.lock").read_text():
-                send = os.killpg if number is signal.SIGKILL else os.kill
                 send(int(worker), number)
                 return
             time.sleep(0.01)  # it is being started; its number is there in a moment
+
+    def _workers(self) -> list[int]:
+        """Process ids of its workers, found by their command lines: while its folder is away, so is the lock in it."""
+        import psutil
+
+        found = [(process.pid, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        for module in (SEVERAL, WORKER):
+            command = [module, str(self.path.absolute())]
+            if workers := [pid for pid, line in found if line[-2:] == command]:
+                return workers
+        return []
 
     def plot(self) -> "Figure":
         """The loss curve as a matplotlib Figure."""
@@ -336,7 +437,7 @@ def is_locked(path: Path) -> bool:
     """Whether a worker lives that holds the run's lock."""
     try:
         descriptor = os.open(path / "worker.lock", os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError:  # not there, or out of reach
         return False
     try:
         return not _try_lock(descriptor, fcntl.LOCK_SH)
@@ -352,20 +453,30 @@ def _try_lock(descriptor: int, kind: int) -> bool:
     return True
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a file beside `path`, then put it in place: readers see the old one or the new one."""
-    beside = path.with_name(f".{path.name}.part")
-    write(beside)
-    beside.replace(path)
+def write_worker(lock: int, pid: int) -> None:
+    """Write into the lock who holds it."""
+    os.truncate(lock, 0)
+    os.pwrite(lock, str(pid).encode(), 0)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader never sees half of it."""
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8", "replace"))
+def kept_folder(run_path: Path) -> Path:
+    """Where this machine keeps what a worker cannot write into that directory (see `bizassist_nb.training.outbox`)."""
+    return cache() / "kept" / hashlib.sha256(str(run_path.absolute()).encode()).hexdigest()[:16]
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError:  # not there yet, or out of reach
+        return None
+
+
+def _lines_of(folder: Path, offset: int) -> tuple[list[bytes], int]:
+    """(whole lines of its events from that byte on, the byte behind them)."""
+    with (folder / EVENTS).open("rb") as file:
+        file.seek(offset)
+        whole, newline, _ = file.read().rpartition(b"\n")
+    return whole.splitlines(), offset + len(whole) + len(newline)
 
 
 def _parse_event(line: bytes) -> dict[str, Any] | None:

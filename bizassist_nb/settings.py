@@ -223,6 +223,11 @@ class Settings:
         return user_path(self.runs_dir) / name
 
 
+def cache() -> Path:
+    """Folder for what is made once a machine and can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bizassist_nb"
+
+
 def user_path(text: str | Path) -> Path:
     """A path as a person writes it, ~ included; a ~name that is nobody's stays as it is."""
     return Path(os.path.expanduser(text))  # noqa: PTH111 - Path's own raises for such a name

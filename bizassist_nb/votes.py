@@ -16,7 +16,8 @@ from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
 from bizassist_nb.data.chat import Message, conversation
 from bizassist_nb.errors import BizassistError
 from bizassist_nb.render import Section
-from bizassist_nb.runs import Run, write_whole
+from bizassist_nb.runs import Run
+from bizassist_nb.whole import write_whole
 
 Choice = Literal["left", "right", "tie", "bad"]
 CHOICES: Final[dict[Choice, str]] = {

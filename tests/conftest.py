@@ -12,6 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+# What takes longest begins first, so that processes side by side end at about the same time.
+LONGEST = ("test_hurt", "test_panel", "test_training", "test_kills", "test_export", "test_assistant", "test_looks")
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session")
 def dolly() -> str:
     """The published Dolly file; set as BIZASSIST_DOLLY for the whole session."""

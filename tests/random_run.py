@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from bizassist_nb import models
 from bizassist_nb.data.rows import read_table
-from bizassist_nb.runs import Journal, Run, write_json
+from bizassist_nb.runs import Journal, Run
 from bizassist_nb.settings import Settings
+from bizassist_nb.whole import write_json
 
 
 def random_run(path: Path, base: Path, **changes) -> Run:

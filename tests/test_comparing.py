@@ -6,9 +6,10 @@ from bizassist_nb import compare
 from bizassist_nb.comparing import runs_section, runs_text
 from bizassist_nb.errors import RunError
 from bizassist_nb.plots import overlaid_figure
-from bizassist_nb.runs import Journal, Run, write_json
+from bizassist_nb.runs import Journal, Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.verdict import Score, assess, judge
+from bizassist_nb.whole import write_json
 
 
 @pytest.fixture

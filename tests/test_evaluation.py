@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.data.tokens import IGNORED, Example
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Run, write_json
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import evaluation
 from bizassist_nb.training.evaluation import Exam, rows_of, score
 from bizassist_nb.verdict import mean_loss
+from bizassist_nb.whole import write_json
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -21,7 +21,8 @@ from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.bases import LoadedBase
 from bizassist_nb.errors import brief
 from bizassist_nb.export.card import card
-from bizassist_nb.runs import Run, write_json
+from bizassist_nb.runs import Run
+from bizassist_nb.whole import write_json
 
 TOKEN = "hf_markerTokenThatMustNotBeSeen"
 

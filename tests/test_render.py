@@ -14,9 +14,10 @@ from bizassist_nb.assistant.comparison import Comparison, Comparisons, compariso
 from bizassist_nb.assistant.differences import marked
 from bizassist_nb.degeneration import counted
 from bizassist_nb.report import run_html
-from bizassist_nb.runs import Journal, Run, write_json
+from bizassist_nb.runs import Journal, Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.verdict import Score, assess, judge
+from bizassist_nb.whole import write_json
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=x>&lt;"
 

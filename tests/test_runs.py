@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Journal, Run, check_name, is_locked, list_runs, open_run, take_lock, write_json
+from bizassist_nb.runs import Journal, Run, check_name, is_locked, list_runs, open_run, take_lock
 from bizassist_nb.settings import Settings
+from bizassist_nb.whole import write_json
 
 STEP = {"loss": 2.0, "learning_rate": 1e-4, "gradient_norm": 0.5, "tokens": 100, "seconds": 1.0}
 
@@ -134,6 +135,7 @@ def test_events_come_back_equal_and_any_cut_gives_the_first_of_them(tmp_path_fac
     for event, (_, more) in zip(read, written, strict=True):
         assert {key: event[key] for key in more} == more
     file = run.path / "events.jsonl"
+    file.touch()  # where there was nothing to write
     whole = file.read_bytes()
     cut %= len(whole) + 1
     file.write_bytes(whole[:cut])

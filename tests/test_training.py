@@ -1,5 +1,6 @@
 """Training for real, on a CPU: both engines, the worker's run directory, stopping and resuming, and what is refused."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ from bizassist_nb import Settings, finetune
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.errors import RunError
 from bizassist_nb.export.card import card
+from bizassist_nb.report import run_text
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training import launch
+from bizassist_nb.training.checkpoints import CHECKSUMS, checkpoints
 from bizassist_nb.training.evaluation import evaluate
 from bizassist_nb.verdict import Score
 
@@ -161,8 +164,8 @@ def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_start(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from bizassist_nb.runs import Journal
     from bizassist_nb.training import trainer
+    from bizassist_nb.training.outbox import Outbox
 
     def begin() -> int:
         return trainer.train(run, journal, None, None, run.settings, None, None, None, [[]])
@@ -171,7 +174,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
     done = SimpleNamespace(train=lambda **_: None, accelerator=unwrap, state=SimpleNamespace(global_step=1))
     monkeypatch.setattr(trainer, "build_trainer", lambda *_: done)
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
-    run, journal = Run(tmp_path), Journal(tmp_path)
+    run, journal = Run(tmp_path), Outbox(tmp_path)
     begin()
     assert run.last("resumed") is None
     journal.write("step", step=1, loss=2.0, learning_rate=1e-4, gradient_norm=0.5, tokens=9, seconds=1.0)
@@ -183,8 +186,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
 def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_path):
     from types import SimpleNamespace
 
-    from bizassist_nb.report import run_text
-    from bizassist_nb.runs import Journal
+    from bizassist_nb.training.outbox import Outbox
     from bizassist_nb.training.worker import _watch
 
     (tmp_path / "settings.toml").write_text(Settings(evaluate_every=5).to_toml())
@@ -198,8 +200,8 @@ def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_pat
 
     exam = SimpleNamespace(on_held_out=on_held_out, held_out=[None] * 4)
     best = SimpleNamespace(offer=lambda *found: offered.append(found[:2]))
-    stop = SimpleNamespace(asked=False)
-    after = _watch(Journal(tmp_path), run.settings, None, exam, None, 100, best, stop)
+    stop = SimpleNamespace(hurry=lambda: None)
+    after = _watch(Outbox(tmp_path), run.settings, None, exam, None, 100, best, stop)
     for step in range(1, 15):
         after(step)
     assert (offered, run.held_out) == ([(10, 2.0)], [(10, 2.0)])
@@ -210,31 +212,57 @@ def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_pat
 
 @pytest.mark.parametrize(("steps", "kept"), [(3, True), (4, False)])
 def test_scores_of_a_stopped_run_go_once_it_is_trained_further(tmp_path, steps, kept):
-    from bizassist_nb.training.checkpoints import COMPLETE
+    from bizassist_nb.training.checkpoints import save_checkpoint
     from bizassist_nb.training.worker import _forget_scores
 
-    checkpoint = tmp_path / "checkpoints" / "checkpoint-3"
-    checkpoint.mkdir(parents=True)
+    save_checkpoint(tmp_path, 3, lambda folder: (folder / "weights").touch())
     files = [tmp_path / "evaluation.json", tmp_path / "answers.json"]
-    for file in (tmp_path / "settings.toml", checkpoint / COMPLETE, *files):
+    for file in (tmp_path / "settings.toml", *files):
         file.touch()
     _forget_scores(Run(tmp_path), steps)
     assert [file.exists() for file in files] == [kept, kept]
 
 
-def test_killed_run_is_lost_and_resumes_from_its_last_checkpoint(tiny, tmp_path):
-    settings = quick(tiny, tmp_path, epochs=20, checkpoint_minutes=0.0)
+class Evil:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_killed_run_resumes_from_its_last_whole_checkpoint_and_runs_no_code_from_it(tiny, tmp_path):
+    settings = quick(tiny, tmp_path, epochs=20, checkpoint_minutes=0.0, max_length=128)
     run = launch.start(settings, "killed")
     wait_until(lambda: (saved := run.last("checkpoint")) is not None and saved["step"] >= 4)
     run.kill()
     wait_until(lambda: run.status == "lost")
     assert "ended without a word" in run.error
-    step = run.last("checkpoint")["step"]
+    newest, before = checkpoints(run.path)
+    assert not [path for path in run.path.rglob("*") if path.suffix in (".bin", ".pkl")]
+    with (newest.path / "optimizer.pt").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"?")
     launch.start(settings, "killed", resume=True)
-    wait_until(lambda: len(run.steps) > step)
+    wait_until(lambda: len(run.steps) > newest.step)
     run.stop()
-    wait_until(lambda: run.status == "stopped")
-    assert run.last("resumed")["step"] >= step
+    wait_until(lambda: run.status == "stopped" and not run.alive)
+    assert run.last("resumed")["step"] == before.step
+    assert run.last("damaged")["checkpoint"] == str(newest.path)
+    words = f"{newest.path}: optimizer.pt is not what was written; the one before it was used"
+    assert words in run_text(run)
+
+    # One that is whole, but was not written by this package.
+    forged = checkpoints(run.path)[0].path
+    torch.save(Evil(tmp_path / "run by a pickle"), forged / "optimizer.pt")
+    sums = json.loads((forged / CHECKSUMS).read_text())
+    sums["optimizer.pt"] = hashlib.sha256((forged / "optimizer.pt").read_bytes()).hexdigest()
+    (forged / CHECKSUMS).write_text(json.dumps(sums))
+    with pytest.raises(RunError, match=r"holds something else than tensors.*Delete that folder"):
+        finetune(settings, "killed", resume=True)
+    assert not (tmp_path / "run by a pickle").exists()
 
 
 def test_two_workers_cannot_train_one_run(tiny, tmp_path):
@@ -280,12 +308,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tin
 def test_float16_may_overflow_while_its_scaling_settles_but_not_for_ever(tmp_path):
     from types import SimpleNamespace
 
-    from bizassist_nb.runs import Journal
+    from bizassist_nb.training.outbox import Outbox
     from bizassist_nb.training.trainer import RunCallback
 
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
     run = Run(tmp_path)
-    callback = RunCallback(run, Journal(tmp_path), SimpleNamespace(asked=False), [[]] * 99, 10.0, lambda _: None)
+    callback = RunCallback(Outbox(tmp_path), SimpleNamespace(asked=False), [[]] * 99, 10.0, lambda _: None)
     callback.on_train_begin(None, None, None)
 
     def step(number, norm, fp16=True):

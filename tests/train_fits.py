@@ -14,9 +14,10 @@ import torch
 from bizassist_nb import models
 from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines
+from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.preflight import Fit
 from bizassist_nb.training.worker import Stop
 
@@ -59,7 +60,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
         fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept)
         found: dict[str, object] = {}
         try:
-            found["done"] = trainer.train(Run(path), Journal(path), stop, engine, settings, fit, model, chat, steps)
+            found["done"] = trainer.train(Run(path), Outbox(path), stop, engine, settings, fit, model, chat, steps)
         except RunError as error:
             found["error"] = str(error)
         adapter = [p.detach().clone() for p in model.parameters() if p.requires_grad]

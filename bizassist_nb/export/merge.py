@@ -1,12 +1,9 @@
 """The merged 16-bit model: the adapter folded into the very weights it was trained on, tensor by tensor."""
 
-import fcntl
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +13,7 @@ from bizassist_nb.export import parity
 from bizassist_nb.export.card import card
 from bizassist_nb.export.weights import INDEX, Weights, original
 from bizassist_nb.runs import Journal, Run, is_locked
+from bizassist_nb.whole import new_folder
 
 _SHARD: Final = 2_000_000_000
 """Bytes in a file at most. That much memory is needed, and what one tensor takes in float32."""
@@ -174,32 +172,3 @@ def check_room(folder: Path, needed: int, what: str) -> None:
             f"{what} takes {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB free; "
             "make room, or move the run to another disk"
         )
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, gone afterwards unless it was renamed; one process at a time has it.
-
-    The lock (flock) is on the folder itself and ends with the process: what a killed one left is then emptied.
-
-    Raises:
-        RunError: if `target` is there, or another process is at it.
-    """
-    part = target.with_name(f".{target.name}.part")
-    part.mkdir(exist_ok=True)
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"{target} is being written by another process; wait for it") from error
-        try:
-            if target.exists():
-                raise RunError(f"{target} exists already; move it away to have it made anew")
-            for left in part.iterdir():
-                left.unlink()
-            yield part
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    finally:
-        os.close(descriptor)

@@ -6,8 +6,10 @@ rows), and what is to be judged is what the user's chat will say, which comes fr
 """
 
 import gc
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +19,8 @@ from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.degeneration import counted, prompts, signs
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Run, write_json
+from bizassist_nb.runs import Run
+from bizassist_nb.whole import write_json
 
 _WHO: Final = ("base", "tuned")
 
@@ -48,10 +51,11 @@ def answer_apart(run: Run) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     command = [sys.executable, "-m", "bizassist_nb.training.answering", str(run.path)]
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)  # noqa: S603 - no shell, our own module
-    if ended.returncode:
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:  # noqa: S603 - no shell, our own module
+        status = process.wait()
+    if status:
         raise RunError(
-            f"the fixed prompts could not be answered (status {ended.returncode}; the reason stands at the end of the "
+            f"the fixed prompts could not be answered (status {status}; the reason stands at the end of the "
             f"run's worker.log). Try again with: bizassist evaluate {run.name}"
         )
     return counted(run.answers, max_new_tokens())
@@ -110,5 +114,12 @@ def _answer(chat: ChatTokenizer, prompt: str, tokens: list[int], limit: int) -> 
     return {"text": text, "stopped": len(tokens) < limit, "signs": signs(prompt, text, tokens)}
 
 
+def _end_with_the_worker() -> None:
+    """The worker holds the other end of this pipe; where it is killed, nobody is left to answer for."""
+    sys.stdin.read()
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_worker, daemon=True).start()
     answer_run(Run(Path(sys.argv[1])))

@@ -7,9 +7,10 @@ from typing import Any, Final
 from bizassist_nb.data.rows import Row, Table, read_table, split
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Run, write_json
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.verdict import Score, assess, judge
+from bizassist_nb.whole import write_json
 
 _BATCH_LOGITS: Final = 4096 * 32768
 """Logits, padding included, that are computed at once: 4,096 tokens of Mistral's vocabulary, 0.5 GB in float32."""

@@ -13,13 +13,27 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-from bizassist_nb.errors import RunError
-from bizassist_nb.runs import ENDED, Journal, Run, check_name, is_locked, take_lock
+from bizassist_nb.errors import RunError, brief
+from bizassist_nb.runs import (
+    ENDED,
+    SEVERAL,
+    WORKER,
+    Journal,
+    Run,
+    check_name,
+    is_locked,
+    kept_folder,
+    take_lock,
+    write_worker,
+)
 from bizassist_nb.settings import Settings
 from bizassist_nb.training.several import processes
+from bizassist_nb.whole import write_whole
 
 _POLL = 0.25
 """Seconds between looks at a run that is being followed."""
+_BEGUN = ".settings.toml.part"
+"""All that is in the directory of a run whose launcher was killed while it made it."""
 
 
 def finetune(
@@ -27,17 +41,20 @@ def finetune(
 ) -> Run:
     """Train a run to its end in a process of its own, calling `show` all the while, and give it back.
 
+    Resuming a run whose worker lives, as it does when its kernel was restarted, is following it to its end.
+
     The first interrupt (Ctrl-C, ■) stops the run after its step, with a checkpoint; the second ends it at once.
 
     Raises:
         RunError: if the name cannot be used, or the run failed, with the reason.
     """
     with _Interrupts() as interrupts:
-        run = start(settings, name, resume=resume)
+        run = (_running(settings, name) if resume and name else None) or start(settings, name, resume=resume)
         interrupts.go_to(run)
         ended = False
         while not ended:
-            ended = run.status in ENDED and not is_locked(run.path)  # it still has to leave once it has said its last
+            # It still has to leave once it has said its last.
+            ended = run.status in (*ENDED, "out of reach") and not run.alive
             show(run)
             if not ended:
                 time.sleep(_POLL)
@@ -54,10 +71,20 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
         SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
     """
     path = settings.run_path(check_name(name) if name is not None else _free_name(settings))
-    resumed = _resumed(path, settings) if resume else None
-    # Refused before there is a folder, if it cannot be done here.
-    module = "several" if processes(resumed.settings if resumed else settings)[0] > 1 else "worker"
-    run = resumed or _created(path, settings)
+    if not resume:
+        processes(settings)  # refused before there is a folder, if it cannot be done here
+    try:
+        run = _resumed(path, settings) if resume else _created(path, settings)
+        return _started(run)
+    except OSError as error:
+        raise RunError(
+            f"the run cannot be kept in {path.absolute()} ({brief(error)}); see to it that there is room and that you "
+            "may write there, or take another runs_dir"
+        ) from error
+
+
+def _started(run: Run) -> Run:
+    module = SEVERAL if processes(run.settings)[0] > 1 else WORKER
     lock = take_lock(run.path, patience=20 if run.status in ENDED else 0.2)
     # A stop that arrives while the worker is still importing must wait until it listens; masks are inherited.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -66,18 +93,24 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
         Journal(run.path).write("state", state="starting")
         with (run.path / "worker.log").open("ab") as log:
             worker = subprocess.Popen(  # noqa: S603 - no shell, our own module
-                [sys.executable, "-m", f"bizassist_nb.training.{module}", str(run.path)],
+                [sys.executable, "-m", module, str(run.path.absolute())],
                 stdin=lock,  # which every process of the run has, down to the last
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # closing the notebook or interrupting the kernel leaves it alone
-                env=_environment(run.path, one_gpu=module == "worker"),
+                env=_environment(run.path, one_gpu=module == WORKER),
             )
-        os.write(lock, str(worker.pid).encode())
+        write_worker(lock, worker.pid)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(lock)  # the worker holds it now
     return run
+
+
+def _running(settings: Settings, name: str) -> Run | None:
+    """The run of that name if it is being trained."""
+    path = settings.run_path(check_name(name))
+    return _resumed(path, settings) if is_locked(path) and Run(path).status not in ENDED else None
 
 
 class _Interrupts:
@@ -122,10 +155,11 @@ def _created(path: Path, settings: Settings) -> Run:
                 "take another name, or go on with it with --resume"
             )
         shutil.rmtree(path)  # it ended before its first step: there is nothing in it to keep
-    elif path.exists():
+    elif path.exists() and not (path.is_dir() and {inner.name for inner in path.iterdir()} <= {_BEGUN}):
         raise RunError(f"{path} exists and holds no run; take another name")
-    path.mkdir(parents=True)
-    (path / "settings.toml").write_text(settings.to_toml(), "utf-8")
+    shutil.rmtree(kept_folder(path), ignore_errors=True)  # of a run of that name that was deleted
+    path.mkdir(parents=True, exist_ok=True)
+    write_whole(path / "settings.toml", lambda part: part.write_text(settings.to_toml(), "utf-8"))
     return Run(path)
 
 

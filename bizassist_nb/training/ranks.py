@@ -7,13 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from bizassist_nb.errors import BizassistError, RunError
-from bizassist_nb.runs import Journal
+from bizassist_nb.training.checkpoints import Checkpoint
+from bizassist_nb.training.outbox import Outbox
 
 T = TypeVar("T")
 
@@ -78,6 +79,15 @@ class Rank:
 
         return self._collective("all_reduce", [number], torch.distributed.ReduceOp.MIN)[0]
 
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, in every rank."""
+        import torch
+
+        found: list[Any] = [value] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
+
     def _collective(self, name: str, numbers: Sequence[float], how: Any) -> list[float]:
         import torch
 
@@ -101,14 +111,21 @@ class NoRoomError(RunError):
         )
 
 
-class Silent(Journal):
-    """The journal of all ranks but the first: what they have to say, the first says."""
+class Silent(Outbox):
+    """The journal of all ranks but the first, which alone writes."""
 
     def __init__(self) -> None:
-        """Open nothing."""
+        """Of nothing."""
 
     def write(self, event: str, **fields: Any) -> None:
         """Write nothing."""
+
+    def checkpoint(self, step: int, write: Callable[[Path], object]) -> None:
+        """Save nothing."""
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """None: it is the first that knows."""
+        return None
 
 
 @functools.cache

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from bizassist_nb.errors import SettingsError
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.runs import WORKER, Run
 from bizassist_nb.settings import Settings, user_path
+from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.ranks import FIT, LAUNCHER
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main(directory: str) -> int:
     os.environ[LAUNCHER] = str(os.getpid())
     # A rank that waits for one that is gone hears nothing else than SIGKILL; so many seconds it has to end by itself.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
-    worker = ["--module", "bizassist_nb.training.worker", str(run.path)]
+    worker = ["--module", WORKER, str(run.path)]
     while True:
         try:
             launch_command(launch_command_parser().parse_args([*processes(run.settings)[1], *worker]))
@@ -55,7 +56,7 @@ def main(directory: str) -> int:
             if not (fit := _told(failure).get("fit")):
                 return _fail(run, *_reason(failure))
             if stopping.is_set():
-                Journal(run.path).write("state", state="stopped")
+                Outbox(run.path).write("state", state="stopped")
                 return 0
             os.environ[FIT] = json.dumps(fit)  # memory ran out: all go on from the last checkpoint, with less at once
         except SettingsError as error:
@@ -113,7 +114,7 @@ def _told(failure: "ProcessFailure") -> dict[str, Any]:
 
 
 def _fail(run: Run, message: str, expected: bool) -> int:
-    journal = Journal(run.path)
+    journal = Outbox(run.path)
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
     return 1

@@ -3,24 +3,28 @@
 import dataclasses
 import gc
 import math
+import pickle
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from bizassist_nb import models
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError, brief
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
-from bizassist_nb.training.checkpoints import COMPLETE, newest_checkpoint
 from bizassist_nb.training.engines import Engine
+from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.preflight import Fit
 from bizassist_nb.training.ranks import NoRoomError, this_rank
 
@@ -55,7 +59,7 @@ def warmup(settings: Settings, steps: int) -> int:
 
 def train(
     run: Run,
-    journal: Journal,
+    journal: Outbox,
     stop: "Stop",
     engine: Engine,
     settings: Settings,
@@ -73,13 +77,19 @@ def train(
         NoRoomError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
-    checkpoint = newest_checkpoint(run.path)
+    checkpoint = this_rank().gathered(journal.newest_checkpoint())[0]
     if checkpoint or run.steps:  # without a checkpoint it begins from the start, and its steps count no more
         journal.write("resumed", step=checkpoint.step if checkpoint else 0)
     while True:
         trainer = build_trainer(run, journal, stop, engine, settings, fit, model, chat, steps, after_step)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        except pickle.UnpicklingError as error:  # torch reads nothing else than weights from it
+            assert checkpoint
+            raise RunError(
+                f"{checkpoint.path} holds something else than tensors, and was not read ({brief(error)}); it is not "
+                "what this package wrote. Delete that folder, and go on from the one before with --resume"
+            ) from error
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -93,8 +103,10 @@ def train(
         alone = this_rank().count == 1
         model.zero_grad(set_to_none=True)
         if alone and done > (checkpoint.step if checkpoint else 0):
-            _save(trainer)
-            checkpoint = newest_checkpoint(run.path)
+            trainer._save_checkpoint(trainer.model, trial=None)
+            checkpoint = journal.newest_checkpoint()
+            if checkpoint is None or checkpoint.step < done:  # there is no room for one either
+                journal.write("resumed", step=checkpoint.step if checkpoint else 0)
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
         del trainer
@@ -140,7 +152,7 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
 
 def build_trainer(
     run: Run,
-    journal: Journal,
+    journal: Outbox,
     stop: "Stop",
     engine: Engine,
     settings: Settings,
@@ -162,13 +174,14 @@ def build_trainer(
     dataset = Dataset.from_list(rows)
     if engine.end_to_end:  # Unsloth does so with tokenised rows only if their dataset vouches for their length (rl.py)
         dataset._unsloth_truncated_to = settings.max_length
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(run, engine, settings, fit, len(steps)),
         train_dataset=dataset,
         processing_class=chat.tokenizer,
-        callbacks=[RunCallback(run, journal, stop, steps, settings.checkpoint_minutes, after_step)],
+        callbacks=[RunCallback(journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )
+    trainer.journal = journal
     if fit.kept:
         trainer.add_callback(_Sparing(model, [fit.checkpoints(_share(step), engine) for step in steps]))
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
@@ -226,7 +239,6 @@ def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: in
         gradient_checkpointing=fit.checkpointing and not engines.own_kernels(engine, on_gpu=on_gpu),
         use_cpu=not on_gpu,
         save_strategy="no",  # the callback says when
-        save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN has to be seen where it happens
         report_to="none",
@@ -234,10 +246,35 @@ def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: in
     )
 
 
-def _save(trainer: SFTTrainer) -> None:
-    """A checkpoint of the last whole step, written and reported as when the callback asks the Trainer for one."""
-    trainer._save_checkpoint(trainer.model, trial=None)
-    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
+    """One whose checkpoints are whole or absent, and go where the journal has a place for them."""
+
+    journal: Outbox
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        states = this_rank().gathered(self._random_state()) if this_rank().count > 1 else []
+
+        def write(folder: Path) -> None:
+            self.args.output_dir = str(folder.parent)
+            super(_Trainer, self)._save_checkpoint(model, trial)
+            (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, which nothing reads
+            for state in states:
+                for name, content in state.items():
+                    (folder / name).write_bytes(content)
+
+        self.journal.checkpoint(step, write)
+
+    def _random_state(self) -> dict[str, bytes]:
+        """The file, by name, that this rank reads when it goes on from a checkpoint."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+    def store_flos(self) -> None:
+        """Count no operations: nothing reads the sum, and the ranks would have to meet for it, which here only the
+        first writes checkpoints for.
+        """
 
 
 class _Sparing(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
@@ -263,15 +300,14 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
 
     def __init__(
         self,
-        run: Run,
-        journal: Journal,
+        journal: Outbox,
         stop: "Stop",
         steps: list[list[Example]],
         checkpoint_minutes: float,
         after_step: Callable[[int], None],
     ):
         """`steps` are the planned examples, by which tokens are counted."""
-        self._run, self._journal, self._stop, self._after_step = run, journal, stop, after_step
+        self._journal, self._stop, self._after_step = journal, stop, after_step
         self._tokens = [sum(len(example.input_ids) for example in step) for step in steps]
         self._interval = 60 * checkpoint_minutes
         self._overflows = 0  # steps in a row whose gradient was not finite
@@ -323,10 +359,5 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
         self._last = time.monotonic()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the checkpoint as whole; the Trainer calls this when all its files are written."""
-        this_rank().meet()  # each writes its random state
-        folder = self._run.path / "checkpoints" / f"checkpoint-{state.global_step}"
-        if this_rank().first:
-            (folder / COMPLETE).touch()
-        self._journal.write("checkpoint", step=state.global_step)
+        """Begin to count anew; the Trainer calls this when the checkpoint is saved."""
         self._saved = time.monotonic()

@@ -8,6 +8,7 @@ said here; the others load the same, train along, and leave.
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -28,14 +29,16 @@ from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
 from bizassist_nb.errors import BizassistError, DataError, RunError, brief
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
-from bizassist_nb.runs import Journal, Run, write_json
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
-from bizassist_nb.training.checkpoints import Best, newest_checkpoint, save_adapter
+from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.evaluation import Exam, rows_of
+from bizassist_nb.training.outbox import UNWRITTEN, Outbox
 from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_reason, this_rank
 from bizassist_nb.verdict import Score, mean_loss
+from bizassist_nb.whole import write_json
 
 PACKAGES: Final = (
     "bizassist-nb", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes",
@@ -69,13 +72,23 @@ class Stop:
         if self.asked and not self.patient:
             raise Stopped
 
+    def hurry(self) -> None:
+        """Raise Stopped if a stop was asked for, where what has been done is safe already."""
+        if self.asked:
+            raise Stopped
+
 
 class Heedless(Stop):
-    """That of a rank that is not the first: it is told, not asked."""
+    """That of a rank which is not the first: a stop is for that one, which tells the others.
+
+    SIGTERM ends it at once, even while it waits for the first: so its launcher ends it when another has died.
+    """
 
     def __init__(self) -> None:
-        """Listen for nothing."""
+        """Never asked."""
         self.asked, self.patient = False, True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def main(directory: str) -> int:
@@ -83,9 +96,15 @@ def main(directory: str) -> int:
     run, rank = Run(Path(directory)), this_rank()
     if rank.count > 1:
         end_with_launcher()
-    journal = Journal(run.path) if rank.first else Silent()
+    stop = Stop() if rank.first else Heedless()
+    journal = Outbox(run.path, between=stop.hurry) if rank.first else Silent()
     try:
-        state = work(run, journal) if rank.first else follow(run)
+        if rank.first:
+            work(run, journal, stop)
+            clear(run.path)
+            journal.settle()
+        else:
+            follow(run, journal, stop)
     except Stopped:
         journal.write("state", state="stopped")
         return int(rank.count > 1)  # the others wait for this one, and have to be ended
@@ -94,11 +113,10 @@ def main(directory: str) -> int:
     except Exception as error:  # noqa: BLE001 - the process ends here, and its run has to say why
         traceback.print_exc()
         return _fail(journal, error, expected=False)
-    journal.write("state", state=state)
     return 0
 
 
-def _fail(journal: Journal, error: Exception, *, expected: bool) -> int:
+def _fail(journal: Outbox, error: Exception, *, expected: bool) -> int:
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     if this_rank().count > 1:  # which of the ranks' errors came first, their launcher knows
         leave_reason(message, error)
@@ -108,16 +126,9 @@ def _fail(journal: Journal, error: Exception, *, expected: bool) -> int:
     return 1
 
 
-def follow(run: Run) -> str:
-    """What every rank but the first does; "finished" when it is no longer wanted.
-
-    SIGTERM ends it at once, even while it waits for the first: that is how the launcher ends it when another has died.
-    A stop is for the first, which tells the others.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+def follow(run: Run, journal: Outbox, stop: Stop) -> None:
+    """What every rank but the first does: load the same, train along, and leave."""
     this_rank().join()
-    journal = Silent()
     engine = _engine(run, journal)
     from bizassist_nb.training.trainer import train  # takes its time, which the first needs, too
 
@@ -127,13 +138,12 @@ def follow(run: Run) -> str:
     fit = _preflight(journal, run.settings, engine, base, steps)
     model = _load(journal, engine, base, run.settings, fit)
     this_rank().meet()
-    train(run, journal, Heedless(), engine, run.settings, fit, model, chat, steps)
-    return "finished"
+    train(run, journal, stop, engine, run.settings, fit, model, chat, steps)
 
 
-def work(run: Run, journal: Journal) -> str:
-    """The whole run, top to bottom; the state it ends in ("finished" or "stopped")."""
-    stop, settings = Stop(), run.settings
+def work(run: Run, journal: Outbox, stop: Stop) -> None:
+    """The whole run, top to bottom."""
+    settings = run.settings
     journal.write("state", state="loading")
     if (count := this_rank().count) > 1:
         journal.write("processes", count=count)
@@ -153,8 +163,9 @@ def work(run: Run, journal: Journal) -> str:
     best = Best(run.path)
     done = _train(run, journal, stop, engine, fit, model, chat, steps, exam, best)
     if done < len(steps):
-        write_card(run)
-        return "stopped"
+        journal.insist("the model card", lambda: write_card(run))
+        journal.write("state", state="stopped")
+        return
     stop.patient = False  # what training gave is saved; scoring can be done again on resuming
     journal.write("state", state="scoring", who="tuned")
     tuned_scores = _examine(journal, "tuned", done, model, exam, stop)
@@ -162,25 +173,29 @@ def work(run: Run, journal: Journal) -> str:
     if better and settings.keep == "best":
         _take_best(run, journal, best, model, chat, stop)
         tuned_scores = _examine(journal, "tuned", best.step, model, exam, stop)
-    write_json(run.path / "evaluation.json", exam.result(base_scores, tuned_scores, None))  # should answering fail
+    _write_result(run, journal, exam.result(base_scores, tuned_scores, None))  # should answering fail
     journal.write("state", state="answering")
     answers: dict[str, Any] | None
     if engine.name == "transformers":
-        answers = answer(run, model, chat, "default", between=stop.check)
+        answers = journal.insist("the answers", lambda: answer(run, model, chat, "default", between=stop.check))
     else:
         del model  # to make room for the plain one
         answers = _answers_from_apart(run, journal)
     stop.patient = True
     journal.write("state", state="saving")
-    write_json(run.path / "evaluation.json", exam.result(base_scores, tuned_scores, answers))
+    _write_result(run, journal, exam.result(base_scores, tuned_scores, answers))
+    journal.insist("the loss plot", lambda: save_loss_png(run))
+    journal.insist("the model card", lambda: write_card(run))
+    journal.write("state", state="finished")
     if settings.keep == "best" or not better:
-        best.forget()
-    save_loss_png(run)
-    write_card(run)
-    return "finished"
+        best.forget()  # not before: resumed from here without it, the run would end with another adapter
 
 
-def _engine(run: Run, journal: Journal) -> engines.Engine:
+def _write_result(run: Run, journal: Outbox, result: dict[str, Any]) -> None:
+    journal.insist("the verdict", lambda: write_json(run.path / "evaluation.json", result))
+
+
+def _engine(run: Run, journal: Outbox) -> engines.Engine:
     """What trains, imported where it has to be the first; a resumed run keeps its own."""
     engine = engines.choose(run.environment.get("engine", run.settings.engine), processes=this_rank().count)
     if engine.name == "unsloth":
@@ -189,7 +204,7 @@ def _engine(run: Run, journal: Journal) -> engines.Engine:
     return engine
 
 
-def _prepare(run: Run, journal: Journal, base: models.Base) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
+def _prepare(run: Run, journal: Outbox, base: models.Base) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
     """(data, tokenizer, examples of each step, what base and tuned are scored on)."""
     from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
 
@@ -202,7 +217,7 @@ def _prepare(run: Run, journal: Journal, base: models.Base) -> tuple[Table, Chat
     return table, chat, steps, Exam(chat, settings, held_out, held)
 
 
-def _load(journal: Journal, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit) -> Any:
+def _load(journal: Outbox, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit) -> Any:
     model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
     trainable, total = models.count_parameters(model)
     journal.write("parameters", trainable=trainable, total=total)
@@ -212,7 +227,7 @@ def _load(journal: Journal, engine: engines.Engine, base: models.Base, settings:
 
 def _train(
     run: Run,
-    journal: Journal,
+    journal: Outbox,
     stop: Stop,
     engine: engines.Engine,
     fit: preflight.Fit,
@@ -232,9 +247,13 @@ def _train(
     journal.write("state", state="training")
     done = train(run, journal, stop, engine, run.settings, fit, model, chat, steps, watch)
     journal.write("memory", **_peak_memory())
-    save_adapter(run.path / "adapter", model, chat)
-    save_loss_png(run)
+    _save_adapter(run, journal, model, chat)
+    journal.insist("the loss plot", lambda: save_loss_png(run))
     return done
+
+
+def _save_adapter(run: Run, journal: Outbox, model: Any, chat: ChatTokenizer) -> None:
+    journal.insist("the adapter", lambda: save_adapter(run.path / "adapter", model, chat))
 
 
 def _forget_scores(run: Run, steps: int) -> None:
@@ -246,7 +265,7 @@ def _forget_scores(run: Run, steps: int) -> None:
 
 
 def _preflight(
-    journal: Journal, settings: Settings, engine: engines.Engine, base: models.Base, steps: list[list[Example]]
+    journal: Outbox, settings: Settings, engine: engines.Engine, base: models.Base, steps: list[list[Example]]
 ) -> preflight.Fit:
     """How steps are cut up, with events that say so and what the run is expected to need."""
     rank = this_rank()
@@ -265,16 +284,16 @@ def _preflight(
     return preflight.Fit(**fit)
 
 
-def _take_best(run: Run, journal: Journal, best: Best, model: Any, chat: ChatTokenizer, stop: Stop) -> None:
+def _take_best(run: Run, journal: Outbox, best: Best, model: Any, chat: ChatTokenizer, stop: Stop) -> None:
     stop.patient = True
     best.restore(model)
-    save_adapter(run.path / "adapter", model, chat)
+    _save_adapter(run, journal, model, chat)
     journal.write("kept", step=best.step)
     stop.patient = False
     stop.check()
 
 
-def _answers_from_apart(run: Run, journal: Journal) -> dict[str, Any] | None:
+def _answers_from_apart(run: Run, journal: Outbox) -> dict[str, Any] | None:
     try:
         return answer_apart(run)
     except RunError as error:  # the run is good without answers; its report says that they are missing, and why
@@ -293,7 +312,7 @@ def _peak_memory() -> dict[str, Any]:
 
 
 def _watch(
-    journal: Journal,
+    journal: Outbox,
     settings: Settings,
     model: Any,
     exam: Exam,
@@ -312,15 +331,11 @@ def _watch(
     if isinstance(every, str):
         every = max(1, round(3 * len(exam.held_out) / settings.share(this_rank().count).batch_size))
 
-    def hurry() -> None:
-        if stop.asked:
-            raise Stopped
-
     def after(step: int) -> None:
         if step % every or steps - step < every / 2:  # the end, where all is scored anyway, is near
             return
         try:
-            scores = _score(journal, "tuned", step, model, exam, hurry)
+            scores = _score(journal, "tuned", step, model, exam, stop.hurry)
         except Stopped:
             return  # training itself stops in its own, orderly way
         except (RuntimeError, MemoryError) as error:
@@ -328,13 +343,16 @@ def _watch(
                 raise
             journal.write("unscored", step=step, reason=brief(error))
             return
-        best.offer(step, mean_loss(scores), model, chat)
+        try:
+            best.offer(step, mean_loss(scores), model, chat)
+        except UNWRITTEN as error:
+            journal.unsaved(f"the adapter of step {step}, the best so far,", brief(error))
 
     return after
 
 
 def tokenise(
-    journal: Journal, chat: ChatTokenizer, settings: Settings, table: Table, training: list[Row], held_out: list[Row]
+    journal: Outbox, chat: ChatTokenizer, settings: Settings, table: Table, training: list[Row], held_out: list[Row]
 ) -> tuple[list[Example], list[Example]]:
     """(training examples, held-out examples), with a "data" event that says what became of every row."""
     examples, too_long = chat.examples(
@@ -368,13 +386,13 @@ def _print_rejected(rejected: list[Rejected]) -> None:
 
 
 def _examine(
-    journal: Journal, who: str, step: int, model: Any, exam: Exam, stop: Stop
+    journal: Outbox, who: str, step: int, model: Any, exam: Exam, stop: Stop
 ) -> tuple[list[Score], list[Score]]:
     """(held-out scores, general scores)."""
     return _score(journal, who, step, model, exam, stop.check), exam.on_general(model, stop.check)
 
 
-def _score(journal: Journal, who: str, step: int, model: Any, exam: Exam, between: Callable[[], None]) -> list[Score]:
+def _score(journal: Outbox, who: str, step: int, model: Any, exam: Exam, between: Callable[[], None]) -> list[Score]:
     start = time.monotonic()
     scores = exam.on_held_out(model, between)
     if not math.isfinite(mean_loss(scores)):
@@ -420,6 +438,17 @@ def _keep_lock() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
 
+class _Log(io.FileIO):
+    """A log that loses what it has no room for: that is no reason to end a run."""
+
+    def write(self, text: Any) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+
 if __name__ == "__main__":
     _keep_lock()
+    sys.stdout = sys.stderr = io.TextIOWrapper(_Log(1, "w", closefd=False), "utf-8", "replace", write_through=True)
     sys.exit(main(sys.argv[1]))

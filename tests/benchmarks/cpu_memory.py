@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bizassist_nb import Settings, models
 from bizassist_nb.data.tokens import Example
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.runs import Run
 from bizassist_nb.training import engines, preflight
 
 SHAPES = [(64,) * 4, (128,) * 4, (256,) * 4, (384, 100, 100, 100)]
@@ -29,6 +29,7 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
     from bizassist_nb.training import trainer
+    from bizassist_nb.training.outbox import Outbox
     from bizassist_nb.training.worker import Stop
 
     base = models.resolve(folder)
@@ -44,9 +45,7 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
                 (Path(path) / "settings.toml").write_text(settings.to_toml())
                 fit = preflight.Fit(4, checkpointing, on.precision, "measured")
                 Path("/proc/self/clear_refs").write_text("5")
-                trainer.train(
-                    Run(Path(path)), Journal(Path(path)), stop, engine, settings, fit, model, chat, [step] * 2
-                )
+                trainer.train(Run(Path(path)), Outbox(Path(path)), stop, engine, settings, fit, model, chat, [step] * 2)
             parts = preflight.peak(shape, settings.rank, engine, on, rows, checkpointing=checkpointing)
             expected, measured = preflight.process_ram(on) + sum(parts.values()), high_water()
             found = {

@@ -348,8 +348,9 @@ def memory(folder: str, out: Path, name: str, engine_name: str, rank: int, shape
 
     from bizassist_nb import Settings, models
     from bizassist_nb.data.tokens import Example
-    from bizassist_nb.runs import Journal, Run
+    from bizassist_nb.runs import Run
     from bizassist_nb.training import engines, preflight, trainer
+    from bizassist_nb.training.outbox import Outbox
 
     settings = Settings(model=folder, rank=rank, engine=engine_name, warmup_steps=0)
     engine = engines.choose(engine_name)
@@ -377,7 +378,7 @@ def memory(folder: str, out: Path, name: str, engine_name: str, rank: int, shape
     model_shape = preflight.shape(base.source)
     try:
         trainer.train(
-            Run(path), Journal(path), _stop(), engine, settings, fit, model,
+            Run(path), Outbox(path), _stop(), engine, settings, fit, model,
             models.load_tokenizer(folder), steps,
         )  # fmt: skip
     finally:

@@ -58,8 +58,9 @@ def prepared(base, work):
 
     from bizassist_nb import models
     from bizassist_nb.export.weights import Weights
-    from bizassist_nb.runs import Journal, write_json
+    from bizassist_nb.runs import Journal
     from bizassist_nb.settings import Settings
+    from bizassist_nb.whole import write_json
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     if not tokenizer.chat_template:

@@ -1,0 +1,199 @@
+"""A run's directory that goes away, fills up or may not be written: nothing is lost, and it is said."""
+
+import errno
+import os
+import resource
+import shutil
+from contextlib import contextmanager
+
+import psutil
+import pytest
+from live_kernel import wait_until
+
+from bizassist_nb import Settings, finetune
+from bizassist_nb.errors import RunError
+from bizassist_nb.report import run_text
+from bizassist_nb.runs import EVENTS, Run, kept_folder
+from bizassist_nb.training import launch
+from bizassist_nb.training.checkpoints import checkpoints, newest_checkpoint
+from bizassist_nb.training.outbox import Outbox
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """What this machine keeps, apart from what it keeps for others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield
+    for worker in psutil.process_iter(["cmdline"]):  # of a test that failed
+        if str(tmp_path) in " ".join(worker.info["cmdline"] or []):
+            worker.kill()
+
+
+def settings(tiny, folder, **changes) -> Settings:
+    values = {
+        "model": str(tiny), "data": "sample", "subset": 8, "held_out": 4, "max_length": 160, "batch_size": 2,
+        "system_prompt": "", "engine": "transformers", "checkpoint_minutes": 0.0, "evaluate_every": 3,
+        "runs_dir": str(folder),
+    }  # fmt: skip
+    return Settings(**(values | changes))
+
+
+@contextmanager
+def away(folder):
+    """A Drive that has dropped: nothing that was mounted there can be seen."""
+    folder.rename(folder.with_name("elsewhere"))
+    try:
+        yield
+    finally:
+        folder.with_name("elsewhere").rename(folder)
+
+
+@contextmanager
+def limited(worker: int, limit: int, most: int):
+    """A process that may not have more: files of more bytes, or more open files."""
+    before = resource.prlimit(worker, limit)
+    resource.prlimit(worker, limit, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(worker, limit, before)
+
+
+def test_a_run_goes_on_while_its_directory_cannot_be_written_and_then_on_another_machine(tiny, tmp_path, monkeypatch):
+    drive = tmp_path / "drive" / "runs"
+    run = launch.start(settings(tiny, drive, epochs=400), "run")
+    wait_until(lambda: len(run.steps) >= 3)
+    (worker,) = run._workers()
+    assert worker == int((run.path / "worker.lock").read_text())
+
+    def works(seconds: float = 1.0) -> None:
+        """Until the worker has done as much again."""
+        process = psutil.Process(worker)
+        before = process.cpu_times().user
+        wait_until(lambda: process.cpu_times().user > before + seconds)
+
+    with away(tmp_path / "drive"):
+        seen = len(run.steps)
+        wait_until(lambda: len(run.steps) > seen + 2)  # as it is kept on this machine
+        assert run.status == "out of reach"
+        assert run.alive
+        assert "cannot be read. A worker goes on without it" in run.error
+        assert "out of reach" in run_text(run)
+        wait_until(lambda: checkpoints(kept_folder(run.path)) != [])
+    wait_until(lambda: run.last("back") is not None)
+    wait_until(lambda: not kept_folder(run.path).exists())
+    with limited(worker, resource.RLIMIT_FSIZE, 100):  # as on a full disk, log and events included
+        works()
+    wait_until(lambda: sum(event["event"] == "back" for event in run.events) == 2)
+    with limited(worker, resource.RLIMIT_NOFILE, 3):
+        works()
+    wait_until(lambda: sum(event["event"] == "back" for event in run.events) == 3)
+    run.stop()
+    wait_until(lambda: run.status == "stopped" and not run.alive)
+    assert [step.step for step in run.steps] == list(range(1, len(run.steps) + 1))
+    assert Run(run.path).steps == run.steps  # read there, and read here first
+    reasons = [event["reason"] for event in run.events if event["event"] in ("away", "unsaved")]
+    for words in ("No such file", "File too large", "Too many open files"):
+        assert any(words in reason for reason in reasons), words
+    assert newest_checkpoint(run.path).step == len(run.steps)
+    assert [path for path in run.path.rglob(".*") if path.suffix in (".part", ".old", ".probe")] == []
+    assert "what was done was kept on this machine" in run_text(run)
+
+    # A new machine: the Drive is mounted elsewhere, and there is nothing but it.
+    other = tmp_path / "mnt" / "runs"
+    other.parent.mkdir()
+    shutil.copytree(drive, other)
+    shutil.rmtree(tmp_path / "drive")
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache2"))
+    moved = launch.start(Settings(runs_dir=str(other)), "run", resume=True)
+    done = len(run.steps)
+    wait_until(lambda: len(moved.steps) > done)
+    assert moved.last("resumed")["step"] == done
+    moved.kill()
+
+
+def test_a_directory_that_cannot_be_made_or_written_is_said(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    for folder, words in ((tmp_path / "file", "Not a directory"), (closed, "Permission denied")):
+        with as_nobody(tmp_path), pytest.raises(RunError, match=f"cannot be kept in .*{words}.*another runs_dir"):
+            finetune(settings(tiny, folder), "run")
+        assert not folder.is_dir() or list(folder.iterdir()) == []
+
+
+@contextmanager
+def as_nobody(place):
+    """Without root's leave to write everywhere, should a test have it."""
+    if os.geteuid():
+        yield
+        return
+    for folder in (place, *place.parents[:3]):
+        if folder.owner() == "root" and folder != folder.parent:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def new_run(folder) -> Run:
+    folder.mkdir()
+    (folder / "settings.toml").write_text(Settings().to_toml())
+    return Run(folder)
+
+
+def test_where_there_is_no_room_at_all_training_goes_on_and_says_what_was_not_saved(tmp_path):
+    run = new_run(tmp_path / "run")
+    journal = Outbox(run.path)
+    journal.checkpoint(1, lambda folder: (folder / "weights").write_text("1"))
+    journal.checkpoint(2, full)
+    assert "the checkpoint of step 2 was not saved (in" in run_text(run)
+    assert "No space left on device" in run.last("unsaved")["reason"]
+    assert [checkpoint.step for checkpoint in checkpoints(run.path)] == [1]
+    assert newest_checkpoint(run.path).step == 1
+    with pytest.raises(RunError, match=r"the adapter could not be written to .*No space left.*--resume"):
+        journal.insist("the adapter", full)
+
+
+def test_what_a_killed_worker_could_not_write_is_written_by_the_next(tmp_path):
+    run = new_run(tmp_path / "run")
+    journal = Outbox(run.path)
+    journal.write("one")
+    assert len(run.events) == 1
+    with away(run.path):
+        journal.write("two")
+        journal.checkpoint(7, lambda folder: (folder / "weights").write_text("7"))
+        assert [event["event"] for event in run.events] == ["one", "away", "two", "checkpoint"]
+    # Killed here, or right after it has written the events and before it has forgotten them.
+    kept = (kept_folder(run.path) / EVENTS).read_bytes()
+    with (run.path / EVENTS).open("ab") as file:
+        file.write(kept[: kept.index(b"two") + 2])
+    again = Outbox(run.path)
+    again.write("three")
+    assert [event["event"] for event in Run(run.path).events] == ["one", "away", "two", "checkpoint", "back", "three"]
+    assert [event["event"] for event in run.events] == ["one", "away", "two", "checkpoint", "back", "three"]
+    assert newest_checkpoint(run.path).step == 7
+    assert not kept_folder(run.path).exists()
+
+
+def test_what_was_kept_for_a_run_that_was_deleted_is_not_the_next_ones(tiny, tmp_path, monkeypatch):
+    run = new_run(tmp_path / "run")
+    with away(run.path):
+        Outbox(run.path).write("old")
+    shutil.rmtree(run.path)
+    made = launch._created(run.path, Settings())
+    Outbox(made.path).write("new")
+    assert [event["event"] for event in made.events] == ["new"]
+
+
+def test_a_run_whose_launcher_was_killed_while_it_made_it_can_be_made(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / launch._BEGUN).write_text("hal")
+    assert launch._created(tmp_path / "run", Settings(rank=8)).settings.rank == 8
