@@ -58,7 +58,7 @@ class Stop:
     def __init__(self) -> None:
         """Listen for SIGTERM; an interrupt from a terminal is the launcher's to pass on."""
         self.asked = False
-        self.patient = False  # True while a step or a save must not be cut short
+        self.patient = True  # True while nothing must be cut short: a step, a save, or at first getting this far
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the launcher blocked it until now
@@ -145,6 +145,8 @@ def work(run: Run, journal: Outbox, stop: Stop) -> None:
     """The whole run, top to bottom."""
     settings = run.settings
     journal.write("state", state="loading")
+    stop.patient = False
+    stop.check()  # one may have been asked for while this process was being started
     if (count := this_rank().count) > 1:
         journal.write("processes", count=count)
         this_rank().join()
