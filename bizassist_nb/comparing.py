@@ -95,7 +95,8 @@ def against(first: Run, other: Run) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words."""
+    """A time in words; none where a clock was set back in it."""
+    seconds = max(0.0, seconds)
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

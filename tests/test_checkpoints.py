@@ -1,10 +1,13 @@
 """How adapters are put in the place of earlier ones."""
 
+import resource
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from bizassist_nb.training.checkpoints import save_adapter
+from bizassist_nb.training.checkpoints import checkpoints, newest_checkpoint, recover, save_adapter, save_checkpoint
 
 CHAT = SimpleNamespace(tokenizer=SimpleNamespace(save_pretrained=lambda _: None))
 
@@ -29,3 +32,62 @@ def test_an_adapter_stays_until_the_next_is_written_whole(tmp_path):
     save_adapter(target, model("third"), CHAT)
     assert (target / "weights").read_text() == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("writer", ["safetensors", "torch", "tokenizer", "text"])
+def test_whoever_finds_the_disk_full_nothing_half_written_is_left(tmp_path, chat, writer):
+    def write(folder):
+        if writer == "safetensors":
+            save_file({"a": torch.zeros(5000)}, folder / "a.safetensors")
+        elif writer == "torch":
+            torch.save({"a": torch.zeros(5000)}, folder / "a.pt")
+        elif writer == "tokenizer":
+            chat.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        else:
+            (folder / "text").write_text("x" * 5000)
+
+    save_checkpoint(tmp_path, 1, lambda folder: (folder / "weights").write_text("1"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large|unexpected pos|iostream error"):
+            save_checkpoint(tmp_path, 2, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]
+
+
+def test_the_two_newest_checkpoints_are_kept_and_those_of_steps_done_again_go(tmp_path):
+    def save(step):
+        save_checkpoint(tmp_path, step, lambda folder: (folder / "weights").write_text(str(step)))
+        return [checkpoint.step for checkpoint in checkpoints(tmp_path)]
+
+    assert [save(step) for step in (1, 5, 9)] == [[1], [5, 1], [9, 5]]
+    assert save(7) == [7, 5]  # resumed from 5, as 9 was damaged
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "weights").write_text("8"), "weights is not what was written"),
+        (lambda folder: (folder / "weights").unlink(), "weights is missing"),
+        (lambda folder: (folder / "checksums.json").unlink(), "checksums.json is missing"),
+        (lambda folder: (folder / "checksums.json").write_text("{"), "it cannot be read"),
+        (lambda folder: (folder / "checksums.json").write_text("[]"), "it cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage, words):
+    for step in (4, 8):
+        save_checkpoint(tmp_path, step, lambda folder: (folder / "weights").write_text("the weights"))
+    damage(tmp_path / "checkpoints" / "checkpoint-8")
+    found = []
+    assert newest_checkpoint(tmp_path, lambda checkpoint, why: found.append((checkpoint.step, why))).step == 4
+    assert [step for step, _ in found] == [8]
+    assert words in found[0][1]
+
+
+def test_the_adapter_before_comes_back_where_a_worker_was_killed_between_the_two(tmp_path):
+    save_adapter(tmp_path / "best", model("first"), CHAT)
+    (tmp_path / "best").rename(tmp_path / ".best.old")
+    recover(tmp_path / "best")
+    assert (tmp_path / "best" / "weights").read_text() == "first"

@@ -12,6 +12,7 @@ from live_kernel import wait_until
 
 from bizassist_nb import Settings, finetune
 from bizassist_nb.errors import RunError
+from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.report import run_text
 from bizassist_nb.runs import EVENTS, Run, kept_folder
 from bizassist_nb.training import launch
@@ -72,6 +73,7 @@ def test_a_run_goes_on_while_its_directory_cannot_be_written_and_then_on_another
         before = process.cpu_times().user
         wait_until(lambda: process.cpu_times().user > before + seconds)
 
+    panel = State(str(drive))
     with away(tmp_path / "drive"):
         seen = len(run.steps)
         wait_until(lambda: len(run.steps) > seen + 2)  # as it is kept on this machine
@@ -79,6 +81,9 @@ def test_a_run_goes_on_while_its_directory_cannot_be_written_and_then_on_another
         assert run.alive
         assert "cannot be read. A worker goes on without it" in run.error
         assert "out of reach" in run_text(run)
+        panel.looked = 0.0
+        panel.look()
+        assert panel.followed is panel.live is panel.runs["run"]
         wait_until(lambda: checkpoints(kept_folder(run.path)) != [])
     wait_until(lambda: run.last("back") is not None)
     wait_until(lambda: not kept_folder(run.path).exists())

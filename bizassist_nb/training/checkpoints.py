@@ -8,11 +8,15 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import SafetensorError
+
 from bizassist_nb.data.tokens import ChatTokenizer
+from bizassist_nb.errors import brief
 from bizassist_nb.whole import discard, put_in_place, recover
 
 CHECKSUMS: Final = "checksums.json"
@@ -71,7 +75,7 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
     Older ones than the one before it go, and those of later steps, which are being done again.
 
     Raises:
-        What `write` raises, or OSError.
+        OSError: where it cannot be written; nothing half-written remains.
     """
     folder = run_path / "checkpoints"
     part = folder / ".part" / f"checkpoint-{step}"
@@ -80,7 +84,8 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
     for inner in (folder, part.parent, part):
         inner.mkdir(exist_ok=True)
     try:
-        write(part)
+        with writing():
+            write(part)
         files = [file for file in sorted(part.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
         sums = {str(file.relative_to(part)): _checksum(file) for file in files}
         (part / CHECKSUMS).write_text(json.dumps(sums, indent=1), "utf-8")
@@ -95,6 +100,22 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
 def _checksum(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Have what cannot be written raise OSError, whoever writes it.
+
+    safetensors has an error of its own for a full disk, torch.save a RuntimeError, and tokenizers a plain Exception.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(brief(error)) from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error
 
 
 def clear(run_path: Path) -> None:
@@ -139,14 +160,15 @@ def save_adapter(target: Path, model: Any, chat: ChatTokenizer, notes: dict[str,
     The one before is there until then, whatever becomes of the writing.
 
     Raises:
-        OSError, or safetensors' own: where it cannot be written; nothing half-written remains.
+        OSError: where it cannot be written; nothing half-written remains.
     """
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # a worker that was killed may have left one
     part.mkdir()  # and no folder above it: see `save_checkpoint`
     try:
-        model.save_pretrained(part, safe_serialization=True)
-        chat.tokenizer.save_pretrained(part)
+        with writing():
+            model.save_pretrained(part, safe_serialization=True)
+            chat.tokenizer.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run has its own
         for name, text in (notes or {}).items():
             (part / name).write_text(text, "utf-8")

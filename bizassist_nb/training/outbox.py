@@ -14,14 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
 
-from safetensors import SafetensorError
-
 from bizassist_nb.errors import RunError, brief
 from bizassist_nb.runs import EVENTS, FULL, Journal, is_locked, kept_folder, line_of, take_lock, write_worker
 from bizassist_nb.training.checkpoints import Checkpoint, checkpoints, newest_checkpoint, save_checkpoint
 
-UNWRITTEN: Final = (OSError, SafetensorError)
-"""What files that cannot be written raise; torch.save has only a RuntimeError for it."""
 _EVERY: Final = 1.0
 """Seconds between attempts."""
 _PATIENCE: Final = 3600.0
@@ -74,7 +70,7 @@ class Outbox(Journal):
                 if place is self._kept:
                     place.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(place, step, write)
-            except (*UNWRITTEN, RuntimeError) as error:
+            except OSError as error:
                 problems.append(f"in {place}: {brief(error)}")
                 continue
             self.write("checkpoint", step=step, kept=str(place) if place is self._kept else None)
@@ -109,7 +105,7 @@ class Outbox(Journal):
             self._take_lock_anew()
             self._deliver_events()
             self._deliver_checkpoint()
-        except (*UNWRITTEN, RunError):
+        except (OSError, RunError):
             return False
         shutil.rmtree(self._kept, ignore_errors=True)
         return True
@@ -146,7 +142,7 @@ class Outbox(Journal):
         while True:
             try:
                 return write()
-            except UNWRITTEN as error:
+            except OSError as error:
                 if self._in_reach():
                     raise RunError(
                         f"{what} could not be written to {self._run_path} ({brief(error)}). Make room there, or see to "

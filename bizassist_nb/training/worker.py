@@ -35,7 +35,7 @@ from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.answering import answer, answer_apart
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.evaluation import Exam, rows_of
-from bizassist_nb.training.outbox import UNWRITTEN, Outbox
+from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_reason, this_rank
 from bizassist_nb.verdict import Score, mean_loss
 from bizassist_nb.whole import write_json
@@ -123,6 +123,7 @@ def _fail(journal: Outbox, error: Exception, *, expected: bool) -> int:
         return 1
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
+    journal.deliver(now=True)
     return 1
 
 
@@ -347,7 +348,7 @@ def _watch(
             return
         try:
             best.offer(step, mean_loss(scores), model, chat)
-        except UNWRITTEN as error:
+        except OSError as error:
             journal.unsaved(f"the adapter of step {step}, the best so far,", brief(error))
 
     return after

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from bizassist_nb.assistant.bases import release
-from bizassist_nb.runs import ENDED, Run, is_locked, list_runs
+from bizassist_nb.runs import ENDED, Run, list_runs
 from bizassist_nb.settings import Settings
 from bizassist_nb.survey import Watch
 
@@ -42,14 +42,19 @@ class State:
     def look(self) -> None:
         """See which run is at work and, if it has been a while, which there are."""
         self._list()
-        self.live = next((run for run in reversed(self.runs.values()) if is_locked(run.path)), None)
+        self.live = next((run for run in reversed(self.runs.values()) if run.alive), None)
 
     def _list(self) -> None:
         runs_dir = self.settings.runs_dir if self.settings else self._runs_dir
         if runs_dir == self._runs_dir and time.monotonic() - self.looked < _RUNS_EVERY:
             return
         known = {run.path: run for run in self.runs.values()} if runs_dir == self._runs_dir else {}
-        self.runs = {run.name: known.get(run.path, run) for run in list_runs(runs_dir)}
+        away = {run.name: run for run in known.values() if run.status == "out of reach" and run.alive}
+        try:
+            found = list_runs(runs_dir)
+        except OSError:  # a mount that has failed; those whose workers live are told of it
+            found = []
+        self.runs = {run.name: known.get(run.path, run) for run in found} | away
         self._runs_dir, self.looked = runs_dir, time.monotonic()
         if self.followed and self.followed.name not in self.runs:
             self.followed = None
@@ -77,4 +82,4 @@ class State:
 
 def over(run: Run) -> bool:
     """Whether it has ended and its worker is gone: only then can it be resumed."""
-    return run.status in ENDED and not is_locked(run.path)
+    return run.status in ENDED and not run.alive
