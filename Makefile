@@ -26,9 +26,8 @@ demo: .venv/demo
 	.venv/bin/bizassist demo
 
 test: chromium lint .venv/dev .venv/ipykernel-7.3.0 .venv-colab/ready
-	.venv/bin/python -m pytest $(OPTIONS)
 	rm -rf notebooks/runs
-	.venv/bin/python -m pytest $(OPTIONS) --nbval notebooks
+	.venv/bin/python -m pytest $(OPTIONS) --nbval tests notebooks
 	.venv-colab/bin/python -m pytest $(OPTIONS) -m notebook
 
 kills: .venv/dev

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 
@@ -13,7 +14,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 # What takes longest begins first, so that processes side by side end at about the same time.
-LONGEST = ("test_hurt", "test_panel", "test_training", "test_kills", "test_export", "test_assistant", "test_looks")
+LONGEST = (
+    "test_hurt", "test_panel", "mistral-business-assistant-lora", "test_training", "test_export", "test_assistant",
+    "quickstart", "test_kills", "test_several", "test_looks", "test_outages",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -95,6 +99,15 @@ def rows_file(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """Ends what a test that failed has left running in its folder."""
+    yield
+    for process in psutil.process_iter(["cmdline"]):
+        if str(tmp_path) in " ".join(process.info["cmdline"] or []):
+            process.kill()
 
 
 @pytest.fixture(scope="session")

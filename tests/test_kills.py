@@ -37,7 +37,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(tiny, 
         assert end == {"status": "finished", "same": True, "steps": end["steps"], "left": []}
 
 
-def test_a_run_outlives_its_kernel_and_the_next_one_follows_it(tiny, tmp_path):
+def test_a_run_outlives_its_kernel_and_the_next_one_follows_it(tiny, tmp_path, ended):
     """Kernels are killed, the second one together with the worker."""
     body = (
         f'model = "{tiny}"\ndata = "sample"\nsubset = 8\nheld_out = 4\nmax_length = 160\nbatch_size = 2\n'

@@ -21,13 +21,9 @@ from bizassist_nb.training.outbox import Outbox
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(ended, tmp_path, monkeypatch):
     """What this machine keeps, apart from what it keeps for others."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield
-    for worker in psutil.process_iter(["cmdline"]):  # of a test that failed
-        if str(tmp_path) in " ".join(worker.info["cmdline"] or []):
-            worker.kill()
 
 
 def settings(tiny, folder, **changes) -> Settings:

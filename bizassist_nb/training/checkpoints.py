@@ -119,9 +119,10 @@ def writing() -> Iterator[None]:
 
 
 def clear(run_path: Path) -> None:
-    """Delete what was left half-written: by a worker that was killed, or that could not even delete it."""
-    for part in (run_path / "checkpoints" / ".part", run_path / ".best.part", run_path / ".adapter.part"):
-        shutil.rmtree(part, ignore_errors=True)
+    """Delete what was left half-written or half-deleted: by a worker that was killed, or that could not delete it."""
+    left = [path for name in ("best", "adapter") for path in run_path.glob(f".{name}.*")]
+    for path in [*left, *(run_path / "checkpoints").glob(".*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class Best:
