@@ -116,6 +116,7 @@ def test_second_interrupt_ends_the_run_at_once(live, quick, place):
     live.interrupt()
     live.finish(message)
     wait_until(lambda: Run(path).status in ("lost", "stopped"))
+    wait_until(lambda: Run(path)._workers() == [])  # no orphan
 
 
 def test_background_returns_at_once(live, quick, place):

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+import time
 from contextlib import contextmanager
 
 import psutil
@@ -11,10 +12,11 @@ import pytest
 from live_kernel import wait_until
 
 from bizassist_nb import Settings, finetune
+from bizassist_nb.comparing import duration
 from bizassist_nb.errors import RunError
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.report import run_text
-from bizassist_nb.runs import EVENTS, Run, kept_folder
+from bizassist_nb.report import progress, run_text
+from bizassist_nb.runs import EVENTS, Journal, Run, kept_folder
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import checkpoints, newest_checkpoint
 from bizassist_nb.training.outbox import Outbox
@@ -198,3 +200,18 @@ def test_a_run_whose_launcher_was_killed_while_it_made_it_can_be_made(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / launch._BEGUN).write_text("hal")
     assert launch._created(tmp_path / "run", Settings(rank=8)).settings.rank == 8
+
+
+def test_a_clock_that_is_set_back_is_no_matter(tmp_path, monkeypatch):
+    run = new_run(tmp_path / "run")
+    journal, start = Journal(run.path), time.time()
+    clock = iter([start, start - 3600, start - 7200, start - 7100, start - 7000])
+    monkeypatch.setattr("bizassist_nb.runs.time.time", lambda: next(clock))
+    journal.write("state", state="training")
+    journal.write("plan", steps=4, tokens=9)
+    for number in (1, 2, 3):
+        journal.write("step", step=number, loss=2.0, learning_rate=1e-4, gradient_norm=1.0, tokens=9, seconds=2.0)
+    monkeypatch.undo()
+    assert [step.step for step in run.steps] == [1, 2, 3]
+    assert progress(run).seconds_left == 2.0
+    assert duration(-3600) == "0 s"
