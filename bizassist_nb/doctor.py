@@ -63,6 +63,9 @@ def _device() -> str:
     major, minor = torch.cuda.get_device_capability(0)
     arithmetic = "bfloat16" if (major, minor) >= (8, 0) else "float16 (it has no bfloat16)"
     name = torch.cuda.get_device_name(0)
+    count = torch.cuda.device_count()
+    others = f'; {count} GPUs, which train together with gpus = "all"' if count > 1 else ""
     return (
         f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, compute capability {major}.{minor}: {arithmetic}"
+        + others
     )

@@ -283,10 +283,10 @@ def without_packing(model: Any) -> None:
 
 
 def device() -> str:
-    """Where models run: "cuda:0" or "cpu"."""
+    """Where models run: "cpu", or the GPU of this process, which is "cuda:0" unless several train a run."""
     import torch
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
 
 def compute_dtype() -> Any:
@@ -295,7 +295,7 @@ def compute_dtype() -> Any:
 
     if not torch.cuda.is_available():
         return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(0) >= (8, 0) else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
 def unreachable(what: str, source: str | Path, error: Exception) -> ModelError:

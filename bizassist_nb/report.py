@@ -68,6 +68,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found.append(("model", f"{model['name']} ({model['reason']})"))
     if engine := run.last("engine"):
         found.append(("engine", f"{engine['name']} ({engine['reason']})"))
+    if processes := run.last("processes"):
+        count, rows = processes["count"], run.settings.batch_size
+        found.append(("processes", f"{count}, each with {rows // count} of the {rows} examples of a step"))
     if data := run.last("data"):
         found.append(("data", _data_words(data)))
     if expected := run.last("preflight"):

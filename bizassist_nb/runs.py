@@ -45,6 +45,8 @@ _TAIL: Final = 64 * 1024
 """Bytes of a log, from its end, that are looked at."""
 WORKER: Final = "bizassist_nb.training.worker"
 """The module that a worker is started as, followed by its run's directory."""
+SEVERAL: Final = "bizassist_nb.training.several"
+"""The module that launches the workers of a run in several processes; it is the one that is stopped and killed."""
 
 EVENTS: Final = "events.jsonl"
 """Name of the file with a run's events."""
@@ -376,9 +378,12 @@ class Run:
         """Process ids of its workers, found by their command lines: while its folder is away, so is the lock in it."""
         import psutil
 
-        command = [WORKER, str(self.path.absolute())]
-        found = psutil.process_iter(["cmdline", "pid"])
-        return [process.pid for process in found if (process.info["cmdline"] or [])[-2:] == command]
+        found = [(process.pid, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        for module in (SEVERAL, WORKER):
+            command = [module, str(self.path.absolute())]
+            if workers := [pid for pid, line in found if line[-2:] == command]:
+                return workers
+        return []
 
     def plot(self) -> "Figure":
         """The loss curve as a matplotlib Figure."""

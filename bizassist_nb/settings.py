@@ -21,6 +21,7 @@ ROLES: Final = ("instruction", "context", "response", "category")
 """What the columns of a data set are for; `Settings.columns` maps these to the data's own names."""
 
 _AUTO: Final = "auto"
+_MAY_BE_EMPTY: Final = ("system_prompt", "accelerate_config")
 
 
 def _field(
@@ -30,10 +31,10 @@ def _field(
     least: float | None = None,
     most: float | None = None,
     choices: tuple[str, ...] = (),
-    auto: bool = False,
+    words: tuple[str, ...] = (),
 ) -> Any:
-    """A field with its help text, its range (inclusive) or its choices, and whether "auto" is a value of it."""
-    metadata = {"text": text, "least": least, "most": most, "choices": choices, "auto": auto}
+    """A field with its help text, its range (inclusive) and the words that may stand for a number, or its choices."""
+    metadata = {"text": text, "least": least, "most": most, "choices": choices, "words": words}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -78,7 +79,7 @@ class Settings:
         'steps in which the learning rate rises to its peak; "auto" is 8 % of all steps, at most 20',
         least=0,
         most=1_000_000,
-        auto=True,
+        words=(_AUTO,),
     )
     max_length: int = _field(2048, "tokens a row may have; the end of a longer answer is cut", least=16, most=1_048_576)
     batch_size: int = _field(4, "examples a step learns from", least=1, most=4096)
@@ -88,7 +89,7 @@ class Settings:
         '"auto" takes the least time of those whose longest rows fit',
         least=1,
         most=4096,
-        auto=True,
+        words=(_AUTO,),
     )
     train_on: str = _field(
         "response", 'tokens that are learned: the "response" with its end token, or "all"', choices=("response", "all")
@@ -97,10 +98,10 @@ class Settings:
     evaluate_every: int | str = _field(
         _AUTO,
         'steps between scores of the held-out rows in training; "auto" has trained on three times as many rows as are '
-        "held out between two of them, which takes about a tenth of the time",
+        "held out between two of them (on each GPU, for only one scores), which takes about a tenth of the time",
         least=1,
         most=1_000_000,
-        auto=True,
+        words=(_AUTO,),
     )
     keep: str = _field(
         "last",
@@ -115,7 +116,19 @@ class Settings:
         "installed and works on this device",
         choices=(_AUTO, "unsloth", "transformers"),
     )
-    gpus: int | str = _field(_AUTO, 'GPUs to train on; "auto" is one if there is one', least=1, most=1, auto=True)
+    gpus: int | str = _field(
+        _AUTO,
+        'GPUs of this machine to train on; "auto" is one if there is one, "all" is every one there is; they share the '
+        "examples of a step, so batch_size has to be a multiple of their number",
+        least=1,
+        most=1024,
+        words=(_AUTO, "all"),
+    )
+    accelerate_config: str = _field(
+        "",
+        "file that `accelerate config` wrote, for several machines; in place of gpus it says how many processes train; "
+        '"" for none',
+    )
     runs_dir: str = _field("runs", "folder in which each run has its own folder")
 
     def __post_init__(self) -> None:
@@ -123,14 +136,42 @@ class Settings:
         problems = [
             problem for field in dataclasses.fields(self) for problem in _problems(field, getattr(self, field.name))
         ]
-        sound = not any(problem.startswith(("batch_size ", "micro_batch ")) for problem in problems)
-        if sound and isinstance(self.micro_batch, int) and self.batch_size % self.micro_batch:
+        if not any(problem.startswith(("batch_size ", "micro_batch ", "gpus ")) for problem in problems):
+            problems += self._uneven(self.gpus) if isinstance(self.gpus, int) else self._uneven(1)
+        if self.accelerate_config and self.gpus != _AUTO:
             problems.append(
-                f"micro_batch = {self.micro_batch}: has to divide batch_size = {self.batch_size}; "
-                f"it can be {_listed(d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0)}"
+                f'gpus = {_shown(self.gpus)}: leave it "auto" beside accelerate_config, which has num_processes for it'
             )
         if problems:
             raise SettingsError(problems)
+
+    def share(self, processes: int) -> "Settings":
+        """The settings as each of so many processes has them: its part of the examples of a step.
+
+        Raises:
+            SettingsError: if that is no whole number of them, or micro_batch does not divide it.
+        """
+        if problems := self._uneven(processes):
+            raise SettingsError(problems)
+        return dataclasses.replace(self, batch_size=self.batch_size // processes, gpus=_AUTO)
+
+    def _uneven(self, processes: int) -> list[str]:
+        """What does not come out even when the examples of a step go to so many processes, and through each of them."""
+        if self.batch_size % processes:
+            below = self.batch_size // processes * processes
+            return [
+                f"batch_size = {self.batch_size}: has to be a multiple of the {processes} processes that share the "
+                f"examples of a step (gpus, or num_processes of accelerate_config); take "
+                f"{f'{below} or ' if below else ''}{below + processes}"
+            ]
+        each = self.batch_size // processes
+        if isinstance(self.micro_batch, int) and each % self.micro_batch:
+            of = f"batch_size = {self.batch_size}" + (f" / {processes} processes = {each}" if processes > 1 else "")
+            return [
+                f"micro_batch = {self.micro_batch}: has to divide {of}; "
+                f"it can be {_listed(d for d in range(1, each + 1) if each % d == 0)}"
+            ]
+        return []
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Settings":
@@ -234,8 +275,8 @@ def _fits(field: "dataclasses.Field[Any]", value: Any) -> bool:
     if limits["choices"]:
         return value in limits["choices"]
     if limits["least"] is None:
-        return isinstance(value, str) and _is_text(value) and (bool(value.strip()) or field.name == "system_prompt")
-    if limits["auto"] and value == _AUTO:
+        return isinstance(value, str) and _is_text(value) and (bool(value.strip()) or field.name in _MAY_BE_EMPTY)
+    if value in limits["words"]:
         return True
     kinds = (int, float) if field.type is float else (int,)
     return isinstance(value, kinds) and not isinstance(value, bool) and limits["least"] <= value <= limits["most"]
@@ -253,9 +294,10 @@ def _allowed(field: "dataclasses.Field[Any]") -> str:
     if limits["choices"]:
         return " or ".join(_shown(choice) for choice in limits["choices"])
     if limits["least"] is None:
-        return "a text" if field.name == "system_prompt" else "a text that is not empty"
+        return "a text" if field.name in _MAY_BE_EMPTY else "a text that is not empty"
     kind = "a number" if field.type is float else "a whole number"
-    return f"{kind} from {limits['least']:g} to {limits['most']:,}" + (' or "auto"' if limits["auto"] else "")
+    words = "".join(f" or {_shown(word)}" for word in limits["words"])
+    return f"{kind} from {limits['least']:g} to {limits['most']:,}{words}"
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:

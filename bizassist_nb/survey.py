@@ -15,7 +15,8 @@ from bizassist_nb.data.tokens import ChatTokenizer, Example
 from bizassist_nb.errors import DataError
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings, user_path
-from bizassist_nb.training import engines, preflight
+from bizassist_nb.training import engines, preflight, several
+from bizassist_nb.training.ranks import Rank
 
 _SLICE: Final = 50
 """Rows tokenised between two looks at whether the survey is still wanted: some 50 ms."""
@@ -86,9 +87,11 @@ def survey(settings: Settings) -> Iterator[Survey]:
     Raises:
         DataError: if the rows cannot be read, are too few, or too long all of them.
         EngineError: if the engine asked for cannot run here.
+        SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
         ModelError: if the model or its tokenizer cannot be had.
     """
-    engine = engines.choose(settings.engine)
+    count, _ = several.processes(settings)
+    engine = engines.choose(settings.engine, processes=count)
     table = _table(settings.data, tuple(sorted(settings.columns.items())), _state_of(settings.data))
     training, _ = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
     base = models.resolve(settings.model)
@@ -103,7 +106,8 @@ def survey(settings: Settings) -> Iterator[Survey]:
     unused = {bad.number for bad in found.too_long}
     order = [min(lengths[row.number][1], settings.max_length) for row in training if row.number not in unused]
     steps = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
-    yield dataclasses.replace(found, expected=preflight.estimate(settings, engine, base, steps))
+    shares = [Rank(count=count).longest(step) for step in steps]
+    yield dataclasses.replace(found, expected=preflight.estimate(settings.share(count), engine, base, shares))
 
 
 def tokens(chat: ChatTokenizer, example: Example) -> list[tuple[str, bool]]:

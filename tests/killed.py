@@ -54,7 +54,7 @@ def die() -> None:
 def forked(death: Death):
     """What stands in for subprocess.Popen: the worker's own main, in a fork of this process."""
 
-    def popen(command, *, stdout, pass_fds, env, **_):
+    def popen(command, *, stdout, env, **_):
         if pid := os.fork():
             return SimpleNamespace(pid=pid)
         os.setsid()

@@ -26,6 +26,12 @@ def test_auto_takes_unsloth_where_it_works():
     assert engines.choose("transformers").name == "transformers"
 
 
+def test_auto_takes_what_is_known_to_work_in_several_processes():
+    assert engines.choose("auto", processes=2).name == "transformers"
+    assert "have not been tried on several GPUs" in engines.choose("auto", processes=2).reason
+    assert engines.choose("unsloth", processes=2).name == "unsloth"
+
+
 def test_auto_without_unsloth_says_so(without_unsloth):
     assert engines.choose("auto") == engines.Engine("transformers", "unsloth is not installed")
 

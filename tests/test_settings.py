@@ -44,6 +44,7 @@ def test_defaults_are_those_of_the_contract():
         "checkpoint_minutes": 10.0,
         "engine": "auto",
         "gpus": "auto",
+        "accelerate_config": "",
         "runs_dir": "runs",
     }
     assert Settings.from_toml("") == Settings()
@@ -67,16 +68,19 @@ def values_of(field: dataclasses.Field) -> st.SearchStrategy:
     if limits["choices"]:
         return st.sampled_from(limits["choices"])
     if limits["least"] is None:
-        return texts if field.name == "system_prompt" else names
+        return texts if field.name in ("system_prompt", "accelerate_config") else names
     numbers = st.floats if field.type is float else st.integers
     inside = numbers(min_value=limits["least"], max_value=limits["most"])
-    return st.just("auto") | inside if limits["auto"] else inside
+    return st.sampled_from(limits["words"]) | inside if limits["words"] else inside
 
 
 def whole_batches(values: dict) -> dict:
-    """Those values with a micro_batch that divides the batch."""
-    micro = values["micro_batch"]
-    return values if micro == "auto" or values["batch_size"] % micro == 0 else {**values, "micro_batch": "auto"}
+    """Those values with a batch that can be shared out, a micro_batch that divides each share, and one way to do it."""
+    gpus = values["gpus"] if isinstance(values["gpus"], int) else 1
+    even = values["batch_size"] % gpus == 0 and not values["accelerate_config"]
+    values = values if even else {**values, "gpus": "auto"}
+    each, micro = values["batch_size"] // (gpus if even else 1), values["micro_batch"]
+    return values if micro == "auto" or each % micro == 0 else {**values, "micro_batch": "auto"}
 
 
 any_settings = st.fixed_dictionaries({field.name: values_of(field) for field in FIELDS}).map(whole_batches)
@@ -178,6 +182,26 @@ def test_micro_batch_that_does_not_divide_comes_with_the_other_problems():
     found = problems("batch_size = 12\nmicro_batch = 5\nrank = 0")
     assert len(found) == 2
     assert any("has to divide batch_size = 12" in problem for problem in found)
+
+
+def test_a_batch_is_shared_out_evenly_and_micro_batches_divide_a_share():
+    assert Settings(batch_size=12, gpus=3, micro_batch=2).share(3).batch_size == 4
+    assert problems("batch_size = 4\ngpus = 3") == (
+        "batch_size = 4: has to be a multiple of the 3 processes that share the examples of a step (gpus, or "
+        "num_processes of accelerate_config); take 3 or 6",
+    )
+    assert problems("batch_size = 12\ngpus = 3\nmicro_batch = 6") == (
+        "micro_batch = 6: has to divide batch_size = 12 / 3 processes = 4; it can be 1, 2, 4",
+    )
+    with pytest.raises(SettingsError, match="take 8"):
+        Settings(batch_size=4).share(8)
+
+
+def test_either_gpus_or_a_configuration_says_how_many_processes():
+    assert problems('gpus = "all"\naccelerate_config = "a.yaml"') == (
+        'gpus = "all": leave it "auto" beside accelerate_config, which has num_processes for it',
+    )
+    assert problems("gpus = 0") == ('gpus = 0: has to be a whole number from 1 to 1,024 or "auto" or "all"',)
 
 
 def test_overrides_come_after_the_file_and_are_toml_or_bare_words():

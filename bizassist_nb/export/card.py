@@ -84,7 +84,7 @@ def card(run: Run, parity: dict[str, Any] | None = None) -> str:
 
 def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
     environment, base = run.environment, _base(run)
-    shown = {"model": base, "data": _data(run)}
+    shown = {"model": base, "data": _data(run), "accelerate_config": Path(run.settings.accelerate_config).name}
     what = "A LoRA adapter for" if parity is None else "A LoRA adapter merged in 16 bits into"
     system = json.dumps(run.settings.system_prompt, ensure_ascii=False)
     message = f'    {{"role": "system", "content": {system}}},\n' if run.settings.system_prompt else ""

@@ -24,8 +24,8 @@ class Engine:
     """Whether rows go through laid end to end, without padding."""
 
 
-def choose(engine: str) -> Engine:
-    """The engine for `Settings.engine` on this device.
+def choose(engine: str, *, processes: int = 1) -> Engine:
+    """The engine for `Settings.engine` on this device, or on those of so many processes.
 
     Raises:
         EngineError: if the one asked for is not installed or cannot run here.
@@ -42,6 +42,8 @@ def choose(engine: str) -> Engine:
         return Engine("unsloth", "asked for", _end_to_end())
     if problem:
         return Engine("transformers", problem)
+    if processes > 1:
+        return Engine("transformers", "Unsloth's kernels have not been tried on several GPUs at once")
     return Engine("unsloth", "it is installed and works on this device", _end_to_end())
 
 

@@ -14,8 +14,20 @@ from types import FrameType
 from typing import Self
 
 from bizassist_nb.errors import RunError, brief
-from bizassist_nb.runs import ENDED, WORKER, Journal, Run, check_name, is_locked, kept_folder, take_lock, write_worker
+from bizassist_nb.runs import (
+    ENDED,
+    SEVERAL,
+    WORKER,
+    Journal,
+    Run,
+    check_name,
+    is_locked,
+    kept_folder,
+    take_lock,
+    write_worker,
+)
 from bizassist_nb.settings import Settings
+from bizassist_nb.training.several import processes
 from bizassist_nb.whole import write_whole
 
 _POLL = 0.25
@@ -56,8 +68,11 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
 
     Raises:
         RunError: if the name cannot be used: taken, busy, or nothing there to resume.
+        SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
     """
     path = settings.run_path(check_name(name) if name is not None else _free_name(settings))
+    if not resume:
+        processes(settings)  # refused before there is a folder, if it cannot be done here
     try:
         run = _resumed(path, settings) if resume else _created(path, settings)
         return _started(run)
@@ -69,6 +84,7 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
 
 
 def _started(run: Run) -> Run:
+    module = SEVERAL if processes(run.settings)[0] > 1 else WORKER
     lock = take_lock(run.path, patience=20 if run.status in ENDED else 0.2)
     # A stop that arrives while the worker is still importing must wait until it listens; masks are inherited.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -77,13 +93,12 @@ def _started(run: Run) -> Run:
         Journal(run.path).write("state", state="starting")
         with (run.path / "worker.log").open("ab") as log:
             worker = subprocess.Popen(  # noqa: S603 - no shell, our own module
-                [sys.executable, "-m", WORKER, str(run.path.absolute())],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", module, str(run.path.absolute())],
+                stdin=lock,  # which every process of the run has, down to the last
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # closing the notebook or interrupting the kernel leaves it alone
-                pass_fds=(lock,),
-                env=_environment(run.path),
+                env=_environment(run.path, one_gpu=module == WORKER),
             )
         write_worker(lock, worker.pid)
     finally:
@@ -172,12 +187,13 @@ def _free_name(settings: Settings) -> str:
     return f"{stem}-{number}"
 
 
-def _environment(run_path: Path) -> dict[str, str]:
+def _environment(run_path: Path, *, one_gpu: bool) -> dict[str, str]:
+    # Where the Trainer of a single process sees more, it quietly gives one of them the batches of all.
+    first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     return {
         **os.environ,
+        **(first if one_gpu else {}),
         "PYTHONUNBUFFERED": "1",
-        # One GPU (Settings.gpus): where the Trainer sees more, it quietly gives one of them the batches of all.
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
         "TOKENIZERS_PARALLELISM": "false",
         "UNSLOTH_DISABLE_STATISTICS": "1",  # it reports to its makers otherwise
         "UNSLOTH_COMPILE_LOCATION": str(run_path.absolute() / ".unsloth"),  # else a folder in the working directory

@@ -174,12 +174,12 @@ def process_ram(on: Device) -> float:
 
 
 def device() -> Device:
-    """The device of this machine, with what is free on it now."""
+    """The device of this process, with what is free on it now."""
     import torch
 
     if not torch.cuda.is_available():
         return Device("cpu", (0, 0), _free_ram())
-    return Device("cuda:0", torch.cuda.get_device_capability(0), torch.cuda.mem_get_info(0)[0] / GIB)
+    return Device("cuda:0", torch.cuda.get_device_capability(), torch.cuda.mem_get_info()[0] / GIB)
 
 
 @functools.cache
@@ -200,11 +200,16 @@ def shape(source: str) -> Shape:
 
 
 def estimate(
-    settings: Settings, engine: Engine, base: models.Base, lengths: Sequence[Sequence[int]] | None = None
+    settings: Settings,
+    engine: Engine,
+    base: models.Base,
+    lengths: Sequence[Sequence[int]] | None = None,
+    on: Device | None = None,
 ) -> Estimate:
     """What a run of these settings will need on this machine, and how its steps are cut up.
 
-    `lengths` has the tokens of each row, step by step; without it every row is taken to be of `max_length`.
+    `lengths` has the tokens of each row, step by step; without it every row is taken to be of `max_length`. `on` is the
+    device of this process where nothing else is said.
     Nothing is loaded but the base's config.json.
 
     Raises:
@@ -213,7 +218,7 @@ def estimate(
     if lengths is None:
         count = -(-settings.subset * settings.epochs // settings.batch_size)
         lengths = [[settings.max_length] * settings.batch_size] * min(count, 10_000)
-    return _estimate(settings, engine, shape(base.source), device(), lengths)
+    return _estimate(settings, engine, shape(base.source), on or device(), lengths)
 
 
 def _estimate(

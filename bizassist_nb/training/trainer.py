@@ -5,8 +5,9 @@ import gc
 import math
 import pickle
 import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,7 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from bizassist_nb import models
-from bizassist_nb.data.tokens import ChatTokenizer, Example
+from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError, brief
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
@@ -25,6 +26,7 @@ from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.preflight import Fit
+from bizassist_nb.training.ranks import NoRoomError, this_rank
 
 if TYPE_CHECKING:
     from bizassist_nb.training.worker import Stop
@@ -72,9 +74,10 @@ def train(
     Where memory runs out, what is done is saved, and training goes on from the same step with less at once.
 
     Raises:
+        NoRoomError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
-    checkpoint = journal.newest_checkpoint()
+    checkpoint = this_rank().gathered(journal.newest_checkpoint())[0]
     if checkpoint or run.steps:  # without a checkpoint it begins from the start, and its steps count no more
         journal.write("resumed", step=checkpoint.step if checkpoint else 0)
     while True:
@@ -97,8 +100,9 @@ def train(
             return int(trainer.state.global_step)
         # Only now, when the error is gone and with it the frames that hold the half-done step's tensors.
         done = int(trainer.state.global_step)
+        alone = this_rank().count == 1
         model.zero_grad(set_to_none=True)
-        if done > (checkpoint.step if checkpoint else 0):
+        if alone and done > (checkpoint.step if checkpoint else 0):
             trainer._save_checkpoint(trainer.model, trial=None)
             checkpoint = journal.newest_checkpoint()
             if checkpoint is None or checkpoint.step < done:  # there is no room for one either
@@ -109,6 +113,8 @@ def train(
         gc.collect()
         torch.cuda.empty_cache()
         fit = _smaller(fit, settings, engine, model, steps[min(done, len(steps) - 1)], problem)
+        if not alone:
+            raise NoRoomError(dataclasses.asdict(fit))
         journal.write("fit", step=done, **dataclasses.asdict(fit))
 
 
@@ -124,11 +130,12 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     Checkpointing where it was thought to do without; then half the micro-batch, or the largest below; then
     checkpointing in every step.
     """
-    on, lengths = preflight.device(), [len(example.input_ids) for example in step]
+    on, lengths = preflight.device(), _share(step)
     if fit.kept and not fit.checkpoints(lengths, engine):
         why = f"memory ran out in a step without checkpointing ({problem})"
         return dataclasses.replace(fit, kept=0, reason=why)
-    smaller = [size for size in preflight.divisors(settings.batch_size) if size <= fit.micro_batch / 2]
+    each = settings.share(this_rank().count).batch_size
+    smaller = [size for size in preflight.divisors(each) if size <= fit.micro_batch / 2]
     if smaller:
         why = f"memory ran out with {fit.micro_batch} rows at once ({problem})"
         return dataclasses.replace(fit, micro_batch=smaller[0], reason=why)
@@ -163,7 +170,7 @@ def build_trainer(
         engines.turn_on_checkpointing(model)
     # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
     ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
-    rows = [{"input_ids": e.input_ids, "labels": e.labels} for step in ordered for e in step]
+    rows = [row for step in ordered for row in _rows(step, fit.micro_batch)]
     dataset = Dataset.from_list(rows)
     if engine.end_to_end:  # Unsloth does so with tokenised rows only if their dataset vouches for their length (rl.py)
         dataset._unsloth_truncated_to = settings.max_length
@@ -176,8 +183,7 @@ def build_trainer(
     )
     trainer.journal = journal
     if fit.kept:
-        lengths = [[len(example.input_ids) for example in step] for step in steps]
-        trainer.add_callback(_Sparing(model, [fit.checkpoints(rows, engine) for rows in lengths]))
+        trainer.add_callback(_Sparing(model, [fit.checkpoints(_share(step), engine) for step in steps]))
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
     for parameter in model.parameters():
@@ -187,13 +193,37 @@ def build_trainer(
     return trainer
 
 
+def _share(step: Sequence[Example]) -> list[int]:
+    """Tokens of the rows of a step that go through one rank, of the one that has the longest."""
+    return this_rank().longest([len(example.input_ids) for example in step])
+
+
+def _rows(step: list[Example], micro_batch: int) -> Iterator[dict[str, list[int]]]:
+    """A step's rows, by falling length, in the order in which its ranks read them: each a micro-batch in turn.
+
+    So accelerate gives batches out (BatchSamplerShard). Where the run's last step has too few rows for whole rounds, it
+    would take some of the first step's, so rows of which nothing is learned make them up.
+    """
+    rank = this_rank()
+    shares = rank.shares([{"input_ids": example.input_ids, "labels": example.labels} for example in step])
+    if rank.count > 1:
+        nothing = {"input_ids": step[-1].input_ids[:2], "labels": [IGNORED, IGNORED]}
+        length = -(-len(shares[0]) // micro_batch) * micro_batch
+        shares = [share + [nothing] * (length - len(share)) for share in shares]
+    for start in range(0, len(shares[0]), micro_batch):
+        for share in shares:
+            yield from share[start : start + micro_batch]
+
+
 def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: int) -> SFTConfig:
     """What the trainer of so many steps is told."""
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(run.path / "checkpoints"),
         per_device_train_batch_size=fit.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // fit.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // this_rank().count // fit.micro_batch,
+        average_tokens_across_devices=True,  # a token weighs the same, whichever rank has it
+        ddp_find_unused_parameters=False,  # all of an adapter is used
         max_steps=steps,
         learning_rate=settings.learning_rate,
         warmup_steps=warmup(settings, steps),
@@ -223,13 +253,28 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
+        states = this_rank().gathered(self._random_state()) if this_rank().count > 1 else []
 
         def write(folder: Path) -> None:
             self.args.output_dir = str(folder.parent)
             super(_Trainer, self)._save_checkpoint(model, trial)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, which nothing reads
+            for state in states:
+                for name, content in state.items():
+                    (folder / name).write_bytes(content)
 
         self.journal.checkpoint(step, write)
+
+    def _random_state(self) -> dict[str, bytes]:
+        """The file, by name, that this rank reads when it goes on from a checkpoint."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+    def store_flos(self) -> None:
+        """Count no operations: nothing reads the sum, and the ranks would have to meet for it, which here only the
+        first writes checkpoints for.
+        """
 
 
 class _Sparing(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
@@ -273,11 +318,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
         self._saved = self._last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Decide whether to save and whether to go on."""
-        if self._stop.asked:
+        """Decide whether to save and whether to go on: the first rank does, for all."""
+        asked, due = this_rank().told([self._stop.asked, time.monotonic() - self._saved >= self._interval])
+        if asked:
             control.should_training_stop = True
-        last = state.global_step >= state.max_steps
-        if self._stop.asked or last or time.monotonic() - self._saved >= self._interval:
+        if asked or due or state.global_step >= state.max_steps:
             control.should_save = True
 
     def on_log(

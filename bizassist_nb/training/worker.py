@@ -1,11 +1,15 @@
 """The worker: one process that trains one run and writes its directory. Run as `python -m ...worker RUN_DIRECTORY`.
 
 SIGTERM stops it: in training after the current step, with a checkpoint and the adapter saved; before that at once.
+
+On several GPUs each has such a process (`bizassist_nb.training.several` launches them). The first does all of what is
+said here; the others load the same, train along, and leave.
 """
 
 import dataclasses
 import importlib.metadata
 import io
+import json
 import math
 import os
 import platform
@@ -32,6 +36,7 @@ from bizassist_nb.training.answering import answer, answer_apart
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.evaluation import Exam, rows_of
 from bizassist_nb.training.outbox import Outbox
+from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_reason, this_rank
 from bizassist_nb.verdict import Score, mean_loss
 from bizassist_nb.whole import write_json
 
@@ -53,7 +58,7 @@ class Stop:
     def __init__(self) -> None:
         """Listen for SIGTERM; an interrupt from a terminal is the launcher's to pass on."""
         self.asked = False
-        self.patient = False  # True while a step or a save must not be cut short
+        self.patient = True  # True while nothing must be cut short: a step, a save, or at first getting this far
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the launcher blocked it until now
@@ -73,16 +78,36 @@ class Stop:
             raise Stopped
 
 
+class Heedless(Stop):
+    """That of a rank which is not the first: a stop is for that one, which tells the others.
+
+    SIGTERM ends it at once, even while it waits for the first: so its launcher ends it when another has died.
+    """
+
+    def __init__(self) -> None:
+        """Never asked."""
+        self.asked, self.patient = False, True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def main(directory: str) -> int:
     """Train the run in that directory; 0 if it finished or was stopped, 1 if it failed (its events say why)."""
-    run, stop = Run(Path(directory)), Stop()
-    journal = Outbox(run.path, between=stop.hurry)
+    run, rank = Run(Path(directory)), this_rank()
+    if rank.count > 1:
+        end_with_launcher()
+    stop = Stop() if rank.first else Heedless()
+    journal = Outbox(run.path, between=stop.hurry) if rank.first else Silent()
     try:
-        work(run, journal, stop)
-        clear(run.path)
-        journal.settle()
+        if rank.first:
+            work(run, journal, stop)
+            clear(run.path)
+            journal.settle()
+        else:
+            follow(run, journal, stop)
     except Stopped:
         journal.write("state", state="stopped")
+        return int(rank.count > 1)  # the others wait for this one, and have to be ended
     except BizassistError as error:
         return _fail(journal, error, expected=True)
     except Exception as error:  # noqa: BLE001 - the process ends here, and its run has to say why
@@ -93,20 +118,45 @@ def main(directory: str) -> int:
 
 def _fail(journal: Outbox, error: Exception, *, expected: bool) -> int:
     message = str(error) if expected else without_secrets(f"{type(error).__name__}: {error}")
+    if this_rank().count > 1:  # which of the ranks' errors came first, their launcher knows
+        leave_reason(message, error)
+        return 1
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
     journal.deliver(now=True)
     return 1
 
 
+def follow(run: Run, journal: Outbox, stop: Stop) -> None:
+    """What every rank but the first does: load the same, train along, and leave."""
+    this_rank().join()
+    engine = _engine(run, journal)
+    from bizassist_nb.training.trainer import train  # takes its time, which the first needs, too
+
+    this_rank().meet()  # now the first has written which model it is to be
+    base = models.resolve(run.model)
+    _, chat, steps, _ = _prepare(run, journal, base)
+    fit = _preflight(journal, run.settings, engine, base, steps)
+    model = _load(journal, engine, base, run.settings, fit)
+    this_rank().meet()
+    train(run, journal, stop, engine, run.settings, fit, model, chat, steps)
+
+
 def work(run: Run, journal: Outbox, stop: Stop) -> None:
     """The whole run, top to bottom."""
     settings = run.settings
     journal.write("state", state="loading")
+    stop.patient = False
+    stop.check()  # one may have been asked for while this process was being started
+    if (count := this_rank().count) > 1:
+        journal.write("processes", count=count)
+        this_rank().join()
     engine = _engine(run, journal)
     base = models.resolve(run.model)
     journal.write("model", **vars(base))
-    chat, steps, exam = _prepare(run, journal, engine, base)
+    table, chat, steps, exam = _prepare(run, journal, base)
+    _write_environment(run, engine.name, base, table)
+    this_rank().meet()
     fit = _preflight(journal, settings, engine, base, steps)
     model = _load(journal, engine, base, settings, fit)
 
@@ -150,27 +200,24 @@ def _write_result(run: Run, journal: Outbox, result: dict[str, Any]) -> None:
 
 def _engine(run: Run, journal: Outbox) -> engines.Engine:
     """What trains, imported where it has to be the first; a resumed run keeps its own."""
-    engine = engines.choose(run.environment.get("engine", run.settings.engine))
+    engine = engines.choose(run.environment.get("engine", run.settings.engine), processes=this_rank().count)
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
     journal.write("engine", **vars(engine))
     return engine
 
 
-def _prepare(
-    run: Run, journal: Outbox, engine: engines.Engine, base: models.Base
-) -> tuple[ChatTokenizer, list[list[Example]], Exam]:
-    """(tokenizer, examples of each step, what base and tuned are scored on)."""
+def _prepare(run: Run, journal: Outbox, base: models.Base) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
+    """(data, tokenizer, examples of each step, what base and tuned are scored on)."""
     from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
 
     settings = run.settings
     table, training, held_out = rows_of(run)
     chat = models.load_tokenizer(base.source)
     examples, held = tokenise(journal, chat, settings, table, training, held_out)
-    _write_environment(run, engine.name, base, table)
     steps = plan(examples, settings)
     journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
-    return chat, steps, Exam(chat, settings, held_out, held)
+    return table, chat, steps, Exam(chat, settings, held_out, held)
 
 
 def _load(journal: Outbox, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit) -> Any:
@@ -199,6 +246,7 @@ def _train(
     stop.patient = True
     _forget_scores(run, len(steps))
     watch = _watch(journal, run.settings, model, exam, chat, len(steps), best, stop)
+    this_rank().meet()
     journal.write("state", state="training")
     done = train(run, journal, stop, engine, run.settings, fit, model, chat, steps, watch)
     journal.write("memory", **_peak_memory())
@@ -223,14 +271,20 @@ def _preflight(
     journal: Outbox, settings: Settings, engine: engines.Engine, base: models.Base, steps: list[list[Example]]
 ) -> preflight.Fit:
     """How steps are cut up, with events that say so and what the run is expected to need."""
-    lengths = [[len(example.input_ids) for example in step] for step in steps]
-    expected = preflight.estimate(settings, engine, base, lengths)
+    rank = this_rank()
+    # All ranks cut alike: so that the longest share of a step fits, on the device with the least room.
+    lengths = [rank.longest([len(example.input_ids) for example in step]) for step in steps]
+    on = preflight.device()
+    on = dataclasses.replace(on, free=rank.least(on.free / (1 if on.on_gpu else rank.beside)))
+    expected = preflight.estimate(settings.share(rank.count), engine, base, lengths, on)
     fields = dataclasses.asdict(expected)
     fit = fields.pop("fit")
     journal.write("preflight", sentence=expected.sentence, peak=expected.peak, **fields)
+    if FIT in os.environ:
+        fit = json.loads(os.environ[FIT])
     journal.write("fit", step=0, **fit)
     print(expected.sentence)
-    return expected.fit
+    return preflight.Fit(**fit)
 
 
 def _take_best(run: Run, journal: Outbox, best: Best, model: Any, chat: ChatTokenizer, stop: Stop) -> None:
@@ -278,7 +332,7 @@ def _watch(
 
     every = settings.evaluate_every
     if isinstance(every, str):
-        every = max(1, round(3 * len(exam.held_out) / settings.batch_size))
+        every = max(1, round(3 * len(exam.held_out) / settings.share(this_rank().count).batch_size))
 
     def after(step: int) -> None:
         if step % every or steps - step < every / 2:  # the end, where all is scored anyway, is near
@@ -355,7 +409,10 @@ def _score(journal: Outbox, who: str, step: int, model: Any, exam: Exam, between
 def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -> None:
     import torch
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    count = this_rank().count
     write_json(
         run.path / "environment.json",
         {
@@ -364,7 +421,7 @@ def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -
             "engine": engine,
             "data": table.source,
             "fingerprint": table.fingerprint,
-            "device": gpu or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
+            "device": f"{count} × {device}" if count > 1 else device,
             "python": platform.python_version(),
             "versions": {name: version for name in PACKAGES if (version := _version(name))},
         },
@@ -378,6 +435,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _keep_lock() -> None:
+    """Move the run's lock away from standard input, so that what this process starts (compilers) does not hold it."""
+    os.dup(0)  # which is not inherited
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+
 class _Log(io.FileIO):
     """A log that loses what it has no room for: that is no reason to end a run."""
 
@@ -389,5 +452,6 @@ class _Log(io.FileIO):
 
 
 if __name__ == "__main__":
+    _keep_lock()
     sys.stdout = sys.stderr = io.TextIOWrapper(_Log(1, "w", closefd=False), "utf-8", "replace", write_through=True)
     sys.exit(main(sys.argv[1]))

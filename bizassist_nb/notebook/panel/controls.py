@@ -87,7 +87,7 @@ class Control:
     def _written(self, value: Any) -> Any:
         if self.name == "columns":
             return ", ".join(line.strip() for line in tomli_w.dumps(value).splitlines())
-        return str(value) if self.field.metadata["auto"] else value
+        return str(value) if self.field.metadata["words"] else value
 
     def _meant(self, value: Any) -> Any:
         """What a person who typed this meant; what makes no sense stays as it is, for `Settings` to refuse."""
@@ -96,9 +96,9 @@ class Control:
                 return tomllib.loads(f"columns = {{ {value} }}")["columns"]
             except tomllib.TOMLDecodeError:
                 return value
-        if self.field.metadata["auto"] and value.strip().lstrip("-").isdigit():
+        if self.field.metadata["words"] and value.strip().lstrip("-").isdigit():
             return int(value)
-        return value.strip() if self.field.metadata["auto"] else value
+        return value.strip() if self.field.metadata["words"] else value
 
 
 class Slider(Control):

@@ -1,0 +1,166 @@
+"""The processes (ranks) that train one run together, as each of them sees itself. A run on one device has one."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from bizassist_nb.errors import BizassistError, RunError
+from bizassist_nb.training.checkpoints import Checkpoint
+from bizassist_nb.training.outbox import Outbox
+
+T = TypeVar("T")
+
+LAUNCHER: Final = "BIZASSIST_LAUNCHER"
+"""Environment variable with the number of the process that launched the ranks of this machine."""
+FIT: Final = "BIZASSIST_FIT"
+"""Environment variable with the fit to go on with (JSON), where the ranks are launched anew as memory ran out."""
+_POLL: Final = 0.2
+"""Seconds between looks at whether the launcher is still there."""
+_PATIENCE: Final = timedelta(hours=12)
+"""How long the others wait for the first rank, which scores alone. One that died is noticed by the launcher."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rank:
+    """One of the processes of a run, and what they tell each other."""
+
+    number: int = 0
+    """Counted from 0. The first alone writes the run directory, scores and answers."""
+    count: int = 1
+    beside: int = 1
+    """How many of them are on this machine."""
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes."""
+        return self.number == 0
+
+    def join(self) -> None:
+        """Meet the others, of which there are some, and take a GPU of one's own if there are any."""
+        import torch
+        from accelerate import PartialState
+
+        if not torch.cuda.is_available():
+            # Else accelerate calls it "cpu:0", to which torch 2.13 can load no checkpoint (serialization.py).
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        # The Trainer will find the process group that this makes, and use it.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+
+    def shares(self, rows: Sequence[T]) -> list[list[T]]:
+        """A step's rows as the ranks have them, dealt out like cards: of rows by falling length, each gets as much."""
+        return [list(rows[number :: self.count]) for number in range(self.count)]
+
+    def longest(self, lengths: Sequence[int]) -> list[int]:
+        """The share of a step that has its longest rows, by their tokens; it is the first rank's."""
+        return self.shares(sorted(lengths, reverse=True))[0]
+
+    def meet(self) -> None:
+        """Wait until all are here."""
+        import torch
+
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def told(self, answers: Sequence[bool]) -> list[bool]:
+        """The first rank's answers, in every rank."""
+        return [bool(answer) for answer in self._collective("broadcast", answers, 0)]
+
+    def least(self, number: float) -> float:
+        """The least of all ranks' numbers."""
+        import torch
+
+        return self._collective("all_reduce", [number], torch.distributed.ReduceOp.MIN)[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's value, in every rank."""
+        import torch
+
+        found: list[Any] = [value] * self.count
+        if self.count > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
+
+    def _collective(self, name: str, numbers: Sequence[float], how: Any) -> list[float]:
+        import torch
+
+        if self.count == 1:
+            return list(numbers)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+        getattr(torch.distributed, name)(tensor, how)
+        return [float(number) for number in tensor.tolist()]
+
+
+class NoRoomError(RunError):
+    """Memory ran out in this rank; `fit` is what is to be tried next (the fields of a `preflight.Fit`)."""
+
+    def __init__(self, fit: dict[str, Any]):
+        """Say so, for where nobody launches the ranks anew."""
+        self.fit = fit
+        super().__init__(
+            f"{fit['reason']}. Over several machines a run does not go on with less by itself: start it under a new "
+            f"name, with micro_batch = {fit['micro_batch']} or a lower max_length"
+        )
+
+
+class Silent(Outbox):
+    """The journal of all ranks but the first, which alone writes."""
+
+    def __init__(self) -> None:
+        """Of nothing."""
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Write nothing."""
+
+    def checkpoint(self, step: int, write: Callable[[Path], object]) -> None:
+        """Save nothing."""
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """None: it is the first that knows."""
+        return None
+
+
+@functools.cache
+def this_rank() -> Rank:
+    """The rank that this process is, which torch's launcher says in its environment."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Rank()
+    return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+
+
+def end_with_launcher() -> None:
+    """End this process at once when the one that launched it is gone.
+
+    The launcher gives each rank a session of its own (torch/distributed/elastic, subprocess_handler.py), so a kill of
+    the run's process group does not reach them.
+    """
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # which may be gone already
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_POLL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def leave_reason(message: str, error: Exception) -> None:
+    """Tell the launcher why this rank fails, in the file and form that torch's errors have (ErrorHandler)."""
+    rank = this_rank()
+    extra = {
+        "timestamp": str(int(time.time())),
+        "time": time.time(),
+        "expected": isinstance(error, BizassistError),
+        "fit": error.fit if isinstance(error, NoRoomError) and rank.beside == rank.count else None,
+    }
+    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
+        json.dumps({"message": {"message": message, "extraInfo": extra}}), "utf-8"
+    )

@@ -1,0 +1,73 @@
+"""How a run grows over GPUs, on paper: python tests/benchmarks/several.py prints the table of docs/several-gpus.md.
+
+Each GPU has the whole base in NF4 and 4 rows a step. With N of them a step takes
+
+    compute + exchange + scoring
+
+    compute    one GPU's step of 4 rows of 212 tokens: of 7B as measured (docs/benchmarks.md, Training: 0.314 s); of 70B
+               that, times what `preflight` expects of the two shapes
+    exchange   bytes / bandwidth + 2 (N - 1) x 10 us, with bytes = 2 (N - 1) / N x adapter weights x 4: a ring
+               all-reduce of float32 gradients, none of it hidden behind the backward pass
+    scoring    0.7 s of the first GPU once in 48 steps, the others waiting (7B, measured), 70B as for compute
+    bandwidth  inside a machine of 8 GPUs NVLink; between machines the network card that all 8 share. The slower counts
+
+Memory of a GPU is what `preflight.peak` expects, and DDP's buckets, a second copy of the gradients.
+"""
+
+from typing import Final
+
+from bizassist_nb.training.engines import Engine
+from bizassist_nb.training.preflight import MISTRAL, Device, Fit, Shape, _work, peak
+
+LLAMA_70B: Final = Shape(
+    layers=80, hidden=8192, intermediate=28672, query=8192, key_value=1024, vocabulary=128256, tied=False
+)
+RANK: Final = 16
+ROWS: Final = [212] * 4
+"""Tokens of a GPU's rows in a step: 848, the mean of the run that was measured."""
+MEASURED: Final = 0.314
+"""Seconds of a step of those rows on one H100, Mistral-7B."""
+SCORING: Final = 0.7 / 48
+"""Seconds of a step, spread: 64 held-out rows, once in 48 steps."""
+NVLINK: Final = 300e9
+"""Bytes a second, one way, that an exchange is taken to reach of NVLink 4's 450e9."""
+NETWORKS: Final = {"8 x 400 Gbit/s": 400e9, "100 Gbit/s": 12.5e9}
+"""Bytes a second, one way, of a machine's network cards."""
+ENGINE: Final = Engine("unsloth", "measured")
+H100: Final = Device("cuda:0", (9, 0), 79.0)
+FIT: Final = Fit(4, False, "bfloat16", "on paper")
+
+
+def step(shape: Shape, gpus: int, network: float) -> tuple[float, float, float]:
+    """(seconds of a step, of which exchange, bytes that each GPU sends) of so many GPUs."""
+    times = _work(shape, ENGINE, H100, [ROWS], FIT) / _work(MISTRAL, ENGINE, H100, [ROWS], FIT)
+    sent = 2 * (gpus - 1) / gpus * shape.adapter(RANK) * 4
+    bandwidth = NVLINK if gpus <= 8 else min(NVLINK, network)
+    exchange = sent / bandwidth + 2 * (gpus - 1) * 1e-5
+    return (MEASURED + SCORING) * times + exchange, exchange, sent
+
+
+def table() -> str:
+    """The table, in Markdown."""
+    lines = [
+        "| base | network | GPUs | tokens/s | times one GPU | sent a step and GPU | exchange | GiB a GPU |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, shape in (("7B", MISTRAL), ("70B", LLAMA_70B)):
+        one = sum(ROWS) / step(shape, 1, NVLINK)[0]
+        for gpus in (1, 2, 4, 8, 16, 32, 64):
+            inside = {"NVLink" if gpus > 1 else "none": NVLINK}
+            for network, bandwidth in (NETWORKS if gpus > 8 else inside).items():
+                seconds, exchange, sent = step(shape, gpus, bandwidth)
+                speed = gpus * sum(ROWS) / seconds
+                memory = sum(peak(shape, RANK, ENGINE, H100, ROWS, checkpointing=False).values())
+                memory += shape.adapter(RANK) * 4 / 2**30 if gpus > 1 else 0
+                lines.append(
+                    f"| {name} | {network} | {gpus} | {speed:,.0f} | {speed / one:.2f} | {sent / 1e6:,.0f} MB | "
+                    f"{1000 * exchange:.1f} ms, {exchange / seconds:.1%} | {memory:.1f} |"
+                )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
