@@ -24,7 +24,19 @@ from bizassist_nb.training.preflight import Estimate
 
 _FIRST: Final = ("model", "data", "subset", "rank")
 """The settings that are seen at once; the rest are under "More settings"."""
-_FACTS: Final = ("model", "engine", "processes", "data", "preflight", "fit", "parameters")
+_FACTS: Final = (
+    "model",
+    "engine",
+    "processes",
+    "data",
+    "preflight",
+    "fit",
+    "parameters",
+    "away",
+    "back",
+    "unsaved",
+    "damaged",
+)
 """Events by which what is said of a run in training changes."""
 _SETTLED: Final = 0.5
 """Seconds for which settings have to stay as they are before their rows are counted."""
