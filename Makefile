@@ -28,7 +28,7 @@ demo: .venv/demo
 test: chromium lint .venv/dev .venv/ipykernel-7.3.0 .venv-colab/ready
 	rm -rf notebooks/runs
 	.venv/bin/python -m pytest $(OPTIONS) --nbval tests notebooks
-	.venv-colab/bin/python -m pytest $(OPTIONS) -m notebook
+	.venv-colab/bin/python -m pytest -n $(JOBS) --dist worksteal -m notebook
 
 kills: .venv/dev
 	KILLS=100 .venv/bin/python -m pytest tests/test_kills.py
