@@ -180,7 +180,7 @@ def load_tokenizer(source: str | Path) -> ChatTokenizer:
         return ChatTokenizer(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     except ModelError:
         raise
-    except Exception as error:
+    except Exception as error:  # tokenizers raises just that for a file that it cannot parse
         raise unreachable("tokenizer", source, error) from error
 
 

@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -122,7 +123,7 @@ class Run:
     def __init__(self, path: Path):
         """Look at the run in `path`."""
         self.path = path
-        if not os.path.isfile(path / "settings.toml"):  # noqa: PTH113 - Path's own raises where it may not look
+        if _age(path) is None:
             raise RunError(f"{path} holds no run (it has no settings.toml)")
         self._files: dict[str, tuple[object, Any]] = {}  # what was read from each, and at which state of it
         self._unread = 0
@@ -314,11 +315,7 @@ class Run:
         return is_locked(self.path) if self._in_reach() else bool(self._workers())
 
     def _in_reach(self) -> bool:
-        try:
-            (self.path / "settings.toml").stat()
-        except OSError:
-            return False
-        return True
+        return _age(self.path) is not None
 
     @property
     def error(self) -> str | None:
@@ -456,7 +453,7 @@ def open_run(name: str, runs_dir: str | Path = "runs") -> Run:
         RunError: if there is none; the message lists those there are.
     """
     path = user_path(runs_dir) / check_name(name)
-    if not os.path.isfile(path / "settings.toml"):  # noqa: PTH113 - Path's own raises where it may not look
+    if _age(path) is None:
         known = ", ".join(run.name for run in list_runs(runs_dir)) or "none yet"
         raise RunError(f"there is no run {name!r} in {Path(runs_dir).absolute()}; the runs there: {known}")
     return Run(path)
@@ -480,11 +477,12 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
 
 
 def _age(path: Path) -> int | None:
-    """When the run in that folder was begun; None where there is none."""
+    """When the run in that folder was begun; None where there is none, or where it may not be looked for."""
     try:
-        return (path / "settings.toml").stat().st_mtime_ns
-    except OSError:
+        found = (path / "settings.toml").stat()
+    except (OSError, ValueError):  # the latter for a name that no file can have
         return None
+    return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else None
 
 
 def take_lock(path: Path, patience: float = 0.2) -> int:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_run import environment
 
+from bizassist_nb import shapes
 from bizassist_nb.errors import RunError
 from bizassist_nb.runs import Journal, Run, check_name, is_locked, list_runs, open_run, take_lock
 from bizassist_nb.settings import Settings
@@ -121,11 +122,13 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
+# Kinds that `Run` reads fields of are passed over where these are not there; hypothesis takes words from the package.
+kinds_without_shape = st.text().filter(lambda kind: kind not in shapes.EVENTS)
 fields = st.dictionaries(st.text().filter(lambda name: name not in ("event", "self")), values, max_size=4)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.text(), fields), max_size=6), st.integers(0, 10_000))
+@given(st.lists(st.tuples(kinds_without_shape, fields), max_size=6), st.integers(0, 10_000))
 def test_events_come_back_equal_and_any_cut_gives_the_first_of_them(tmp_path_factory, written, cut):
     run = make_run(tmp_path_factory.mktemp("runs"))
     journal = Journal(run.path)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import runpy
 from pathlib import Path
 
 import psutil
@@ -241,9 +242,8 @@ def test_the_configuration_of_the_page_is_one_of_accelerate(tmp_path, monkeypatc
 
 
 def test_the_table_of_the_page_is_what_its_script_prints():
-    namespace = {"__name__": "several"}
-    exec((ROOT / "tests" / "benchmarks" / "several.py").read_text(), namespace)  # noqa: S102 - our own script
-    assert namespace["table"]() in PAGE
+    script = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "several.py"), run_name="several")
+    assert script["table"]() in PAGE
 
 
 def test_before_it_starts_a_run_is_reckoned_for_the_share_of_each_gpu(tiny, monkeypatch):

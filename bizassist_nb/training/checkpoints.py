@@ -112,7 +112,7 @@ def writing() -> Iterator[None]:
         yield
     except (SafetensorError, RuntimeError) as error:
         raise OSError(brief(error)) from error
-    except Exception as error:
+    except Exception as error:  # tokenizers raises just that, and nothing else is kept back
         if type(error) is not Exception:
             raise
         raise OSError(str(error)) from error
@@ -174,6 +174,5 @@ def save_adapter(target: Path, model: Any, chat: ChatTokenizer, notes: dict[str,
         for name, text in (notes or {}).items():
             (part / name).write_text(text, "utf-8")
         put_in_place(part, target)
-    except BaseException:
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
