@@ -184,10 +184,11 @@ def load_tokenizer(source: str | Path) -> ChatTokenizer:
         raise unreachable("tokenizer", source, error) from error
 
 
-def load_nf4(source: str | Path) -> Any:
-    """The model in NF4 with double quantisation (QLoRA's format), on the GPU if there is one, in evaluation mode.
+def load_nf4(source: str | Path, where: str | None = None) -> Any:
+    """The model in NF4 with double quantisation (QLoRA's format), in evaluation mode.
 
-    Weights that are stored in 4 bits are taken as they are.
+    It is put `where` it is said, else on the GPU if there is one. Weights that are stored in 4 bits are taken as they
+    are.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -217,7 +218,7 @@ def load_nf4(source: str | Path) -> Any:
                 output_loading_info=True,
                 quantization_config=quantization,
                 dtype=dtype,
-                device_map={"": device()},
+                device_map={"": where or device()},
                 use_safetensors=True,
                 trust_remote_code=False,
             )

@@ -31,7 +31,9 @@ def fits(model: Any, rows: int) -> bool:
     """Whether this module computes such a model for so many rows; others take the way through their own modules."""
     if rows > _MOST_ROWS or model.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    return computable(model)
+    from torch.distributed.fsdp import FSDPModule
+
+    return not isinstance(model, FSDPModule) and computable(model)  # one that is sharded has no weights at hand
 
 
 def computable(model: Any) -> bool:

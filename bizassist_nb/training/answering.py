@@ -36,7 +36,9 @@ def answer_run(run: Run) -> dict[str, Any]:
     loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
     loaded.use([adapter])
-    return answer(run, loaded.model, loaded.chat, adapter)
+    answers = answer(run, loaded.model, loaded.chat, adapter)
+    write_json(run.path / "answers.json", answers)
+    return counted(answers, max_new_tokens())
 
 
 def answer_apart(run: Run) -> dict[str, Any]:
@@ -63,8 +65,8 @@ def answer_apart(run: Run) -> dict[str, Any]:
 
 def answer(
     run: Run, model: Any, chat: ChatTokenizer, adapter: str, between: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Answer greedily, all prompts as base and as tuned in one batch, and write answers.json; the signs, counted.
+) -> list[dict[str, Any]]:
+    """Answer greedily, all prompts as base and as tuned in one batch; what answers.json holds.
 
     `model` is a plain PEFT model, on which only `adapter` is active. `between` is called between tokens; what it raises
     ends the answering.
@@ -91,7 +93,7 @@ def answer(
             between()
     finally:
         model.train(training)
-    answers = [
+    return [
         {
             "prompt": prompt,
             **{
@@ -100,8 +102,6 @@ def answer(
         }
         for place, prompt in enumerate(asked)
     ]
-    write_json(run.path / "answers.json", answers)
-    return counted(answers, limit)
 
 
 def max_new_tokens() -> int:

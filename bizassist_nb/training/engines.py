@@ -8,6 +8,7 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.errors import EngineError
 from bizassist_nb.settings import Settings
+from bizassist_nb.training.ranks import this_rank
 
 _UNSLOTH_ON_CPU: Final = "2026.10.9"
 """The first release whose CPU backend was tested; earlier ones refuse to be imported without a GPU."""
@@ -90,7 +91,8 @@ def load(engine: Engine, base: models.Base, settings: Settings, *, checkpointing
         lora_dropout=settings.dropout,
         target_modules=list(models.TARGETS),
     )
-    return get_peft_model(models.load_nf4(base.source), config)
+    where = "cpu" if this_rank().sharded else None  # from there each part goes to the GPU as it is sharded
+    return get_peft_model(models.load_nf4(base.source, where), config)
 
 
 def _load_unsloth(base: models.Base, settings: Settings, checkpointing: bool) -> Any:

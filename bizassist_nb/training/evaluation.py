@@ -9,6 +9,7 @@ from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
+from bizassist_nb.training.ranks import Rank, this_rank
 from bizassist_nb.verdict import Score, assess, judge
 from bizassist_nb.whole import write_json
 
@@ -21,25 +22,32 @@ def score(
 ) -> list[Score]:
     """Each example's summed negative log-likelihood over its labelled tokens, in the order given.
 
-    `between` is called between batches; what it raises ends the scoring.
+    `between` is called between batches; what it raises ends the scoring. Where the base is sharded over several ranks,
+    each scores its share of every batch, and all have all scores.
     """
     import torch
 
+    rank = this_rank() if this_rank().sharded else Rank()
     training = model.training
     model.eval()
     scores: dict[int, Score] = {}
     try:
         for batch in _batches(examples, _BATCH_LOGITS // model.config.vocab_size):
             between()
-            with torch.inference_mode():
-                for index, nats in zip(batch, _nats(model, [examples[i] for i in batch], pad_id), strict=True):
-                    example = examples[index]
-                    scores[index] = Score(
-                        example.number, nats, sum(label != IGNORED for label in example.labels[1:]), example.category
-                    )
+            mine = batch[rank.number :: rank.count]
+            rows = mine or batch[:1]  # not to be counted, but the others need this rank's part of the weights
+            # Not inference_mode: a base that is sharded would keep what it gathers in, which training could not use.
+            with torch.no_grad():
+                found = _nats(model, [examples[i] for i in rows], pad_id)
+            for index, nats in zip(mine, found, strict=bool(mine)):
+                example = examples[index]
+                scores[index] = Score(
+                    example.number, nats, sum(label != IGNORED for label in example.labels[1:]), example.category
+                )
     finally:
         model.train(training)
-    return [scores[index] for index in range(len(examples))]
+    everyone = {index: score for theirs in rank.gathered(scores) for index, score in theirs.items()}
+    return [everyone[index] for index in range(len(examples))]
 
 
 def rows_of(run: Run) -> tuple[Table, list[Row], list[Row]]:

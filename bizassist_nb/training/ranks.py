@@ -20,12 +20,14 @@ T = TypeVar("T")
 
 LAUNCHER: Final = "BIZASSIST_LAUNCHER"
 """Environment variable with the number of the process that launched the ranks of this machine."""
+SHARDED: Final = "ACCELERATE_USE_FSDP"
+"""Environment variable by which `accelerate launch` says that a configuration is for FSDP."""
 FIT: Final = "BIZASSIST_FIT"
 """Environment variable with the fit to go on with (JSON), where the ranks are launched anew as memory ran out."""
 _POLL: Final = 0.2
 """Seconds between looks at whether the launcher is still there."""
 _PATIENCE: Final = timedelta(hours=12)
-"""How long the others wait for the first rank, which scores alone. One that died is noticed by the launcher."""
+"""How long the others wait for the first rank, which may score alone. One that died is noticed by the launcher."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,13 @@ class Rank:
     """One of the processes of a run, and what they tell each other."""
 
     number: int = 0
-    """Counted from 0. The first alone writes the run directory, scores and answers."""
+    """Counted from 0. The first alone writes the run directory."""
     count: int = 1
     beside: int = 1
     """How many of them are on this machine."""
+    sharded: bool = False
+    """Whether the base is spread over them (`bizassist_nb.training.sharding`). Then all have to take part in every
+    forward pass; else the first alone scores and answers."""
 
     @property
     def first(self) -> bool:
@@ -51,6 +56,9 @@ class Rank:
         if not torch.cuda.is_available():
             # Else accelerate calls it "cpu:0", to which torch 2.13 can load no checkpoint (serialization.py).
             os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        # The model is sharded when it is loaded, not by accelerate when it is trained: that would be too late for
+        # scoring, is not there for CPUs (state.py of 1.15 looks for FSDP on GPUs only), and would shard the adapter.
+        os.environ.pop(SHARDED, None)
         # The Trainer will find the process group that this makes, and use it.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
@@ -61,6 +69,17 @@ class Rank:
     def longest(self, lengths: Sequence[int]) -> list[int]:
         """The share of a step that has its longest rows, by their tokens; it is the first rank's."""
         return self.shares(sorted(lengths, reverse=True))[0]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Have the ranks of each machine do this one after the other, as far as the base is sharded; what it gives."""
+        if not self.sharded:
+            return work()
+        found: list[T] = []
+        for turn in range(self.beside):
+            if turn == self.number % self.beside:
+                found.append(work())
+            self.meet()
+        return found[0]
 
     def meet(self) -> None:
         """Wait until all are here."""
@@ -127,13 +146,18 @@ class Silent(Outbox):
         """None: it is the first that knows."""
         return None
 
+    def insist(self, what: str, write: Callable[[], T]) -> T | None:  # type: ignore[override] # nothing is read of it
+        """Write nothing."""
+        return None
+
 
 @functools.cache
 def this_rank() -> Rank:
     """The rank that this process is, which torch's launcher says in its environment."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Rank()
-    return Rank(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
+    number, count, beside = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return Rank(number, count, beside, os.environ.get(SHARDED) == "true")
 
 
 def end_with_launcher() -> None:

@@ -22,7 +22,7 @@ from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError, brief
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
-from bizassist_nb.training import engines, preflight
+from bizassist_nb.training import engines, preflight, sharding
 from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.preflight import Fit
@@ -182,6 +182,8 @@ def build_trainer(
         callbacks=[RunCallback(journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )
     trainer.journal = journal
+    if this_rank().sharded:
+        trainer.model_wrapped = sharding.in_step(trainer.accelerator, model)
     if fit.kept:
         trainer.add_callback(_Sparing(model, [fit.checkpoints(_share(step), engine) for step in steps]))
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and

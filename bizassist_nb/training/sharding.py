@@ -1,0 +1,57 @@
+"""One base spread over the ranks of a run, by PyTorch's FSDP2: each keeps its part of every frozen weight, and has a
+whole decoder block only while that computes.
+
+The adapter is not spread: each rank has all of it, and DistributedDataParallel averages its gradients as it does where
+every rank has a whole base. So checkpoints and adapters are the same files, and a run can go on either way.
+"""
+
+import os
+from typing import Any
+
+from bizassist_nb import models
+
+
+def shard(model: Any) -> None:
+    """Spread the frozen weights of a base in NF4 with its adapter, which are in RAM, over the ranks' devices, in place.
+
+    The weights stay bytes: FSDP2 asks only of what is trained that it be one floating dtype. Their scales, about a
+    thirtieth of them, stay whole: bitsandbytes keeps them beside the weights, in each layer's `quant_state`.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    kind, _, _ = models.device().partition(":")
+    mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
+    # As in accelerate's configuration; its own word for yes is "true".
+    again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
+    base = model.get_base_model()
+    for block in base.get_decoder().layers:
+        fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=adapter)
+    fully_shard(model, mesh=mesh, ignored_params=adapter)  # embeddings, output layer, last norm
+    for parameter in adapter:
+        parameter.data = parameter.data.to(models.device())
+    base.hf_device_map = {"": models.device()}  # which accelerate asks when it prepares the model
+
+
+def in_step(accelerator: Any, model: Any) -> Any:
+    """That model for a trainer: under the accelerator's autocast, and the adapters' gradients averaged over the ranks.
+
+    accelerate itself refuses to do the second for a model that has sharded parameters.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    return DistributedDataParallel(model)
+
+
+def held(model: Any) -> tuple[int, int]:
+    """(bytes of the base's weights that this rank holds, bytes of all of them)."""
+    from torch.distributed.tensor import DTensor
+
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
+    return here, sum(parameter.nbytes for parameter in frozen)
