@@ -24,6 +24,7 @@ from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.engines import Engine
+from bizassist_nb.training.graphs import CaptureError, Graphs
 from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.preflight import Fit
 from bizassist_nb.training.ranks import NoRoomError, this_rank
@@ -181,9 +182,13 @@ def build_trainer(
         processing_class=chat.tokenizer,
         callbacks=[RunCallback(journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )
-    trainer.journal = journal
+    trainer.journal, trainer.fit = journal, fit
+    trainer.checkpointed = [fit.checkpoints(_share(step), engine) for step in steps]
     if fit.kept:
-        trainer.add_callback(_Sparing(model, [fit.checkpoints(_share(step), engine) for step in steps]))
+        trainer.add_callback(_Sparing(model, trainer.checkpointed))
+    if fit.graphs:
+        free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
+        trainer.graphs = Graphs(model, fit.micro_batch, max(len(row.input_ids) for step in free for row in step))
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
     for parameter in model.parameters():
@@ -250,6 +255,25 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
     """One whose checkpoints are whole or absent, and go where the journal has a place for them."""
 
     journal: Outbox
+    fit: Fit
+    checkpointed: list[bool]
+    """Of each step whether it goes through with checkpointing."""
+    graphs: Graphs | None = None
+    """What the others go through, where they do not go through the model's own modules."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """The loss of a micro-batch, whose gradients are added up."""
+        if self.graphs and not self.checkpointed[self.state.global_step]:
+            model.train()
+            ready = self._prepare_inputs(inputs)
+            try:
+                return self.graphs(ready["input_ids"], ready["labels"], num_items_in_batch)
+            except CaptureError as error:
+                self.graphs = None
+                fit = dataclasses.replace(self.fit, graphs=False, reason=f"no CUDA graphs of this model ({error})")
+                self.journal.write("fit", step=self.state.global_step, **dataclasses.asdict(fit))
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
