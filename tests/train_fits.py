@@ -38,7 +38,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
     first: list[torch.Tensor] = []
     shortest = min(len(step) * max(len(example.input_ids) for example in step) for step in steps)  # tokens, padded
 
-    def train(name, micro_batch, checkpointing=False, kept=0, graphs=False, full=lambda _: False):
+    def train(name, micro_batch, checkpointing=False, kept=0, graphs=False, unpacked=False, full=lambda _: False):
         """`full` says of (step, rows, checkpointing) whether memory runs out, once the backward pass is through."""
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -64,7 +64,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
         path.mkdir()
         (path / "settings.toml").write_text(settings.to_toml())
         model = engines.load(engine, models.resolve(folder), settings, checkpointing=checkpointing)
-        fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept, graphs)
+        fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept, graphs, unpacked)
         found: dict[str, object] = {}
         try:
             found["done"] = trainer.train(Run(path), Outbox(path), stop, engine, settings, fit, model, chat, steps)
@@ -92,7 +92,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
         "never": train("never", 2, full=lambda now: now[0] == 2),
     }
     if engine.name == "transformers":
-        result["graphs"] = train("graphs", 4, graphs=True)
+        result["graphs"] = train("graphs", 4, graphs=True, unpacked=True)
         result["halved graphs"] = train("halved-graphs", 4, graphs=True, full=lambda now: now[0] == 1 and now[1] == 4)
         result["sparing graphs"] = train("sparing-graphs", 4, checkpointing=True, kept=shortest, graphs=True)
     print(json.dumps(result | {"engine": dataclasses.asdict(engine), "shapes": [len(step) for step in steps]}))

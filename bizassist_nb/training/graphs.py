@@ -7,7 +7,7 @@ with, a linear layer with its adapter, a norm and the loss are each computed in 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -42,9 +42,13 @@ class Graphs:
     On a CPU, which has no graphs, the same is computed outright.
     """
 
-    def __init__(self, model: Any, rows: int, longest: int):
-        """For micro-batches of so many rows, or fewer, the longest of which has so many tokens a row."""
-        self._model, self._rows, self._longest = model, rows, padded(longest)
+    def __init__(self, model: Any, rows: int, longest: int, *, unpacked: bool):
+        """For micro-batches of so many rows, or fewer, the longest of which has so many tokens a row.
+
+        With `unpacked`, the base's matrices are held in 16 bits besides, so that no pass has to unpack them.
+        """
+        self._model, self._rows, self._longest, self._unpacked = model, rows, padded(longest), unpacked
+        self._matrices: dict[Any, torch.Tensor] = {}
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         count, device = sum(parameter.numel() for parameter in self._parameters), model.device
         self._flat = torch.zeros(count, device=device)
@@ -88,6 +92,9 @@ class Graphs:
     def _pass(self, length: int) -> _Pass:
         if not self._passes and not _computable(self._model):
             raise CaptureError("it has dropout, or an output layer of another kind")
+        if not self._passes and self._unpacked:
+            layers = [module for module in self._model.modules() if isinstance(module, LoraLayer)]
+            self._matrices = {layer: _unpacked(layer.base_layer.weight) for layer in layers}
         if not self._passes and self._on_gpu:
             self._warm_up()
             # The longest first: the others find room in its memory, and if there is none for it, that shows at once.
@@ -100,7 +107,7 @@ class Graphs:
         ids, labels = self._rows_of(length)
 
         def run() -> None:
-            with lean(self._model):
+            with lean(self._model, self._matrices):
                 self._compute(ids, labels)
 
         return _Pass(ids, labels, run)
@@ -110,7 +117,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         self._bind()
         try:
-            with lean(self._model), torch.cuda.graph(graph, pool=self._pool):
+            with lean(self._model, self._matrices), torch.cuda.graph(graph, pool=self._pool):
                 self._compute(ids, labels)
         except RuntimeError as error:
             first = error.__context__  # ending a capture that has failed fails, too
@@ -149,18 +156,18 @@ def _computable(model: Any) -> bool:
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None) not in (None, 1):
         return False
-    if type(head) is not torch.nn.Linear or head.bias is not None:
+    if type(head) is not torch.nn.Linear or getattr(head, "bias", None) is not None:
         return False
     return not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
 
 
 @contextlib.contextmanager
-def lean(model: Any) -> Iterator[None]:
-    """Have linear layers with adapters, and norms, compute by fewer kernels."""
+def lean(model: Any, matrices: Mapping[Any, torch.Tensor]) -> Iterator[None]:
+    """Have linear layers with adapters, and norms, compute by fewer kernels; `matrices` are layers' bases, unpacked."""
     changed = []
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.forward = _adapted(module)
+            module.forward = _adapted(module, matrices.get(module))
         elif type(module).__name__ in _NORMS:
             module.forward = _norm(module)
         else:
@@ -178,47 +185,55 @@ def _norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: torch.nn.functional.rms_norm(x, shape, weight, eps)
 
 
-def _adapted(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _adapted(layer: Any, matrix: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     (name,) = layer.active_adapters
     down, up, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    packed = layer.base_layer.weight
-    return lambda x: _Adapted.apply(  # type: ignore[no-untyped-call]
-        x, packed.data, packed.quant_state, down, up, scaling
-    )
+    weight = layer.base_layer.weight if matrix is None else matrix
+    return lambda x: _Adapted.apply(x, weight, down, up, scaling)  # type: ignore[no-untyped-call]
+
+
+def _unpacked(weight: Any) -> torch.Tensor:
+    """The matrix (N, K) of a 4-bit weight; one that is unpacked already is itself."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    matrix: torch.Tensor = dequantize_4bit(weight.data, state) if (state := _state(weight)) else weight
+    return matrix
+
+
+def _state(weight: Any) -> Any:
+    return getattr(weight, "quant_state", None)
 
 
 class _Adapted(torch.autograd.Function):
-    """x W^T + scaling (x A^T) B^T: a 4-bit matrix with its adapter. The sums need no kernels of their own."""
+    """x W^T + scaling (x A^T) B^T: a matrix, mostly a 4-bit one, with its adapter. The sums need no kernels of their
+    own.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, packed: torch.Tensor, state: Any, a: torch.Tensor, b: torch.Tensor, scaling: float
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """x (..., K), a (R, K), b (N, R), to (..., N); the adapter is rounded to the dtype of x."""
-        from bitsandbytes.functional import dequantize_4bit
-
+        """x (..., K), weight (N, K), a (R, K), b (N, R), to (..., N); the adapter is rounded to the dtype of x."""
         flat = x.reshape(-1, x.shape[-1])
         a, b = a.to(x.dtype), b.to(x.dtype)
         inner = flat @ a.T
-        out = flat @ dequantize_4bit(packed, state).to(x.dtype).T
+        out = flat @ _unpacked(weight).T
         out.addmm_(inner, b.T, alpha=scaling)
-        ctx.save_for_backward(flat, packed, a, b, inner)
-        ctx.state, ctx.scaling = state, scaling
+        ctx.save_for_backward(flat, a, b, inner)
+        ctx.weight, ctx.scaling = weight, scaling
         return torch.as_tensor(out.view(*x.shape[:-1], -1))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """Of x, a and b; the base's matrix has none."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        flat, packed, a, b, inner = ctx.saved_tensors
+        flat, a, b, inner = ctx.saved_tensors
         out = gradient.reshape(-1, gradient.shape[-1])
         inward = (out @ b) * ctx.scaling
-        x = out @ dequantize_4bit(packed, ctx.state).to(out.dtype)
+        x = out @ _unpacked(ctx.weight)
         x.addmm_(inward, a)
         of_a = (inward.T @ flat).float()
         of_b = (out.T @ inner).float() * ctx.scaling
-        return x.view(*gradient.shape[:-1], -1), None, None, of_a, of_b, None
+        return x.view(*gradient.shape[:-1], -1), None, of_a, of_b, None
 
 
 class _Loss(torch.autograd.Function):

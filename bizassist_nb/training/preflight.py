@@ -131,6 +131,8 @@ class Fit:
     every step has a larger one."""
     graphs: bool = False
     """Whether passes without checkpointing are replayed as CUDA graphs."""
+    unpacked: bool = False
+    """With graphs: whether there is room for the base's matrices in 16 bits, too, which saves unpacking them."""
 
     def checkpoints(self, rows: Sequence[int], engine: Engine) -> bool:
         """Whether rows of these lengths, which go through in this fit's micro-batches, need checkpointing."""
@@ -229,6 +231,8 @@ def _estimate(
     fit = choose(settings, engine, model, on, lengths)
     rows = longest(lengths, fit.micro_batch, engine)
     parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
+    if fit.unpacked:
+        parts["unpacked weights"] = unpacked(model, on)
     if fit.kept:  # the fullest may be a step that does without checkpointing
         spared = [step for step in lengths if not fit.checkpoints(step, engine)]
         most = longest(spared, fit.micro_batch, engine)
@@ -272,7 +276,9 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
 
     def fit(size: int) -> Fit | None:
         if need(size, False) <= room:
-            return Fit(size, False, on.precision, _why(settings, need(size, False), on), graphs=graphs)
+            also = unpacked(model, on) if graphs and need(size, False) + unpacked(model, on) <= room else 0
+            why = _why(settings, need(size, False) + also, on)
+            return Fit(size, False, on.precision, why, graphs=graphs, unpacked=bool(also))
         if need(size, True) > room:
             return None
         why = f"{_why(settings, need(size, True), on)}; without checkpointing {need(size, False):.1f}"
@@ -382,6 +388,11 @@ def peak(
     }
 
 
+def unpacked(model: Shape, on: Device) -> float:
+    """GiB of the base's matrices in the dtype of arithmetic."""
+    return model.linear * on.width / GIB
+
+
 def _kept(model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[int]) -> float:
     """Bytes that one block keeps of a token for the way back."""
     h, i, q, kv = model.hidden, model.intermediate, model.query, model.key_value
@@ -426,7 +437,8 @@ def _work(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[i
     """
     launch, operations, bandwidth = _SPEED.get(on.capability, _SPEED[9, 0])
     launch *= model.layers
-    weights = 2 * model.linear * (_NF4 + 2 * on.width) / bandwidth  # read, written in 16 bits, and read again
+    read = on.width if fit.unpacked else _NF4 + 2 * on.width  # or read, written in 16 bits, and read again
+    weights = 2 * model.linear * read / bandwidth
     each = 4 * model.linear / operations  # a token's two passes, as gradients of the base's weights are not wanted
     seconds = 0.0
     for step in lengths:

@@ -128,10 +128,13 @@ def out_of_memory(error: BaseException) -> bool:
 def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: list[Example], problem: str) -> Fit:
     """The next fit to try when memory ran out in that step.
 
-    Checkpointing where it was thought to do without; then half the micro-batch, or the largest below; then
-    checkpointing in every step.
+    Without what only saves time; checkpointing where it was thought to do without; then half the micro-batch, or the
+    largest below; then checkpointing in every step.
     """
     on, lengths = preflight.device(), _share(step)
+    if fit.unpacked:
+        why = f"memory ran out beside the base in 16 bits ({problem})"
+        return dataclasses.replace(fit, unpacked=False, reason=why)
     if fit.kept and not fit.checkpoints(lengths, engine):
         why = f"memory ran out in a step without checkpointing ({problem})"
         return dataclasses.replace(fit, kept=0, reason=why)
@@ -186,9 +189,10 @@ def build_trainer(
     trainer.checkpointed = [fit.checkpoints(_share(step), engine) for step in steps]
     if fit.kept:
         trainer.add_callback(_Sparing(model, trainer.checkpointed))
-    if fit.graphs:
-        free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
-        trainer.graphs = Graphs(model, fit.micro_batch, max(len(row.input_ids) for step in free for row in step))
+    free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
+    if fit.graphs and free:
+        longest = max(len(row.input_ids) for step in free for row in step)
+        trainer.graphs = Graphs(model, fit.micro_batch, longest, unpacked=fit.unpacked)
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
     for parameter in model.parameters():
@@ -270,7 +274,9 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
                 return self.graphs(ready["input_ids"], ready["labels"], num_items_in_batch)
             except CaptureError as error:
                 self.graphs = None
-                fit = dataclasses.replace(self.fit, graphs=False, reason=f"no CUDA graphs of this model ({error})")
+                fit = dataclasses.replace(
+                    self.fit, graphs=False, unpacked=False, reason=f"no CUDA graphs of this model ({error})"
+                )
                 self.journal.write("fit", step=self.state.global_step, **dataclasses.asdict(fit))
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
