@@ -71,6 +71,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if processes := run.last("processes"):
         count, rows = processes["count"], run.settings.batch_size
         found.append(("processes", f"{count}, each with {rows // count} of the {rows} examples of a step"))
+    if sharded := run.last("sharded"):
+        held, whole = (sharded[name] / 2**20 for name in ("held", "whole"))
+        found.append(("base", f"sharded: of its {whole:,.1f} MiB each process holds {held:,.1f} (the first)"))
     if data := run.last("data"):
         found.append(("data", _data_words(data)))
     if expected := run.last("preflight"):

@@ -55,6 +55,7 @@ EVENTS: Final = {
     "preflight": {"sentence": str},
     "fit": {"step": int, "micro_batch": int, "checkpointing": bool, "precision": str, "reason": str},
     "parameters": {"trainable": int, "total": int},
+    "sharded": {"held": int, "whole": int},
     "step": {
         "step": int, "loss": float, "learning_rate": float, "gradient_norm": (None, float), "tokens": int,
         "seconds": float,

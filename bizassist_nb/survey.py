@@ -90,8 +90,8 @@ def survey(settings: Settings) -> Iterator[Survey]:
         SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
         ModelError: if the model or its tokenizer cannot be had.
     """
-    count, _ = several.processes(settings)
-    engine = engines.choose(settings.engine, processes=count)
+    count, _, sharded = several.processes(settings)
+    engine = engines.choose(settings.engine, processes=count, sharded=sharded)
     table = _table(settings.data, tuple(sorted(settings.columns.items())), _state_of(settings.data))
     training, _ = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
     base = models.resolve(settings.model)
@@ -107,7 +107,8 @@ def survey(settings: Settings) -> Iterator[Survey]:
     order = [min(lengths[row.number][1], settings.max_length) for row in training if row.number not in unused]
     steps = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
     shares = [Rank(count=count).longest(step) for step in steps]
-    yield dataclasses.replace(found, expected=preflight.estimate(settings.share(count), engine, base, shares))
+    on = dataclasses.replace(preflight.device(), sharing=count if sharded else 1)
+    yield dataclasses.replace(found, expected=preflight.estimate(settings.share(count), engine, base, shares, on))
 
 
 def tokens(chat: ChatTokenizer, example: Example) -> list[tuple[str, bool]]:

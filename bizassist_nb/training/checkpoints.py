@@ -131,7 +131,6 @@ class Best:
     def __init__(self, run_path: Path):
         """Look into the run's directory: a resumed run goes on with what it had."""
         self.path = run_path / "best"
-        recover(self.path)
         self.step, self.loss = 0, float("inf")
         if (record := self.path / _SCORE).is_file():
             known = json.loads(record.read_text("utf-8"))

@@ -9,7 +9,7 @@ from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
-from bizassist_nb.training.ranks import Rank, this_rank
+from bizassist_nb.training.ranks import scorers
 from bizassist_nb.verdict import Score, assess, judge
 from bizassist_nb.whole import write_json
 
@@ -27,7 +27,7 @@ def score(
     """
     import torch
 
-    rank = this_rank() if this_rank().sharded else Rank()
+    rank = scorers()
     training = model.training
     model.eval()
     scores: dict[int, Score] = {}

@@ -84,7 +84,7 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
 
 
 def _started(run: Run) -> Run:
-    module = SEVERAL if processes(run.settings)[0] > 1 else WORKER
+    module = SEVERAL if processes(run.settings).count > 1 else WORKER
     lock = take_lock(run.path, patience=20 if run.status in ENDED else 0.2)
     # A stop that arrives while the worker is still importing must wait until it listens; masks are inherited.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

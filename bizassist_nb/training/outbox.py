@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from bizassist_nb.errors import RunError, brief
 from bizassist_nb.runs import EVENTS, FULL, Journal, is_locked, kept_folder, line_of, take_lock, write_worker
@@ -22,8 +22,6 @@ _EVERY: Final = 1.0
 """Seconds between attempts."""
 _PATIENCE: Final = 3600.0
 """Seconds for which a worker that has nothing else to do waits for its directory."""
-
-_T = TypeVar("_T")
 
 
 class Outbox(Journal):
@@ -133,15 +131,16 @@ class Outbox(Journal):
                 self._run_path, kept.step, lambda part: shutil.copytree(kept.path, part, dirs_exist_ok=True)
             )
 
-    def insist(self, what: str, write: Callable[[], _T]) -> _T:
-        """Have `write` write into the run's directory, waiting for that for as long as it is away; what it gives.
+    def insist(self, what: str, write: Callable[[], object]) -> None:
+        """Have `write` write into the run's directory, waiting for that for as long as it is away.
 
         Raises:
             RunError: if the directory is there and it cannot be written even so, or after an hour.
         """
         while True:
             try:
-                return write()
+                write()
+                return
             except OSError as error:
                 if self._in_reach():
                     raise RunError(

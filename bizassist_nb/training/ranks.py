@@ -146,9 +146,8 @@ class Silent(Outbox):
         """None: it is the first that knows."""
         return None
 
-    def insist(self, what: str, write: Callable[[], T]) -> T | None:  # type: ignore[override] # nothing is read of it
+    def insist(self, what: str, write: Callable[[], object]) -> None:
         """Write nothing."""
-        return None
 
 
 @functools.cache
@@ -158,6 +157,11 @@ def this_rank() -> Rank:
         return Rank()
     number, count, beside = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return Rank(number, count, beside, os.environ.get(SHARDED) == "true")
+
+
+def scorers() -> Rank:
+    """This rank among those that score and answer: all of them where the base is sharded, else it alone."""
+    return this_rank() if this_rank().sharded else Rank()
 
 
 def end_with_launcher() -> None:

@@ -15,13 +15,14 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import psutil
 
-from bizassist_nb.errors import SettingsError
+from bizassist_nb.errors import BizassistError, SettingsError, without_secrets
 from bizassist_nb.runs import WORKER, Run
 from bizassist_nb.settings import Settings, user_path
+from bizassist_nb.training import engines
 from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.ranks import FIT, LAUNCHER
 
@@ -48,7 +49,7 @@ def main(directory: str) -> int:
     worker = ["--module", WORKER, str(run.path)]
     while True:
         try:
-            launch_command(launch_command_parser().parse_args([*processes(run.settings)[1], *worker]))
+            launch_command(launch_command_parser().parse_args([*processes(run.settings).arguments, *worker]))
         except ChildFailedError as error:
             if run.status == "stopped":  # before training began, so the others had to be ended
                 return 0
@@ -59,11 +60,11 @@ def main(directory: str) -> int:
                 Outbox(run.path).write("state", state="stopped")
                 return 0
             os.environ[FIT] = json.dumps(fit)  # memory ran out: all go on from the last checkpoint, with less at once
-        except SettingsError as error:
+        except BizassistError as error:
             return _fail(run, str(error), True)
         except Exception as error:  # noqa: BLE001 - the process ends here, and its run has to say why
-            traceback.print_exc()
-            return _fail(run, f"{type(error).__name__}: {error}", False)
+            print(without_secrets(traceback.format_exc()), file=sys.stderr)
+            return _fail(run, without_secrets(f"{type(error).__name__}: {error}"), False)
         else:
             return 0
 
@@ -123,24 +124,38 @@ def _fail(run: Run, message: str, expected: bool) -> int:
 # --- what accelerate is told ---------------------------------------------------------------------------------------
 
 
-def processes(settings: Settings) -> tuple[int, list[str]]:
-    """(how many processes train a run, what `accelerate launch` is told about them); it is for more than one.
+class Processes(NamedTuple):
+    """Those that train a run."""
+
+    count: int
+    arguments: list[str]
+    """What `accelerate launch` is told about them, if there are several."""
+    sharded: bool = False
+    """Whether the base is spread over them (FSDP)."""
+
+
+def processes(settings: Settings) -> Processes:
+    """The processes that train a run of these settings.
 
     Raises:
         SettingsError: if there are fewer GPUs than asked for, the configuration cannot be used, or the examples of a
             step cannot be shared out evenly.
+        EngineError: if the engine asked for cannot train a sharded base.
     """
+    sharded = False
     if settings.accelerate_config:
-        count, which = _configured(settings.accelerate_config)
+        count, which, sharded = _configured(settings.accelerate_config)
+        engines.choose(settings.engine, processes=count, sharded=sharded)
     elif settings.gpus in ("auto", 1):
-        return 1, []
+        return Processes(1, [])
     else:
         count = _gpus(settings.gpus)
         # All is said: what is not, accelerate would take from the user's default configuration.
         which = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--machine_rank", "0"]
         which += ["--gpu_ids", "all", *_ANY_PORT]
     settings.share(count)
-    return count, [*which, "--mixed_precision", "no", "--dynamo_backend", "no"]  # of both the trainer is told by us
+    # Of precision and compiling the trainer is told by us.
+    return Processes(count, [*which, "--mixed_precision", "no", "--dynamo_backend", "no"], sharded)
 
 
 _ANY_PORT: Final = ("--main_process_port", "0")
@@ -157,8 +172,8 @@ def _gpus(asked: int | str) -> int:
     raise SettingsError([f"gpus = {json.dumps(asked)}: this machine has {has}; take {there or json.dumps('auto')}"])
 
 
-def _configured(name: str) -> tuple[int, list[str]]:
-    """(number of processes, what `accelerate launch` is told) for an accelerate configuration, once looked through."""
+def _configured(name: str) -> Processes:
+    """The processes of an accelerate configuration, once that is looked through."""
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
     path = user_path(name).absolute()
@@ -171,12 +186,16 @@ def _configured(name: str) -> tuple[int, list[str]]:
         raise _refused(path, "it is for a cloud service; write one for machines of your own with: accelerate config")
     count, machines = config.num_processes, config.num_machines
     kind = getattr(config.distributed_type, "value", config.distributed_type)
-    if kind != "MULTI_GPU":
+    if kind not in ("MULTI_GPU", "FSDP"):
         raise _refused(
             path,
-            f"distributed_type is {kind}; a run has the whole model in each process, which is distributed_type: "
-            "MULTI_GPU (with use_cpu: true for processes without GPUs)",
+            f"distributed_type is {kind}; take MULTI_GPU, where each process has the whole base, or FSDP, where they "
+            "share one (both with use_cpu: true for processes without GPUs)",
         )
+    if config.parallelism_config:
+        raise _refused(path, "parallelism_config: rows, or with FSDP the base, are shared by all processes alike")
+    if kind == "FSDP":
+        _check_fsdp(path, config.fsdp_config)
     if not isinstance(count, int) or not isinstance(machines, int) or machines < 1 or count < 2 or count % machines:
         raise _refused(
             path,
@@ -189,7 +208,35 @@ def _configured(name: str) -> tuple[int, list[str]]:
     if not config.use_cpu and _gpu_count() < here:
         raise _refused(path, f"it asks for {here} processes on this machine, which has {_gpu_count()} CUDA GPUs")
     port = _ANY_PORT if machines == 1 and config.main_process_port is None else ()
-    return count, ["--config_file", str(path), *port]
+    return Processes(count, ["--config_file", str(path), *port], kind == "FSDP")
+
+
+_FSDP: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
+    "fsdp_version": (
+        (2,),
+        "FSDP1, which accelerate takes where it is not said, lays the weights of a block end to end in one dtype, and "
+        "those in 4 bits are bytes",
+    ),
+    "fsdp_reshard_after_forward": ((True, False), "FSDP2 knows yes and no"),
+    "fsdp_auto_wrap_policy": (("TRANSFORMER_BASED_WRAP",), "what is gathered at a time is one decoder block"),
+    "fsdp_offload_params": ((False,), "weights in RAM were not tried"),
+    "fsdp_activation_checkpointing": ((False,), "a run turns checkpointing on itself, if it has to"),
+    "fsdp_cpu_ram_efficient_loading": (
+        (True, False),
+        "a machine's processes load the base one after the other either way",
+    ),
+    "fsdp_state_dict_type": (("FULL_STATE_DICT", "SHARDED_STATE_DICT"), "checkpoints are those of every run"),
+}
+"""What each key of `fsdp_config` may be, and why."""
+
+
+def _check_fsdp(path: Path, found: dict[str, Any]) -> None:
+    for key, (allowed, why) in _FSDP.items():
+        value = found.get(key, 1 if key == "fsdp_version" else allowed[0])
+        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+            raise _refused(path, f"{key} is {value}, and has to be {' or '.join(map(str, allowed))}: {why}")
+    if unknown := sorted(found.keys() - _FSDP.keys()):
+        raise _refused(path, f"{', '.join(unknown)} of fsdp_config cannot be followed; take it out")
 
 
 def _gpu_count() -> int:

@@ -3,13 +3,15 @@
 SIGTERM stops it: in training after the current step, with a checkpoint and the adapter saved; before that at once.
 
 On several GPUs each has such a process (`bizassist_nb.training.several` launches them). The first does all of what is
-said here; the others load the same, train along, and leave.
+said here; the others load the same, train along, and leave. Where the base is sharded over them, they do all of it, but
+write nothing.
 """
 
 import dataclasses
 import importlib.metadata
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -18,6 +20,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -27,16 +30,17 @@ from bizassist_nb import models
 from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
 from bizassist_nb.errors import BizassistError, DataError, RunError, brief, without_secrets
+from bizassist_nb.degeneration import counted
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
-from bizassist_nb.training import engines, preflight
-from bizassist_nb.training.answering import answer, answer_apart
+from bizassist_nb.training import engines, preflight, sharding
+from bizassist_nb.training.answering import answer, answer_apart, max_new_tokens
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.evaluation import Exam, rows_of
 from bizassist_nb.training.outbox import Outbox
-from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_reason, this_rank
+from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_reason, scorers, this_rank
 from bizassist_nb.verdict import Score, mean_loss
 from bizassist_nb.whole import write_json
 
@@ -103,6 +107,8 @@ def main(directory: str) -> int:
             work(run, journal, stop)
             clear(run.path)
             journal.settle()
+        elif rank.sharded:
+            work(run, journal, stop)
         else:
             follow(run, journal, stop)
     except Stopped:
@@ -128,7 +134,7 @@ def _fail(journal: Outbox, error: Exception, *, expected: bool) -> int:
 
 
 def follow(run: Run, journal: Outbox, stop: Stop) -> None:
-    """What every rank but the first does: load the same, train along, and leave."""
+    """What every rank but the first does that has a whole base: load the same, train along, and leave."""
     this_rank().join()
     engine = _engine(run, journal)
     from bizassist_nb.training.trainer import train  # takes its time, which the first needs, too
@@ -148,22 +154,26 @@ def work(run: Run, journal: Outbox, stop: Stop) -> None:
     journal.write("state", state="loading")
     stop.patient = False
     stop.check()  # one may have been asked for while this process was being started
-    if (count := this_rank().count) > 1:
-        journal.write("processes", count=count)
-        this_rank().join()
+    rank = this_rank()
+    if rank.count > 1 or rank.sharded:
+        journal.write("processes", count=rank.count)
+        rank.join()
     engine = _engine(run, journal)
+    if not rank.first:
+        rank.meet()  # now the first has written which model it is to be
     base = models.resolve(run.model)
     journal.write("model", **vars(base))
     table, chat, steps, exam = _prepare(run, journal, base)
-    _write_environment(run, engine.name, base, table)
-    this_rank().meet()
+    best = Best(run.path)
+    if rank.first:
+        _write_environment(run, engine.name, base, table)
+        rank.meet()
     fit = _preflight(journal, settings, engine, base, steps)
     model = _load(journal, engine, base, settings, fit)
 
     journal.write("state", state="scoring", who="base")
     with model.disable_adapter():
         base_scores = _examine(journal, "base", 0, model, exam, stop)
-    best = Best(run.path)
     done = _train(run, journal, stop, engine, fit, model, chat, steps, exam, best)
     if done < len(steps):
         journal.insist("the model card", lambda: write_card(run))
@@ -172,7 +182,7 @@ def work(run: Run, journal: Outbox, stop: Stop) -> None:
     stop.patient = False  # what training gave is saved; scoring can be done again on resuming
     journal.write("state", state="scoring", who="tuned")
     tuned_scores = _examine(journal, "tuned", done, model, exam, stop)
-    better = best.loss < mean_loss(tuned_scores[0])
+    [better] = scorers().told([best.loss < mean_loss(tuned_scores[0])])
     if better and settings.keep == "best":
         _take_best(run, journal, best, model, chat, stop)
         tuned_scores = _examine(journal, "tuned", best.step, model, exam, stop)
@@ -180,7 +190,9 @@ def work(run: Run, journal: Outbox, stop: Stop) -> None:
     journal.write("state", state="answering")
     answers: dict[str, Any] | None
     if engine.name == "transformers":
-        answers = journal.insist("the answers", lambda: answer(run, model, chat, "default", between=stop.check))
+        given = answer(run, model, chat, "default", between=stop.check)
+        journal.insist("the answers", lambda: write_json(run.path / "answers.json", given))
+        answers = counted(given, max_new_tokens())
     else:
         del model  # to make room for the plain one
         answers = _answers_from_apart(run, journal)
@@ -190,7 +202,7 @@ def work(run: Run, journal: Outbox, stop: Stop) -> None:
     journal.insist("the loss plot", lambda: save_loss_png(run))
     journal.insist("the model card", lambda: write_card(run))
     journal.write("state", state="finished")
-    if settings.keep == "best" or not better:
+    if rank.first and (settings.keep == "best" or not better):
         best.forget()  # not before: resumed from here without it, the run would end with another adapter
 
 
@@ -200,7 +212,9 @@ def _write_result(run: Run, journal: Outbox, result: dict[str, Any]) -> None:
 
 def _engine(run: Run, journal: Outbox) -> engines.Engine:
     """What trains, imported where it has to be the first; a resumed run keeps its own."""
-    engine = engines.choose(run.environment.get("engine", run.settings.engine), processes=this_rank().count)
+    rank = this_rank()
+    asked = run.environment.get("engine", run.settings.engine)
+    engine = engines.choose(asked, processes=rank.count, sharded=rank.sharded)
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
     journal.write("engine", **vars(engine))
@@ -221,11 +235,18 @@ def _prepare(run: Run, journal: Outbox, base: models.Base) -> tuple[Table, ChatT
 
 
 def _load(journal: Outbox, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit) -> Any:
-    model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
-    trainable, total = models.count_parameters(model)
-    journal.write("parameters", trainable=trainable, total=total)
-    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
-    return model
+    def load() -> Any:
+        model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
+        trainable, total = models.count_parameters(model)
+        journal.write("parameters", trainable=trainable, total=total)
+        print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+        if this_rank().sharded:
+            sharding.shard(model)
+            held, whole = sharding.held(model)
+            journal.write("sharded", held=held, whole=whole)
+        return model
+
+    return this_rank().in_turn(load)  # so that the RAM of a machine holds one whole base at a time
 
 
 def _train(
@@ -244,7 +265,8 @@ def _train(
     from bizassist_nb.training.trainer import train
 
     stop.patient = True
-    _forget_scores(run, len(steps))
+    if this_rank().first:
+        _forget_scores(run, len(steps))
     watch = _watch(journal, run.settings, model, exam, chat, len(steps), best, stop)
     this_rank().meet()
     journal.write("state", state="training")
@@ -275,14 +297,18 @@ def _preflight(
     # All ranks cut alike: so that the longest share of a step fits, on the device with the least room.
     lengths = [rank.longest([len(example.input_ids) for example in step]) for step in steps]
     on = preflight.device()
-    on = dataclasses.replace(on, free=rank.least(on.free / (1 if on.on_gpu else rank.beside)))
+    free = rank.least(on.free / (1 if on.on_gpu else rank.beside))
+    on = dataclasses.replace(on, free=free, sharing=rank.count if rank.sharded else 1)
     expected = preflight.estimate(settings.share(rank.count), engine, base, lengths, on)
     fields = dataclasses.asdict(expected)
     fit = fields.pop("fit")
     journal.write("preflight", sentence=expected.sentence, peak=expected.peak, **fields)
+    step = 0
     if FIT in os.environ:
         fit = json.loads(os.environ[FIT])
-    journal.write("fit", step=0, **fit)
+        checkpoint = journal.newest_checkpoint()
+        step = checkpoint.step if checkpoint else 0
+    journal.write("fit", step=step, **fit)
     print(expected.sentence)
     return preflight.Fit(**fit)
 
@@ -326,25 +352,38 @@ def _watch(
 ) -> Callable[[int], None]:
     """What is done after each step: the held-out rows are scored when it is time, and the best adapter is kept.
 
-    Where memory runs out over it, training goes on as it was, without that score: its own step is through.
+    Where memory runs out over it, training goes on as it was, without that score: its own step is through. But not if
+    the base is sharded: then the others wait for this rank in the middle of a pass.
     """
     from bizassist_nb.training.trainer import out_of_memory  # after unsloth, which has to be imported first
 
-    every = settings.evaluate_every
+    every, rank = settings.evaluate_every, scorers()
     if isinstance(every, str):
-        every = max(1, round(3 * len(exam.held_out) / settings.share(this_rank().count).batch_size))
+        each = settings.batch_size * rank.count // this_rank().count  # examples of a step for each of those that score
+        every = max(1, round(3 * len(exam.held_out) / each))
+
+    def hurry() -> None:
+        if rank.told([stop.asked])[0]:  # all of them at the same place
+            raise Stopped
 
     def after(step: int) -> None:
         if step % every or steps - step < every / 2:  # the end, where all is scored anyway, is near
             return
         try:
-            scores = _score(journal, "tuned", step, model, exam, stop.hurry)
+            scores = _score(journal, "tuned", step, model, exam, hurry)
         except Stopped:
             return  # training itself stops in its own, orderly way
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+            if rank.sharded:
+                raise RunError(
+                    f"memory ran out while the held-out rows were scored after step {step} ({brief(error)}). Start it "
+                    f"under a new name with evaluate_every = {steps}, which leaves that out; what was saved is kept"
+                ) from error
             journal.write("unscored", step=step, reason=brief(error))
+            return
+        if not rank.first:
             return
         try:
             best.offer(step, mean_loss(scores), model, chat)
@@ -451,7 +490,16 @@ class _Log(io.FileIO):
             return len(text)
 
 
+def _say_errors_only() -> None:
+    """For a rank that is not the first: what is not an error, that one says."""
+    sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
 if __name__ == "__main__":
     _keep_lock()
     sys.stdout = sys.stderr = io.TextIOWrapper(_Log(1, "w", closefd=False), "utf-8", "replace", write_through=True)
+    if not this_rank().first:
+        _say_errors_only()
     sys.exit(main(sys.argv[1]))
