@@ -90,7 +90,8 @@ def survey(settings: Settings) -> Iterator[Survey]:
         SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
         ModelError: if the model or its tokenizer cannot be had.
     """
-    count, _, sharded = several.processes(settings)
+    processes = several.processes(settings)
+    count, sharded = processes.count, processes.sharded
     engine = engines.choose(settings.engine, processes=count, sharded=sharded)
     table = _table(settings.data, tuple(sorted(settings.columns.items())), _state_of(settings.data))
     training, _ = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)

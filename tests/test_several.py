@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -13,15 +16,16 @@ from live_kernel import wait_until
 from safetensors.torch import load_file
 
 from bizassist_nb import Settings, finetune
-from bizassist_nb.errors import SettingsError
+from bizassist_nb.errors import EngineError, SettingsError
 from bizassist_nb.report import run_text
 from bizassist_nb.runs import ENDED, Run, is_locked
 from bizassist_nb.survey import survey
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint
-from bizassist_nb.training.several import processes
+from bizassist_nb.training.several import Processes, processes
 
 TWO = "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\n"
+FSDP = TWO.replace("MULTI_GPU", "FSDP") + "fsdp_config:\n  fsdp_version: 2\n"
 STEPS = 12
 
 
@@ -132,10 +136,82 @@ def test_ending_in_every_way_and_going_on_is_as_if_nothing_had_been(settings, to
 
     losses = [[step.loss for step in each.steps] for each in (run, together)]
     assert losses[0][: stopped + 2] == losses[1][: stopped + 2]
+    as_if_nothing_had_been(run, together)
+
+
+def as_if_nothing_had_been(run: Run, together: Run) -> None:
+    """It learnt what the run learnt that ended by itself."""
+    losses = [[step.loss for step in each.steps] for each in (run, together)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     first, second = (load_file(each.adapter / "adapter_model.safetensors") for each in (run, together))
+    assert first.keys() == second.keys()
     moved = max(float(tensor.abs().max()) for name, tensor in second.items() if "lora_B" in name)
     assert all(torch.allclose(first[name], second[name], rtol=0, atol=0.02 * moved) for name in first)
+
+
+def test_a_sharded_base_learns_the_same_and_a_run_goes_on_with_or_without(settings, together, tmp_path, monkeypatch):
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(FSDP)
+    same = Settings(runs_dir=settings.runs_dir)
+
+    # The base is sharded, and the run is stopped.
+    run = launch.start(dataclasses.replace(settings, accelerate_config=str(config)), "sharded")
+    wait_until(lambda: len(run.steps) >= 2 or run.status in ENDED)
+    run.stop()
+    assert ended(run) == "stopped"
+    stopped = run.steps[-1].step
+    assert newest_checkpoint(run.path).step == stopped < 6
+    files = [{path.name for path in newest_checkpoint(each.path).path.iterdir()} for each in (run, together)]
+    assert files[0] == files[1]
+
+    # It goes on with a whole base in each process, of which one is killed.
+    config.write_text(TWO)
+    launch.start(same, "sharded", resume=True)
+    wait_until(lambda: len(run.steps) >= stopped + 2 or run.status in ENDED)
+    ranks(run)["1"].kill()
+    assert ended(run) == "failed"
+    killed = newest_checkpoint(run.path).step
+
+    # It is sharded again, memory runs out, and it goes on with less.
+    config.write_text(FSDP)
+    (tmp_path / "sitecustomize.py").write_text(FULL)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    finetune(same, "sharded", resume=True)
+    assert ended(run) == "finished"
+    resumed = [event["step"] for event in run.events if event["event"] == "resumed"]
+    assert resumed[:2] == [stopped, killed]
+    assert run.last("fit")["step"] == resumed[2] > killed
+    assert run.last("fit")["micro_batch"] == 1
+
+    as_if_nothing_had_been(run, together)
+    for who in ("base", "tuned"):
+        assert run.evaluation[who]["loss"] == pytest.approx(together.evaluation[who]["loss"], rel=1e-4)
+    assert [answer["base"] for answer in run.answers] == [answer["base"] for answer in together.answers]
+    states = [event["state"] for event in run.events if event["event"] == "state"]
+    assert states[-5:] == ["training", "scoring", "answering", "saving", "finished"]
+    sharded = run.last("sharded")
+    assert sharded["held"] == pytest.approx(sharded["whole"] / 2, rel=0.01)
+    assert "base: sharded: of its 12.0 MiB each process holds 6.0" in run_text(run)
+    log = (run.path / "worker.log").read_text()
+    assert log.count("trainable parameters") == 4  # the first process says so at each of four starts, no other does
+
+
+def test_a_process_has_a_whole_block_only_while_it_computes():
+    """Against a whole base, by tests/shards.py in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    script = str(Path(__file__).with_name("shards.py"))
+    result = subprocess.run([*command, script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 2
+    for each in found:
+        assert each["held"] == pytest.approx(each["whole"] / 2, rel=0.01)
+        for passes in each["passes"]:
+            assert passes["losses"] == pytest.approx(passes["whole_losses"], rel=1e-6)
+            assert passes["gradient_differs"] < 1e-6
+            # Of a block's bytes each had its half before and after, and while it computed the other blocks' halves.
+            assert passes["fullest"] <= each["held"] + each["block"] / 2 + each["outside"] / 2
+            assert passes["after"] == each["held"]
 
 
 FULL = """
@@ -186,12 +262,13 @@ def test_more_gpus_than_there_are_are_refused_before_anything_is_written(tmp_pat
 def test_gpus_become_processes_of_accelerate(monkeypatch):
     from accelerate.commands.launch import launch_command_parser
 
-    assert processes(Settings()) == processes(Settings(gpus=1)) == (1, [])
+    assert processes(Settings()) == processes(Settings(gpus=1)) == Processes(1, [])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for gpus, count in ((2, 2), ("all", 4)):
-        found, arguments = processes(Settings(gpus=gpus, batch_size=8))
-        told = launch_command_parser().parse_args([*arguments, "--module", "m"])
-        assert found == told.num_processes == count
+        found = processes(Settings(gpus=gpus, batch_size=8))
+        told = launch_command_parser().parse_args([*found.arguments, "--module", "m"])
+        assert found.count == told.num_processes == count
+        assert not found.sharded
         assert (told.multi_gpu, told.num_machines, told.main_process_port, told.mixed_precision) == (True, 1, 0, "no")
 
 
@@ -207,7 +284,14 @@ def test_gpus_become_processes_of_accelerate(monkeypatch):
         ("num_processes: 2\n", "accelerate does not take it: A `distributed_type` must be specified"),
         (TWO + "procs: 2\n", "unknown keys (['procs'])"),
         (TWO.replace("MULTI_GPU", "MULTI_CPU"), "distributed_type is MULTI_CPU"),
-        (TWO.replace("MULTI_GPU", "FSDP"), "distributed_type is FSDP; a run has the whole model in each process"),
+        (TWO.replace("MULTI_GPU", "DEEPSPEED"), "distributed_type is DEEPSPEED; take MULTI_GPU"),
+        (TWO.replace("MULTI_GPU", "FSDP"), "fsdp_version is 1, and has to be 2: FSDP1, which accelerate takes where"),
+        (FSDP.replace("version: 2", "version: 1"), "fsdp_version is 1, and has to be 2"),
+        (FSDP + "  fsdp_offload_params: true\n", "fsdp_offload_params is True, and has to be False: weights in RAM"),
+        (FSDP + "  fsdp_reshard_after_forward: FULL_SHARD\n", "FULL_SHARD, and has to be True or False"),
+        (FSDP + "  fsdp_activation_checkpointing: true\n", "a run turns checkpointing on itself"),
+        (FSDP + "  fsdp_min_num_params: 100\n", "fsdp_min_num_params of fsdp_config cannot be followed; take it out"),
+        (FSDP + "parallelism_config:\n  parallelism_config_tp_size: 2\n", "parallelism_config: "),
         (TWO.replace("processes: 2", "processes: 1"), "num_processes is 1 and num_machines 1"),
         (TWO.replace("machines: 1", "machines: 2").replace("processes: 2", "processes: 3"), "num_processes is 3"),
         (TWO.replace("use_cpu: true\n", ""), "it asks for 2 processes on this machine, which has 0 CUDA GPUs"),
@@ -225,20 +309,38 @@ def test_a_configuration_that_cannot_be_used_says_where_and_why(text, said, tmp_
     assert not (tmp_path / "runs").exists()
 
 
+def test_unsloth_is_refused_for_a_sharded_base_before_anything_is_written(tmp_path):
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(FSDP)
+    with pytest.raises(EngineError, match='engine = "unsloth" cannot be used under FSDP'):
+        finetune(Settings(engine="unsloth", accelerate_config=str(path), runs_dir=str(tmp_path / "runs")))
+    assert not (tmp_path / "runs").exists()
+
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "several-gpus.md").read_text("utf-8")
 
 
-def test_the_configuration_of_the_page_is_one_of_accelerate(tmp_path, monkeypatch):
-    path = tmp_path / "first.yaml"
-    path.write_text(PAGE.partition("```yaml\n")[2].partition("```")[0])
+def test_the_configurations_of_the_page_are_those_of_accelerate(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    count, arguments = processes(Settings(accelerate_config=str(path), batch_size=64))
-    told, _, _ = _validate_launch_command(launch_command_parser().parse_args([*arguments, "--module", "m"]))
-    assert (count, told.num_processes, told.num_machines, told.machine_rank) == (16, 16, 2, 0)
-    assert (told.multi_gpu, told.main_process_ip, told.main_process_port) == (True, "10.0.0.1", 29500)
+    def read(name: str, batch_size: int):
+        path = tmp_path / name
+        path.write_text(PAGE.partition(f"```yaml\n# {name}\n")[2].partition("```")[0])
+        found = processes(Settings(accelerate_config=str(path), batch_size=batch_size))
+        told = _validate_launch_command(launch_command_parser().parse_args([*found.arguments, "--module", "m"]))[0]
+        assert (told.multi_gpu, told.use_fsdp) == (not found.sharded, found.sharded)
+        assert found.count == told.num_processes
+        return found, told
+
+    found, told = read("first.yaml", 64)
+    assert (found.count, found.sharded, told.num_machines, told.machine_rank) == (16, False, 2, 0)
+    assert (told.main_process_ip, told.main_process_port) == ("10.0.0.1", 29500)
+    found, told = read("fsdp.yaml", 8)
+    assert (found.count, found.sharded, told.num_machines) == (2, True, 1)
+    found, told = read("fsdp-first.yaml", 64)
+    assert (found.count, found.sharded, told.num_machines, told.fsdp_version) == (16, True, 2, 2)
 
 
 def test_the_table_of_the_page_is_what_its_script_prints():

@@ -39,8 +39,8 @@ def choose(engine: str, *, processes: int = 1, sharded: bool = False) -> Engine:
     problem = _unsloth_problem()
     if engine == "unsloth" and sharded:
         raise EngineError(
-            'engine = "unsloth" cannot be used under FSDP: its GPU kernels read weights by ways of their own, which have '
-            'not been tried with sharded ones; set engine = "auto"'
+            'engine = "unsloth" cannot be used under FSDP: its GPU kernels read weights in ways of their own, which '
+            'have not been tried with sharded ones; set engine = "auto"'
         )
     graphs = processes == 1 and not sharded and _graphs()
     if engine == "transformers":

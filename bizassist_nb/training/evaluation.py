@@ -46,6 +46,8 @@ def score(
                 )
     finally:
         model.train(training)
+        if rank.sharded:  # else embeddings stay gathered until something is saved, which is in the first rank alone
+            model.reshard()
     everyone = {index: score for theirs in rank.gathered(scores) for index, score in theirs.items()}
     return [everyone[index] for index in range(len(examples))]
 

@@ -7,6 +7,7 @@ that it is held for as long as any rank lives.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
@@ -124,7 +125,8 @@ def _fail(run: Run, message: str, expected: bool) -> int:
 # --- what accelerate is told ---------------------------------------------------------------------------------------
 
 
-class Processes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Processes:
     """Those that train a run."""
 
     count: int
@@ -144,7 +146,8 @@ def processes(settings: Settings) -> Processes:
     """
     sharded = False
     if settings.accelerate_config:
-        count, which, sharded = _configured(settings.accelerate_config)
+        found = _configured(settings.accelerate_config)
+        count, which, sharded = found.count, found.arguments, found.sharded
         engines.choose(settings.engine, processes=count, sharded=sharded)
     elif settings.gpus in ("auto", 1):
         return Processes(1, [])

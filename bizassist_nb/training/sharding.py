@@ -44,7 +44,7 @@ def in_step(accelerator: Any, model: Any) -> Any:
 
     model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
     return DistributedDataParallel(model)
 
 

@@ -29,8 +29,8 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
-from bizassist_nb.errors import BizassistError, DataError, RunError, brief, without_secrets
 from bizassist_nb.degeneration import counted
+from bizassist_nb.errors import BizassistError, DataError, RunError, brief, without_secrets
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
 from bizassist_nb.runs import Run
