@@ -1,10 +1,11 @@
 """A base sharded over the processes that run this, beside a whole one: what they compute, and what each holds when.
 
-Started by `python -m torch.distributed.run`; each process prints a line of JSON, sizes in bytes of the base's weights.
+Started by `python -m torch.distributed.run ... shards.py FOLDER`, with a folder for the base; each process prints a
+line of JSON, sizes in bytes of the base's weights.
 """
 
 import json
-import tempfile
+import sys
 import warnings
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def main(folder: Path) -> None:
         vocab_size=300, hidden_size=64, intermediate_size=192, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)  # in the first process; in others it writes nothing
+    torch.distributed.barrier()
     ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(rank))  # each has rows of its own
 
     passes = []
@@ -95,5 +97,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as name:
-        main(Path(name))
+    main(Path(sys.argv[1]))

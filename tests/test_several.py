@@ -196,11 +196,11 @@ def test_a_sharded_base_learns_the_same_and_a_run_goes_on_with_or_without(settin
     assert log.count("trainable parameters") == 4  # the first process says so at each of four starts, no other does
 
 
-def test_a_process_has_a_whole_block_only_while_it_computes():
+def test_a_process_has_a_whole_block_only_while_it_computes(tmp_path):
     """Against a whole base, by tests/shards.py in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     script = str(Path(__file__).with_name("shards.py"))
-    result = subprocess.run([*command, script], capture_output=True, text=True, check=False)
+    result = subprocess.run([*command, script, str(tmp_path / "base")], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(found) == 2
