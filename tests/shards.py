@@ -40,6 +40,15 @@ def bytes_at_hand(parameters) -> int:
     return sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in parameters if not p.requires_grad)
 
 
+def watched(model) -> list[int]:
+    """What is at hand in the middle of every block, there and back; it grows as the model computes."""
+    seen: list[int] = []
+    for layer in model.get_decoder().layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *_: seen.append(bytes_at_hand(model.parameters())))
+        layer.mlp.act_fn.register_full_backward_hook(lambda *_: seen.append(bytes_at_hand(model.parameters())))
+    return seen
+
+
 def trained(model, stepped, ids):
     """(losses, gradients of the last step) of three steps."""
     mine = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -78,10 +87,7 @@ def main(folder: Path) -> None:
             if checkpointing:
                 each.enable_input_require_grads()
                 each.gradient_checkpointing_enable()
-        seen = []
-        for layer in model.get_decoder().layers:
-            layer.mlp.act_fn.register_forward_hook(lambda *_: seen.append(bytes_at_hand(model.parameters())))
-            layer.mlp.act_fn.register_full_backward_hook(lambda *_: seen.append(bytes_at_hand(model.parameters())))
+        seen = watched(model)
         losses, gradients = trained(model, sharding.in_step(Accelerator(), model), ids)
         expected, wanted = trained(whole, DistributedDataParallel(whole), ids)
         apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(gradients, wanted, strict=True)]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.errors import brief
-from bizassist_nb.whole import discard, put_in_place
+from bizassist_nb.whole import discard, put_in_place, recover
 
 CHECKSUMS: Final = "checksums.json"
 """Name of the file with the SHA-256 of every other file of a checkpoint, written when all of them are there."""
@@ -131,6 +131,7 @@ class Best:
     def __init__(self, run_path: Path):
         """Look into the run's directory: a resumed run goes on with what it had."""
         self.path = run_path / "best"
+        recover(self.path)
         self.step, self.loss = 0, float("inf")
         if (record := self.path / _SCORE).is_file():
             known = json.loads(record.read_text("utf-8"))
