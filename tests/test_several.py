@@ -198,7 +198,7 @@ def test_a_sharded_base_learns_the_same_and_a_run_goes_on_with_or_without(settin
 
 def test_a_process_has_a_whole_block_only_while_it_computes(tmp_path):
     """Against a whole base, by tests/shards.py in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = str(Path(__file__).with_name("shards.py"))
     result = subprocess.run([*command, script, str(tmp_path / "base")], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
