@@ -53,8 +53,8 @@ def decode(
     """Yield (row, token id) as answers grow: every living row's next token, step by step, end tokens left out.
 
     `strengths` maps each adapter's name to its strength in every row (1 is as trained). The model is only altered while
-    a step is computed: between yields, and however the generator ends, it is as it was. What `prefix` has of the prompts
-    is not read again; it is given what is read now.
+    a step is computed: between yields, and however the generator ends, it is as it was. What `prefix` has
+    of the prompts is not read again; it is given what is read now.
     """
     choose = _Chooser(sampling, prompts)
     rows = list(range(len(prompts)))  # those still growing, as indices into prompts
@@ -117,11 +117,11 @@ def _steps(
     logits = steps.forward(ids[:, known:])
     if not fused.fits(model, len(prompts)):
         if prefix:
-            steps.leave_to(prefix, prompts)
+            steps.remember_in(prefix, prompts)
         try:
             yield logits, steps
         finally:
-            steps.leave()
+            steps.remember()
         return
     graph = fused.take(model, list(strengths), len(prompts), ids.shape[1] + max_new_tokens)
     try:
@@ -140,17 +140,17 @@ class _ModuleSteps:
         self._strengths = {name: list(values) for name, values in strengths.items()}
         self._prefix: Prefix | None = None
 
-    def leave_to(self, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> None:
-        """Have `prefix` keep, in the end, what these rows have read together: the prompts, and each token from now on."""
+    def remember_in(self, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> None:
+        """Note what is read from now on, after these prompts; `remember` leaves it to `prefix`, once."""
         self._prefix, self._read = prefix, [list(prompt) for prompt in prompts]
 
-    def leave(self) -> None:
+    def remember(self) -> None:
         if self._prefix:
             self._prefix.keep(self._read, self._strengths, self._cache)
         self._prefix = None
 
     def keep(self, living: list[int]) -> None:
-        self.leave()  # before a row is gone
+        self.remember()  # while all rows are there
         kept = torch.tensor(living, device=self._mask.device)
         self._cache.batch_select_indices(kept)
         self._mask = self._mask[kept]

@@ -4,12 +4,13 @@ System prompt and template begin every question, and in a conversation all earli
 tokens do not depend on what comes after them.
 """
 
-import os.path
 from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+_Strengths = dict[str, list[float]]
 
 
 class Prefix:
@@ -24,9 +25,7 @@ class Prefix:
 
     def forget(self) -> None:
         """Let go of it all."""
-        self._strengths: dict[str, list[float]] = {}
-        self._rows: list[list[int]] = []
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._kept: tuple[_Strengths, list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]] = ({}, [], [])
 
     def keep(self, rows: Sequence[list[int]], strengths: Mapping[str, Sequence[float]], cache: DynamicCache) -> None:
         """Keep what was read of these rows, padded on the left, under these strengths of adapters."""
@@ -35,9 +34,11 @@ class Prefix:
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         columns = min(tensor.shape[2] for layer in layers for tensor in layer)
         unread = max(map(len, rows)) - columns  # an interrupted step has come through some of the layers only
-        self._strengths = {name: list(values) for name, values in strengths.items()}
-        self._rows = [row[: len(row) - unread] for row in rows]
-        self._layers = [(keys[:, :, :columns], values[:, :, :columns]) for keys, values in layers]
+        self._kept = (
+            _copied(strengths),
+            [row[: len(row) - unread] for row in rows],
+            [(keys[:, :, :columns], values[:, :, :columns]) for keys, values in layers],
+        )
 
     def begin(
         self, prompts: Sequence[Sequence[int]], strengths: Mapping[str, Sequence[float]], cache: DynamicCache
@@ -46,13 +47,13 @@ class Prefix:
 
         Gives the number of columns that need not be read any more; the last one always has to be, for its logits.
         """
-        strengths_before, rows, layers = self._strengths, self._rows, self._layers
+        strengths_before, rows, layers = self._kept
         self.forget()
-        if len(rows) != len(prompts) or strengths_before != {name: list(each) for name, each in strengths.items()}:
+        if len(rows) != len(prompts) or strengths_before != _copied(strengths):
             return 0
         width, width_before = max(map(len, prompts)), max(map(len, rows))
-        pairs = [(list(prompt), row) for prompt, row in zip(prompts, rows, strict=True)]
-        known = width - max(len(new) - len(os.path.commonprefix([new[:-1], old])) for new, old in pairs)
+        pairs = list(zip(prompts, rows, strict=True))
+        known = width - max(len(new) - _shared(new[:-1], old) for new, old in pairs)
         if not known:
             return 0
         # A row's first token stands in another column than before; what this makes of padding is masked.
@@ -62,3 +63,13 @@ class Prefix:
             keys, values = layers.pop(0)  # one by one, so that no two copies of all are in memory
             cache.update(keys.take_along_dim(places, 2), values.take_along_dim(places, 2), number)
         return known
+
+
+def _copied(strengths: Mapping[str, Sequence[float]]) -> _Strengths:
+    return {name: list(values) for name, values in strengths.items()}
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    parted = (n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(parted, min(len(one), len(other)))

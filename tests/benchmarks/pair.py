@@ -2,10 +2,11 @@
 
 Usage: pair.py RUN_DIRECTORY
 
-Four questions, all asked of both together, then all of the base, then all of tuned, three times over; the least time of each
-question counts. Once every answer goes on for 64 tokens, beyond its end; once it ends where it ends, at 64 at the latest:
-then the longer answer is alone in the batch once the other is over. Then a conversation of eight turns: seconds to the
-first token of each, with and without what was kept of the turn before.
+Four questions, all asked of both together, then all of the base, then all of tuned, three times over; the least time of
+each question counts. System prompt and template are shared with the question before, whichever way is taken. At first
+every answer goes on for 64 tokens, beyond its end; then a conversation of eight such turns, seconds to the first token of
+each, with what is kept of the turn before and without. Last, each answer ends where it ends, at 64 tokens at the latest,
+and the longer one is alone in the batch from there on.
 """
 
 import json
@@ -45,20 +46,21 @@ def each_question() -> dict[str, object]:
     turns = [{who: [ask(question, *who) for question in QUESTIONS] for who in ways} for _ in range(3)]
     pair, base, tuned = ([min(turn[who][i] for turn in turns) for i in range(len(QUESTIONS))] for who in ways)
     sequence = [b[0] + t[0] for b, t in zip(base, tuned, strict=True)]
+    tokens = [(b[1], t[1]) for b, t in zip(base, tuned, strict=True)]
     return {
         "pair_s": sum(seconds for seconds, _ in pair),
         "one_after_the_other_s": sum(sequence),
         "ratio": sum(seconds for seconds, _ in pair) / sum(sequence),
+        "ratio_of_steps": sum(map(max, tokens)) / sum(map(sum, tokens)),
         "ratios": [p[0] / s for p, s in zip(pair, sequence, strict=True)],
-        "tokens": [(b, t) for (_, b), (_, t) in zip(base, tuned, strict=True)],
-        "steps_ratio": sum(max(b, t) for (_, b), (_, t) in zip(base, tuned, strict=True))
-        / sum(b + t for (_, b), (_, t) in zip(base, tuned, strict=True)),
+        "tokens": tokens,
     }
 
 
 def conversation(before: Callable[[], None]) -> list[float]:
     """Seconds to the first token of each turn."""
     talk, seconds = Conversation(), []
+    loaded.forget_cache()
     for turn in range(TURNS):
         before()
         start = time.perf_counter()
