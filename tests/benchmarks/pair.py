@@ -4,8 +4,8 @@ Usage: pair.py RUN_DIRECTORY
 
 Four questions, all asked of both together, then all of the base, then all of tuned, three times over; the least time of
 each question counts. System prompt and template are shared with the question before, whichever way is taken. At first
-every answer goes on for 64 tokens, beyond its end; then a conversation of eight such turns, seconds to the first token of
-each, with what is kept of the turn before and without. Last, each answer ends where it ends, at 64 tokens at the latest,
+every answer goes on for 64 tokens, beyond its end; then a conversation of eight such turns, seconds to the first token
+of each, with what is kept of the turn before and without. Last, each answer ends where it ends, at 64 tokens at most,
 and the longer one is alone in the batch from there on.
 """
 
