@@ -357,11 +357,13 @@ def answered(small):
     return loaded, strengths, answer
 
 
-@pytest.mark.parametrize("after", ["a whole answer", "one that was over first", "a closed stream", "an interrupt"])
+@pytest.mark.parametrize(
+    "after", ["a whole answer", "the same question", "one that was over first", "a closed stream", "an interrupt"]
+)
 def test_what_was_read_is_used_again_with_the_same_logits(after, answered):
     loaded, strengths, answer = answered
     prefix = Prefix()
-    if after == "a whole answer":
+    if after in ("a whole answer", "the same question"):
         said = answer(prefix)
     elif after == "one that was over first":
         longest = answer(None)
@@ -384,6 +386,8 @@ def test_what_was_read_is_used_again_with_the_same_logits(after, answered):
         finally:
             hook.remove()
     following = [[*row, 7, 8, 9] for row in said]
+    if after == "the same question":
+        following = [said[0][:30], said[1][:17]]
     whole, width = read(loaded, following, strengths, None)
     found, columns = read(loaded, following, strengths, prefix)
     assert (found - whole).abs().max() < 1e-5
