@@ -53,8 +53,8 @@ def decode(
     """Yield (row, token id) as answers grow: every living row's next token, step by step, end tokens left out.
 
     `strengths` maps each adapter's name to its strength in every row (1 is as trained). The model is only altered while
-    a step is computed: between yields, and however the generator ends, it is as it was. What `prefix` has
-    of the prompts is not read again; it is given what is read now.
+    a step is computed: between yields, and however the generator ends, it is as it was. What `prefix` has of the
+    prompts is not read again; it is given what is read now.
     """
     choose = _Chooser(sampling, prompts)
     rows = list(range(len(prompts)))  # those still growing, as indices into prompts
