@@ -2,8 +2,9 @@
 
 import dataclasses
 import html
+import re
 import time
-from typing import Any
+from typing import Any, Final
 
 from bizassist_nb import render, votes
 from bizassist_nb.comparing import duration
@@ -12,8 +13,10 @@ from bizassist_nb.errors import printable
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.scorecard import rising, sections
 
-_RECENT = 20
+_RECENT: Final = 20
 """Steps over which speed is taken."""
+_DIVERGED: Final = re.compile(r"\bbecame (nan|-?inf)\b")
+"""What the error says of a loss or a gradient that is no longer a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +140,19 @@ def settings_rows(run: Run) -> list[tuple[str, str]]:
     return [(name, str(getattr(settings, name))) for name in names]
 
 
+def diverged(run: Run) -> bool:
+    """Whether it failed because of a loss that is no longer a number: resumed, it takes the same steps to the same."""
+    error = run.last("error") if run.status == "failed" else None
+    return error is not None and bool(_DIVERGED.search(error["message"]))
+
+
 def how_to_go_on(run: Run) -> str | None:
-    """What to type next, where that is not plain."""
+    """What to do next, where that is not plain."""
     if run.status not in ("stopped", "lost", "failed"):
         return None
+    if diverged(run):
+        lower = f"a lower learning_rate than {run.settings.learning_rate:g}"
+        return f"resumed, it would end in the same way; begin anew under a new name, with {lower}"
     saved = run.last("checkpoint")
     if not saved:
         again = f"{run.name} --resume" if run.steps else run.name

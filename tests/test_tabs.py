@@ -7,6 +7,7 @@ import pytest
 from random_run import random_run
 
 from bizassist_nb import Assistant, BizassistError, Conversation, Panel
+from bizassist_nb.runs import Journal
 from bizassist_nb.survey import survey
 from bizassist_nb.training import preflight
 
@@ -179,6 +180,17 @@ def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
     assert driven.named("Export").disabled
     driven.until(lambda: not driven.named("Export").disabled)
     assert "name the hub repository as OWNER/NAME" in driven.shown()
+
+
+def test_only_a_run_that_would_get_further_can_be_resumed(driven, runs):
+    driven.fill("run", "two")
+    journal = Journal(runs[1].path)
+    journal.write("state", state="failed")
+    for message, refused in (("the disk is full", False), ("the loss became nan at step 5", True)):
+        journal.write("error", message=message, expected=True)
+        driven.turn()
+        assert driven.named("Resume").disabled == refused
+    assert "a lower learning_rate than 0.0002" in driven.named("Resume").tooltip
 
 
 def test_outside_a_notebook_it_says_so(driven):

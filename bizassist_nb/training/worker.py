@@ -398,11 +398,11 @@ def _examine(
 def _score(journal: Outbox, who: str, step: int, model: Any, exam: Exam, between: Callable[[], None]) -> list[Score]:
     start = time.monotonic()
     scores = exam.on_held_out(model, between)
-    if not math.isfinite(mean_loss(scores)):
-        raise RunError(f"the held-out loss of {who} is {mean_loss(scores)}: its weights are broken")
-    journal.write(
-        "evaluation", who=who, step=step, loss=mean_loss(scores), rows=len(scores), seconds=time.monotonic() - start
-    )
+    if not math.isfinite(loss := mean_loss(scores)):
+        if who == "base":
+            raise RunError(f"the held-out loss of base is {loss}: its weights are broken; take another model")
+        raise RunError(f"the held-out loss of tuned became {loss}; try a lower learning_rate, under a new name")
+    journal.write("evaluation", who=who, step=step, loss=loss, rows=len(scores), seconds=time.monotonic() - start)
     return scores
 
 

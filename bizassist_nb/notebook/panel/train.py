@@ -191,10 +191,8 @@ class RunView:
         stopping = live is not None and self._stopping is live
         self._stop.description = "Stop at once" if stopping else "Stop"
         self._stop.tooltip = "end it now, without saving" if stopping else "finish the step, save, and end"
-        self._resume.disabled = live is not None or run is None or run.status not in ("stopped", "lost", "failed")
-        self._resume.tooltip = (
-            "go on from the last checkpoint" if not self._resume.disabled else "no stopped run is chosen"
-        )
+        why_not = _why_not_resumed(run, live)
+        self._resume.disabled, self._resume.tooltip = bool(why_not), why_not or "go on from the last checkpoint"
         if live is None:
             self._stopping = None
         self._show(run)
@@ -338,6 +336,12 @@ def _why_not(valid: bool, live: Run | None) -> str:
     if live:
         return f"{live.name} is being trained; one run at a time"
     return "train with these settings" if valid else "the settings are not valid yet"
+
+
+def _why_not_resumed(run: Run | None, live: Run | None) -> str | None:
+    if live is not None or run is None or run.status not in ("stopped", "lost", "failed"):
+        return "no stopped run is chosen"
+    return report.how_to_go_on(run) if report.diverged(run) else None
 
 
 def _bar(share: float) -> str:
