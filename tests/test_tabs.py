@@ -183,7 +183,6 @@ def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
 
 
 def test_only_a_run_that_would_get_further_can_be_resumed(driven, runs):
-    driven.fill("run", "two")
     journal = Journal(runs[1].path)
     journal.write("state", state="failed")
     for message, refused in (("the disk is full", False), ("the loss became nan at step 5", True)):

@@ -1,6 +1,7 @@
 """The loss of given answers under a model: a run's held-out rows, and general ones."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, Final
 
@@ -21,22 +22,36 @@ def score(
 ) -> list[Score]:
     """Each example's summed negative log-likelihood over its labelled tokens, in the order given.
 
-    `between` is called between batches; what it raises ends the scoring.
+    Where memory runs out, what is left goes on in batches of half the size, down to a row at a time. `between` is
+    called between batches; what it raises ends the scoring.
     """
     import torch
 
     training = model.training
     model.eval()
     scores: dict[int, Score] = {}
+    waiting = _batches(examples, range(len(examples)), _BATCH_LOGITS // model.config.vocab_size)
     try:
-        for batch in _batches(examples, _BATCH_LOGITS // model.config.vocab_size):
+        while waiting:
             between()
-            with torch.inference_mode():
-                for index, nats in zip(batch, _nats(model, [examples[i] for i in batch], pad_id), strict=True):
-                    example = examples[index]
-                    scores[index] = Score(
-                        example.number, nats, sum(label != IGNORED for label in example.labels[1:]), example.category
-                    )
+            batch = [examples[index] for index in waiting[0]]
+            try:
+                with torch.inference_mode():
+                    nats = _nats(model, batch, pad_id)
+            except (RuntimeError, MemoryError) as error:
+                from bizassist_nb.training.trainer import out_of_memory  # after unsloth, where that trains
+
+                if len(batch) == 1 or not out_of_memory(error):
+                    raise
+            else:
+                for index, example, each in zip(waiting.pop(0), batch, nats, strict=True):
+                    tokens = sum(label != IGNORED for label in example.labels[1:])
+                    scores[index] = Score(example.number, each, tokens, example.category)
+                continue
+            # Only now, when the error is gone and with it the frames that hold the batch's tensors.
+            torch.cuda.empty_cache()
+            half = len(batch) * len(batch[-1].input_ids) // 2
+            waiting = _batches(examples, itertools.chain(*waiting), half)
     finally:
         model.train(training)
     return [scores[index] for index in range(len(examples))]
@@ -127,18 +142,19 @@ def evaluate(run: Run) -> dict[str, Any]:
     return result
 
 
-def _batches(examples: Sequence[Example], tokens: int) -> list[list[int]]:
-    """Indices of examples of like length, at most so many tokens a batch, or a single longer one."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    batches: list[list[int]] = [[]]
-    for index in order:  # lengths rise, so the newest is the batch's longest
-        if batches[-1] and (len(batches[-1]) + 1) * len(examples[index].input_ids) > tokens:
+def _batches(examples: Sequence[Example], which: Iterable[int], tokens: int) -> list[list[int]]:
+    """The indices `which` of examples, by rising length, at most so many tokens a batch, or a single longer one."""
+    batches: list[list[int]] = []
+    for index in sorted(which, key=lambda index: len(examples[index].input_ids)):
+        # Lengths rise, so the newest is the batch's longest.
+        if not batches or (len(batches[-1]) + 1) * len(examples[index].input_ids) > tokens:
             batches.append([])
         batches[-1].append(index)
     return batches
 
 
 def _nats(model: Any, examples: Sequence[Example], pad_id: int) -> list[float]:
+    """Summed negative log-likelihood of each, from one pass over all of them."""
     import torch
 
     width = max(len(example.input_ids) for example in examples)
