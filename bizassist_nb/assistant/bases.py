@@ -4,8 +4,9 @@ import gc
 import itertools
 import json
 import threading
+import weakref
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from bizassist_nb import models
 from bizassist_nb.errors import ModelError, brief
@@ -36,6 +37,7 @@ class LoadedBase:
 
         self.base = base
         self.chat = models.load_tokenizer(base.source)
+        before = torch.cuda.memory_allocated()  # 0 without a GPU
         try:
             self.model: Any = models.load_nf4(base.source)
         except torch.OutOfMemoryError as error:
@@ -44,6 +46,8 @@ class LoadedBase:
                 f"{base.name} does not fit beside what is in GPU memory ({free:.1f} GiB are free): while a run is "
                 "being trained the assistant may have to wait; look at it with %bizassist runs, or stop it"
             ) from error
+        self.memory = torch.cuda.memory_allocated() - before
+        """Bytes of GPU memory that its weights take."""
         decoding.quicken(self.model)
         self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
         self._count = itertools.count()
@@ -183,17 +187,37 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
+class Answerer(Protocol):
+    """Someone who may be half-way through an answer, and so hold a base that is to go."""
+
+    def halt(self) -> None:
+        """End the answer that is being written, if one is."""
+
+
+answerers: Final["weakref.WeakSet[Answerer]"] = weakref.WeakSet()
+
+
 def release() -> None:
-    """Let go of the bases in GPU memory, so that a worker finds room; they are loaded anew when next asked."""
-    if not _loaded or models.device() == "cpu":
+    """Let go of the bases in GPU memory, so that a worker finds room; they are loaded anew when next asked.
+
+    On any device the answers of all `answerers` end where they are.
+    """
+    for answerer in tuple(answerers):
+        answerer.halt()
+    if not (_loaded or _loading.locked()) or models.device() == "cpu":
         return
     import torch
 
-    with _loading:
+    with _loading:  # one that is being loaded is waited for
         _loaded.clear()
         _sources.clear()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def held() -> float:
+    """GiB of GPU memory, at least, that `release` would give back."""
+    return sum(loaded.memory for loaded in tuple(_loaded.values())) / 2**30
 
 
 _loaded: dict[str, LoadedBase] = {}

@@ -11,7 +11,7 @@ import ipywidgets as w
 
 from bizassist_nb import render
 from bizassist_nb.assistant.assistant import STRONGEST, Assistant
-from bizassist_nb.assistant.bases import loaded_base
+from bizassist_nb.assistant.bases import answerers, loaded_base
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.errors import BizassistError
@@ -52,7 +52,7 @@ class Chat:
         self._picked: str | None = None
         self._newest: str | None = None
         self._notice = ""
-        state.halt = self._halt
+        answerers.add(self)
 
         self._run = w.Dropdown(
             options=[_NONE], description="tuned model", **tip("the run whose adapter answers on the right")
@@ -76,7 +76,7 @@ class Chat:
         self._again = w.Button(description="Regenerate", icon="refresh", tooltip="answer the last question anew")
         self._clear = w.Button(description="Clear", icon="trash", tooltip="forget the conversation")
         clicked(self._send, pump, lambda: self._take(self._question))
-        clicked(self._stop, pump, self._halt)
+        clicked(self._stop, pump, self.halt)
         clicked(self._again, pump, self._regenerate)
         clicked(self._clear, pump, self._forget)
         ask = w.Box([self._question, self._send, self._stop, self._again, self._clear])
@@ -140,7 +140,8 @@ class Chat:
         self._answering = Answering(assistant, assistant.stream(question, who=who, **options))
         self._turns.append(Turn(question, run.name if run else None, order))
 
-    def _halt(self) -> None:
+    def halt(self) -> None:
+        """End the answer that is being written, if one is."""
         if self._answering:
             self._answering.close()
             self._answering = None
@@ -169,7 +170,7 @@ class Chat:
             self._notice = tally(ballot.run).sentence
 
     def _forget(self) -> None:
-        self._halt()
+        self.halt()
         self._turns.clear()
         self._conversation.clear()
         self._notice = ""

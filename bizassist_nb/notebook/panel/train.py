@@ -10,6 +10,7 @@ import ipywidgets as w
 import tomli_w
 
 from bizassist_nb import render, report
+from bizassist_nb.assistant.bases import release
 from bizassist_nb.comparing import duration
 from bizassist_nb.errors import BizassistError, SettingsError
 from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
@@ -258,13 +259,13 @@ class RunView:
 
     def _on_start(self) -> None:
         if self._state.settings and self._form.valid:
-            self._state.make_room()
+            release()
             self._state.follow(start(self._state.settings, self._form.name))
 
     def _on_resume(self) -> None:
         run = self._state.followed
         if run and over(run):
-            self._state.make_room()
+            release()
             here = str(run.path.parent)  # where it lies now; it may have been trained from another folder
             start(dataclasses.replace(run.settings, runs_dir=here), run.name, resume=True)
 
