@@ -6,16 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from random_run import environment
+from random_run import environment, random_run
 from transformers import AutoModelForCausalLM
 
+from bizassist_nb.assistant import bases
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.data.tokens import IGNORED, Example
-from bizassist_nb.errors import RunError
+from bizassist_nb.errors import DataError, ModelError, RunError
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import evaluation
-from bizassist_nb.training.evaluation import Exam, rows_of, score
+from bizassist_nb.training.evaluation import Exam, evaluate, rows_of, score
 from bizassist_nb.verdict import mean_loss
 from bizassist_nb.whole import write_json
 
@@ -173,6 +174,24 @@ def test_a_runs_rows_are_those_it_began_with(tmp_path, rows_file):
     rows_file([{"instruction": f"Other question {i}?", "response": f"Answer {i}."} for i in range(9)])
     with pytest.raises(RunError, match=r"has changed since it began .*bring the old data back"):
         rows_of(run)
+
+
+def test_a_run_that_cannot_be_scored_is_refused_before_its_base_is_loaded(tiny, tmp_path, rows_file, monkeypatch):
+    def loaded_base(_model):
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr(evaluation, "loaded_base", loaded_base)
+    data = rows_file([{"instruction": f"Question {i}?", "response": f"Answer {i}."} for i in range(9)])
+    run = random_run(tmp_path / "r", tiny, data=str(data), subset=6, held_out=3)
+    data.unlink()
+    with pytest.raises(DataError, match="there is no file"):
+        evaluate(run)
+    (run.adapter / bases.WEIGHTS).unlink()
+    with pytest.raises(ModelError, match="is missing"):
+        evaluate(run)
+    (run.adapter / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match="the run 'r' has no adapter"):
+        evaluate(run)
 
 
 @pytest.mark.parametrize("max_length", [64, 2048])

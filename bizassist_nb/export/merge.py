@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb import models
-from bizassist_nb.assistant.bases import adapter_config
+from bizassist_nb.assistant.bases import WEIGHTS, adapter_config
 from bizassist_nb.errors import ModelError, RunError, brief
 from bizassist_nb.export import parity
 from bizassist_nb.export.card import card
@@ -112,7 +112,7 @@ class Adapter:
 
         config = adapter_config(folder)
         try:
-            tensors = load_file(folder / "adapter_model.safetensors", device=models.device())
+            tensors = load_file(folder / WEIGHTS, device=models.device())
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"the adapter in {folder} cannot be read ({brief(error)})") from error
         self._scaling = config["lora_alpha"] / config["r"]

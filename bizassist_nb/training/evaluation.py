@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, Final
 
+from bizassist_nb.assistant.bases import adapter_folder, loaded_base
 from bizassist_nb.data.rows import Row, Table, read_table, split
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError
@@ -121,15 +122,16 @@ def evaluate(run: Run) -> dict[str, Any]:
         DataError: if its rows cannot be read.
         RunError: if they are not those it began with.
     """
-    from bizassist_nb.assistant.bases import loaded_base
+    settings = run.settings
+    adapter_folder(run)  # what cannot be done is said before anything heavy is loaded
+    _, _, rows = rows_of(run)
+
     from bizassist_nb.assistant.decoding import scaled
     from bizassist_nb.export.card import write_card
     from bizassist_nb.training.answering import answer_run
 
-    settings = run.settings
     loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
-    _, _, rows = rows_of(run)
     held, _ = loaded.chat.examples(rows, system_prompt=settings.system_prompt, max_length=settings.max_length)
     exam = Exam(loaded.chat, settings, rows, held)
     loaded.use([adapter])
