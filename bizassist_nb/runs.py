@@ -472,17 +472,27 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
         return []
     except (OSError, ValueError) as error:
         raise RunError(f"the folder of runs {folder} cannot be read ({brief(error)}); name another") from error
-    ages = {path: _age(path) for path in paths}
-    return [Run(path) for path, age in sorted(ages.items(), key=lambda item: item[1] or 0) if age is not None]
+    made = {path: age for path in paths if (age := _age(path)) is not None}
+    return [Run(path) for path in sorted(made, key=lambda path: _first_time(path) or made[path])]
 
 
-def _age(path: Path) -> int | None:
-    """When the run in that folder was begun; None where there is none, or where it may not be looked for."""
+def _first_time(path: Path) -> float | None:
+    """When its first event was written, which a copy of the run keeps, unlike its files' times; None before that."""
+    try:
+        with (path / EVENTS).open("rb") as file:
+            first = _parse_event(file.readline(_TAIL))
+    except OSError:  # not there yet, or out of reach
+        return None
+    return first["time"] if first else None
+
+
+def _age(path: Path) -> float | None:
+    """When the settings in that folder were written; None where no run is, or where it may not be looked for."""
     try:
         found = (path / "settings.toml").stat()
     except (OSError, ValueError):  # the latter for a name that no file can have
         return None
-    return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else None
+    return found.st_mtime if stat.S_ISREG(found.st_mode) else None
 
 
 def take_lock(path: Path, patience: float = 0.2) -> int:
