@@ -405,6 +405,11 @@ def test_room_on_the_disk_is_looked_at_before_anything_is_written(copy, monkeypa
     assert not files(copy.path) & {"merged", ".merged.part"}
 
 
+def test_whoever_may_read_its_folder_may_read_a_merged_model(random):
+    folder = random.path / "merged"
+    assert {path.stat().st_mode & 0o666 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
+
+
 def test_merging_again_is_refused(random):
     before = (random.path / "merged" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(RunError, match="exists already"):

@@ -14,7 +14,7 @@ from bizassist_nb.export import parity
 from bizassist_nb.export.card import card
 from bizassist_nb.export.weights import INDEX, Weights, original
 from bizassist_nb.runs import Journal, Run, is_locked
-from bizassist_nb.whole import new_folder
+from bizassist_nb.whole import new_folder, put_in_place
 
 _SHARD: Final = 2_000_000_000
 """Bytes in a file at most. That much memory is needed, and what one tensor takes in float32."""
@@ -54,7 +54,7 @@ def merge(run: Run, base: parity.Base = "trained", *, show: Callable[[str], None
         if not found["passed"]:
             raise RunError(f"the merged model is not the tuned one and was not kept: {'; '.join(found['failures'])}")
         (part / "README.md").write_text(card(run, found), "utf-8")
-        part.rename(target)
+        put_in_place(part, target)
     return target
 
 
