@@ -7,7 +7,6 @@ said here; the others load the same, train along, and leave.
 """
 
 import dataclasses
-import importlib.metadata
 import io
 import json
 import math
@@ -26,6 +25,7 @@ from typing import Any, Final
 from bizassist_nb import models
 from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
+from bizassist_nb.doctor import STACK, versions
 from bizassist_nb.errors import BizassistError, DataError, RunError, brief, without_secrets
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
@@ -40,10 +40,6 @@ from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_re
 from bizassist_nb.verdict import Score, mean_loss
 from bizassist_nb.whole import write_json
 
-PACKAGES: Final = (
-    "bizassist-nb", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes",
-    "unsloth", "unsloth_zoo",
-)  # fmt: skip
 _LISTED: Final = 50
 """Rejected rows that are written out one by one; all are counted."""
 
@@ -423,16 +419,9 @@ def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -
             "fingerprint": table.fingerprint,
             "device": f"{count} × {device}" if count > 1 else device,
             "python": platform.python_version(),
-            "versions": {name: version for name in PACKAGES if (version := _version(name))},
+            "versions": versions(("bizassist-nb", *STACK)),
         },
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _keep_lock() -> None:
