@@ -11,7 +11,8 @@ from live_kernel import wait_until
 from random_run import random_run
 
 from bizassist_nb.__main__ import main
-from bizassist_nb.runs import Run, open_run, take_lock
+from bizassist_nb.journal import take_lock
+from bizassist_nb.runs import Run, open_run
 from bizassist_nb.training import launch
 
 

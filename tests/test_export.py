@@ -22,7 +22,8 @@ from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.errors import DataError, ModelError, RunError
 from bizassist_nb.export import merge, parity
 from bizassist_nb.export.weights import Weights, original
-from bizassist_nb.runs import Run, take_lock
+from bizassist_nb.journal import take_lock
+from bizassist_nb.runs import Run
 
 QUESTION = "How should we price a new feature?"
 

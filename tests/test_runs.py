@@ -11,7 +11,8 @@ from random_run import environment
 
 from bizassist_nb import shapes
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Journal, Run, check_name, is_locked, list_runs, open_run, take_lock
+from bizassist_nb.journal import Journal, is_locked, take_lock
+from bizassist_nb.runs import Run, check_name, list_runs, open_run
 from bizassist_nb.settings import Settings
 from bizassist_nb.whole import write_json
 

@@ -13,7 +13,7 @@ from random_run import random_run
 from bizassist_nb import Assistant, BizassistError, Conversation, Panel, load_ipython_extension
 from bizassist_nb.assistant import bases, decoding
 from bizassist_nb.errors import SettingsError
-from bizassist_nb.runs import Journal
+from bizassist_nb.journal import Journal
 from bizassist_nb.survey import survey
 from bizassist_nb.training import launch, preflight
 

@@ -17,8 +17,9 @@ from bizassist_nb import Settings, finetune
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.errors import RunError
 from bizassist_nb.export.card import card
+from bizassist_nb.journal import Journal
 from bizassist_nb.report import diverged, run_html, run_text
-from bizassist_nb.runs import ENDED, Journal, Run
+from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training import launch, worker
 from bizassist_nb.training.checkpoints import CHECKSUMS, checkpoints
 from bizassist_nb.training.evaluation import evaluate

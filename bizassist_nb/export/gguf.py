@@ -20,7 +20,8 @@ from bizassist_nb.data.chat import Message
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.errors import ModelError, RunError
 from bizassist_nb.export.merge import check_room, merge
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.journal import Journal
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import cache
 from bizassist_nb.whole import new_folder, put_in_place
 

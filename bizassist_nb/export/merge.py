@@ -13,7 +13,8 @@ from bizassist_nb.errors import ModelError, RunError, brief
 from bizassist_nb.export import parity
 from bizassist_nb.export.card import card
 from bizassist_nb.export.weights import INDEX, Weights, original
-from bizassist_nb.runs import Journal, Run, is_locked
+from bizassist_nb.journal import Journal, is_locked
+from bizassist_nb.runs import Run
 from bizassist_nb.whole import new_folder, put_in_place
 
 _SHARD: Final = 2_000_000_000
