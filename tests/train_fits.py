@@ -33,12 +33,12 @@ def main(engine_name: str, folder: str, target: str) -> None:
     rows, _ = split(read_table("sample").rows, subset=10, held_out=2, seed=1)
     examples, _ = chat.examples(rows, system_prompt="", max_length=512)
     steps = trainer.plan(examples, settings)
-    whole_step = trainer.SFTTrainer.training_step
+    whole_step, whole_pass = trainer._Trainer.training_step, trainer.Graphs.__call__
     stop = Stop()
     first: list[torch.Tensor] = []
     shortest = min(len(step) * max(len(example.input_ids) for example in step) for step in steps)  # tokens, padded
 
-    def train(name, micro_batch, checkpointing=False, kept=0, full=lambda _: False):
+    def train(name, micro_batch, checkpointing=False, kept=0, graphs=False, unpacked=False, full=lambda _: False):
         """`full` says of (step, rows, checkpointing) whether memory runs out, once the backward pass is through."""
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -49,15 +49,22 @@ def main(engine_name: str, folder: str, target: str) -> None:
             return loss
 
         checkpointed: list[bool] = []
-        trainer.SFTTrainer.training_step = training_step
-        trainer.SFTTrainer.is_checkpointing = lambda self: any(
+
+        def a_pass(self, ids, labels, count):
+            through_graphs.append(len(checkpointed))
+            return whole_pass(self, ids, labels, count)
+
+        through_graphs: list[int] = []  # which passes, counted from 0
+        trainer.Graphs.__call__ = a_pass
+        trainer._Trainer.training_step = training_step
+        trainer._Trainer.is_checkpointing = lambda self: any(
             getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
         )
         path = Path(target) / name
         path.mkdir()
         (path / "settings.toml").write_text(settings.to_toml())
         model = engines.load(engine, models.resolve(folder), settings, checkpointing=checkpointing)
-        fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept)
+        fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept, graphs, unpacked)
         found: dict[str, object] = {}
         try:
             found["done"] = trainer.train(Run(path), Outbox(path), stop, engine, settings, fit, model, chat, steps)
@@ -73,7 +80,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
         found["fits"] = [
             [e["step"], e["micro_batch"], e["checkpointing"], e["reason"]] for e in run.events if e["event"] == "fit"
         ]
-        found["checkpointed"] = checkpointed
+        found["checkpointed"], found["through graphs"] = checkpointed, through_graphs
         found["checkpoints"] = [e["step"] for e in run.events if e["event"] == "checkpoint"]
         return found
 
@@ -84,6 +91,10 @@ def main(engine_name: str, folder: str, target: str) -> None:
         "from the start": train("from-the-start", 4, full=lambda now: not now[2]),
         "never": train("never", 2, full=lambda now: now[0] == 2),
     }
+    if engine.name == "transformers":
+        result["graphs"] = train("graphs", 4, graphs=True, unpacked=True)
+        result["halved graphs"] = train("halved-graphs", 4, graphs=True, full=lambda now: now[0] == 1 and now[1] == 4)
+        result["sparing graphs"] = train("sparing-graphs", 4, checkpointing=True, kept=shortest, graphs=True)
     print(json.dumps(result | {"engine": dataclasses.asdict(engine), "shapes": [len(step) for step in steps]}))
 
 

@@ -12,6 +12,9 @@ from bizassist_nb.settings import Settings
 _UNSLOTH_ON_CPU: Final = "2026.10.9"
 """The first release whose CPU backend was tested; earlier ones refuse to be imported without a GPU."""
 
+_ROOMY: Final = 40
+"""GiB of GPU memory in which a 7B model's steps of Dolly rows have room for all their activations."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
@@ -22,6 +25,8 @@ class Engine:
     reason: str
     end_to_end: bool = False
     """Whether rows go through laid end to end, without padding."""
+    graphs: bool = False
+    """Whether the GPU can replay whole passes as CUDA graphs (`bizassist_nb.training.graphs`)."""
 
 
 def choose(engine: str, *, processes: int = 1) -> Engine:
@@ -31,8 +36,9 @@ def choose(engine: str, *, processes: int = 1) -> Engine:
         EngineError: if the one asked for is not installed or cannot run here.
     """
     problem = _unsloth_problem()
+    graphs = processes == 1 and _graphs()
     if engine == "transformers":
-        return Engine("transformers", "asked for")
+        return Engine("transformers", "asked for", graphs=graphs)
     if engine == "unsloth" and problem:
         raise EngineError(
             f'engine = "unsloth" cannot be used: {problem}. '
@@ -41,9 +47,12 @@ def choose(engine: str, *, processes: int = 1) -> Engine:
     if engine == "unsloth":
         return Engine("unsloth", "asked for", _end_to_end())
     if problem:
-        return Engine("transformers", problem)
+        return Engine("transformers", problem, graphs=graphs)
     if processes > 1:
         return Engine("transformers", "Unsloth's kernels have not been tried on several GPUs at once")
+    if graphs and _waits_for_its_host():
+        why = "on a GPU as fast as this one, with its passes as CUDA graphs, it is faster than Unsloth"
+        return Engine("transformers", why, graphs=True)
     return Engine("unsloth", "it is installed and works on this device", _end_to_end())
 
 
@@ -56,6 +65,23 @@ def _end_to_end() -> bool:
     import torch
 
     return torch.cuda.is_available() and any(importlib.util.find_spec(name) for name in ("xformers", "flash_attn"))
+
+
+def _graphs() -> bool:
+    """Whether passes can be CUDA graphs: in bfloat16, as what float16 scales the loss by changes while training."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _waits_for_its_host() -> bool:
+    """Whether this GPU is done sooner than its host can launch the next kernel, and has room to do without
+    checkpointing: Hopper and later, of which an H100 was measured (docs/benchmarks.md).
+    """
+    import torch
+
+    _, memory = torch.cuda.mem_get_info()
+    return torch.cuda.get_device_capability() >= (9, 0) and memory >= _ROOMY * 2**30
 
 
 def _unsloth_problem() -> str | None:

@@ -129,6 +129,10 @@ class Fit:
     kept: int = 0
     """With checkpointing: tokens up to which a micro-batch has room for its activations, and does without it; 0 where
     every step has a larger one."""
+    graphs: bool = False
+    """Whether passes without checkpointing are replayed as CUDA graphs."""
+    unpacked: bool = False
+    """With graphs: whether there is room for the base's matrices in 16 bits, too, which saves unpacking them."""
 
     def checkpoints(self, rows: Sequence[int], engine: Engine) -> bool:
         """Whether rows of these lengths, which go through in this fit's micro-batches, need checkpointing."""
@@ -227,6 +231,8 @@ def _estimate(
     fit = choose(settings, engine, model, on, lengths)
     rows = longest(lengths, fit.micro_batch, engine)
     parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
+    if fit.unpacked:
+        parts["unpacked weights"] = unpacked(model, on)
     if fit.kept:  # the fullest may be a step that does without checkpointing
         spared = [step for step in lengths if not fit.checkpoints(step, engine)]
         most = longest(spared, fit.micro_batch, engine)
@@ -260,6 +266,7 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
     A step that has room for its activations goes without checkpointing, which does the forward pass twice; and fewer
     micro-batches mean fewer launches of kernels. Which of the two weighs more, the device decides (see `_SPEED`).
     """
+    graphs = engine.graphs and settings.dropout == 0
     sizes = [settings.micro_batch] if isinstance(settings.micro_batch, int) else divisors(settings.batch_size)
     room = on.free * (1 - _SPARE) - _MARGIN
 
@@ -269,13 +276,15 @@ def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths
 
     def fit(size: int) -> Fit | None:
         if need(size, False) <= room:
-            return Fit(size, False, on.precision, _why(settings, need(size, False), on))
+            also = unpacked(model, on) if graphs and need(size, False) + unpacked(model, on) <= room else 0
+            why = _why(settings, need(size, False) + also, on)
+            return Fit(size, False, on.precision, why, graphs=graphs, unpacked=bool(also))
         if need(size, True) > room:
             return None
         why = f"{_why(settings, need(size, True), on)}; without checkpointing {need(size, False):.1f}"
-        found = Fit(size, True, on.precision, why, roomy(size))
+        found = Fit(size, True, on.precision, why, roomy(size), graphs)
         spared = any(not found.checkpoints(step, engine) for step in lengths)
-        return found if spared else dataclasses.replace(found, kept=0)
+        return found if spared else dataclasses.replace(found, kept=0, graphs=False)
 
     def roomy(size: int) -> int:
         """Tokens of the largest micro-batch of the run that fits without checkpointing, as all smaller ones do."""
@@ -337,7 +346,17 @@ def micro_batches(step: Sequence[int], size: int) -> Iterator[list[int]]:
 
 def _tokens(rows: Sequence[int], engine: Engine) -> int:
     """Tokens of a micro-batch, padding to the longest included, unless rows are laid end to end."""
-    return sum(rows) if engine.end_to_end else len(rows) * max(rows)
+    if engine.end_to_end:
+        return sum(rows)
+    return len(rows) * (padded(max(rows)) if engine.graphs else max(rows))
+
+
+def padded(tokens: int) -> int:
+    """Tokens of a row in the smallest CUDA graph that has room for it: up to 64 by 32s, and further up an eighth of the
+    power of 2 above it more each.
+    """
+    step = max(32, (1 << (tokens - 1).bit_length()) // 8)
+    return -(-tokens // step) * step
 
 
 def peak(
@@ -350,7 +369,7 @@ def peak(
     matrix = model.hidden * model.intermediate * on.width  # a weight in the dtype of arithmetic
     logits = _logits(model, engine, on, tokens)
     # (bytes of an adapter weight, activations, scratch) at the moments that may be the fullest
-    plain = on.on_gpu and engine.name == "transformers"
+    plain = on.on_gpu and engine.name == "transformers" and not engine.graphs
     if not checkpointing:
         kept = tokens * (model.layers * block + 2 * inputs)
         moments = [(12, kept, logits)] if plain else [(_ADAPTER, kept, 2 * matrix + logits)]
@@ -369,12 +388,19 @@ def peak(
     }
 
 
+def unpacked(model: Shape, on: Device) -> float:
+    """GiB of the base's matrices in the dtype of arithmetic."""
+    return model.linear * on.width / GIB
+
+
 def _kept(model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[int]) -> float:
     """Bytes that one block keeps of a token for the way back."""
     h, i, q, kv = model.hidden, model.intermediate, model.query, model.key_value
     if own_kernels(engine, on_gpu=on.on_gpu):
         # What goes into and comes out of both norms, attention's four, gate and up. Its kernels compute the rest anew.
         return on.width * (4 * h + 4 * q + 2 * i)
+    if engine.graphs:  # what goes into norms, linear layers and attention, its output, gate, up and their product
+        return on.width * (4 * h + 4 * q + 2 * kv + 4 * i)
     if not on.on_gpu:  # as measured (tests/benchmarks/cpu_memory.py), with what the allocator of the process keeps
         return on.width * 7 * (h + q + i)
     # Norms go through float32. A batch with padding has a mask, with which keys and values are kept for every head.
@@ -410,14 +436,17 @@ def _work(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[i
     Where the device is not known they are a Hopper's, which is good enough to compare by.
     """
     launch, operations, bandwidth = _SPEED.get(on.capability, _SPEED[9, 0])
-    launch *= model.layers * (1 if engine.name == "unsloth" else 2)
-    weights = 2 * model.linear * (_NF4 + 2 * on.width) / bandwidth  # read, written in 16 bits, and read again
+    launch *= model.layers
+    read = on.width if fit.unpacked else _NF4 + 2 * on.width  # or read, written in 16 bits, and read again
+    weights = 2 * model.linear * read / bandwidth
     each = 4 * model.linear / operations  # a token's two passes, as gradients of the base's weights are not wanted
     seconds = 0.0
     for step in lengths:
-        passes = 1.5 if fit.checkpoints(step, engine) else 1
+        checkpointed = fit.checkpoints(step, engine)
+        launches = launch * (1 if engine.name == "unsloth" else 0.15 if fit.graphs and not checkpointed else 2)
         batches = micro_batches(step, fit.micro_batch)
-        seconds += passes * sum(max(launch, weights + each * _tokens(rows, engine)) for rows in batches)
+        each_takes = (max(launches, weights + each * _tokens(rows, engine)) for rows in batches)
+        seconds += (1.5 if checkpointed else 1) * sum(each_takes)
     return seconds
 
 

@@ -24,6 +24,7 @@ from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.engines import Engine
+from bizassist_nb.training.graphs import CaptureError, Graphs
 from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.preflight import Fit
 from bizassist_nb.training.ranks import NoRoomError, this_rank
@@ -127,10 +128,13 @@ def out_of_memory(error: BaseException) -> bool:
 def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: list[Example], problem: str) -> Fit:
     """The next fit to try when memory ran out in that step.
 
-    Checkpointing where it was thought to do without; then half the micro-batch, or the largest below; then
-    checkpointing in every step.
+    Without what only saves time; checkpointing where it was thought to do without; then half the micro-batch, or the
+    largest below; then checkpointing in every step.
     """
     on, lengths = preflight.device(), _share(step)
+    if fit.unpacked:
+        why = f"memory ran out beside the base in 16 bits ({problem})"
+        return dataclasses.replace(fit, unpacked=False, reason=why)
     if fit.kept and not fit.checkpoints(lengths, engine):
         why = f"memory ran out in a step without checkpointing ({problem})"
         return dataclasses.replace(fit, kept=0, reason=why)
@@ -181,9 +185,14 @@ def build_trainer(
         processing_class=chat.tokenizer,
         callbacks=[RunCallback(journal, stop, steps, settings.checkpoint_minutes, after_step)],
     )
-    trainer.journal = journal
+    trainer.journal, trainer.fit = journal, fit
+    trainer.checkpointed = [fit.checkpoints(_share(step), engine) for step in steps]
     if fit.kept:
-        trainer.add_callback(_Sparing(model, [fit.checkpoints(_share(step), engine) for step in steps]))
+        trainer.add_callback(_Sparing(model, trainer.checkpointed))
+    free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
+    if fit.graphs and free:
+        longest = max(len(row.input_ids) for step in free for row in step)
+        trainer.graphs = Graphs(model, fit.micro_batch, longest, unpacked=fit.unpacked)
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
     for parameter in model.parameters():
@@ -250,6 +259,27 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
     """One whose checkpoints are whole or absent, and go where the journal has a place for them."""
 
     journal: Outbox
+    fit: Fit
+    checkpointed: list[bool]
+    """Of each step whether it goes through with checkpointing."""
+    graphs: Graphs | None = None
+    """What the others go through, where they do not go through the model's own modules."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """The loss of a micro-batch, whose gradients are added up."""
+        if self.graphs and not self.checkpointed[self.state.global_step]:
+            model.train()
+            ready = self._prepare_inputs(inputs)
+            try:
+                return self.graphs(ready["input_ids"], ready["labels"], num_items_in_batch)
+            except CaptureError as error:
+                self.graphs = None
+                fit = dataclasses.replace(
+                    self.fit, graphs=False, unpacked=False, reason=f"no CUDA graphs of this model ({error})"
+                )
+                self.journal.write("fit", step=self.state.global_step, **dataclasses.asdict(fit))
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step

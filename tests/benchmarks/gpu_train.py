@@ -4,19 +4,23 @@ MODEL_FOLDER holds Mistral-7B's architecture in NF4 with a chat template, ROWS.j
 runs in a process of its own (Unsloth patches its libraries for good) and appends JSON lines to OUT as soon as it has
 them. Parts joined by + load their models side by side, and those of speed train one after the other, in that order.
 
-speed         our run beside a plain script of the configuration of the notebook that this package grew out of (Unsloth,
-              micro-batch 1 x 4, checkpointing on, 8-bit Adam): the same rows, tokenised once, in the same order; then
-              ours with 16 rows a step. Of some warm steps, which kernels ran, and how long the GPU had work
-ours-4, ours-16, seed-t4, ours-t4    the same apart; the last two in float16 in 14.5 GiB
-mixed-t4      rows of 2,048 tokens among others, so, with checkpoints and scoring
-speed-plain   ours with plain transformers
-memory        Unsloth's estimated and measured peaks; memory-plain, those of plain transformers
-t4            whole runs in float16 in 14.5 GiB: many rows; rows that are all 2,048 tokens long; too much at once
+seed          a plain script of the configuration of the notebook that this package grew out of (Unsloth, micro-batch
+              1 x 4, checkpointing on, 8-bit Adam); of seed and ours the same rows, in the same order
+ours-4, ours-16        our run with the engine that "auto" takes, 4 or 16 rows a step. Of some warm steps, which kernels
+                       ran, and how long the GPU had work
+unsloth-4, unsloth-16  the same with Unsloth
+plain-4                the same with plain transformers, without CUDA graphs
+seed-t4, ours-t4       seed and unsloth-4 in float16 in 14.5 GiB
+mixed-t4               rows of 2,048 tokens among others, so, with checkpoints and scoring
+memory-graphs, memory-unsloth, memory-checkpointing (Unsloth's), memory-plain    estimated and measured peaks
+t4            whole runs in float16 in 14.5 GiB, cut as for a T4: 1,000 rows; rows that are all 2,048 tokens long; too
+              much at once
 
 The first five steps of each configuration are not counted: kernels are compiled in them.
 """
 
 import contextlib
+import dataclasses
 import gc
 import importlib.metadata
 import itertools
@@ -342,8 +346,13 @@ def build(name: str, tokenizer: str) -> str:
     return str(folder)
 
 
-def memory(folder: str, out: Path, name: str, engine_name: str, rank: int, shapes, checkpointing: bool) -> None:
-    """Peaks of single steps of four rows of some lengths, through our trainer, beside their estimates."""
+def memory(
+    folder: str, out: Path, name: str, engine_name: str, rank: int, shapes, checkpointing: bool, graphs: bool
+) -> None:
+    """Peaks of single steps of rows of some lengths, through our trainer, beside their estimates.
+
+    Of CUDA graphs, whose longest is captured at the start, each length has a trainer of its own.
+    """
     import torch
 
     from bizassist_nb import Settings, models
@@ -353,44 +362,51 @@ def memory(folder: str, out: Path, name: str, engine_name: str, rank: int, shape
     from bizassist_nb.training.outbox import Outbox
 
     settings = Settings(model=folder, rank=rank, engine=engine_name, warmup_steps=0)
-    engine = engines.choose(engine_name)
+    engine = dataclasses.replace(engines.choose(engine_name), graphs=graphs)
     base = models.resolve(folder)
     on = preflight.device()
     fresh()
     model = engines.load(engine, base, settings, checkpointing=checkpointing)
     loaded = torch.cuda.memory_allocated()
     draw = random.Random(0)
-    steps = []
-    for shape in [shapes[0], *shapes]:  # the first twice: Adam's moments come into being in it
+
+    def step(shape):
         rows = [[draw.randrange(1000, 30000) for _ in range(length)] for length in shape]
-        steps.append([Example(n, ids, ids, truncated=False) for n, ids in enumerate(rows)])
-    peaks = []
+        return [Example(n, ids, ids, truncated=False) for n, ids in enumerate(rows)]
+
+    peaks: list[tuple[int, int]] = []
 
     def on_step_end(self, *_, **__):
         peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
         fresh()
 
-    before, trainer.RunCallback.on_step_end = trainer.RunCallback.on_step_end, on_step_end
-    path = Path("/tmp/gpu_train") / f"{os.getpid()}-{name}-{rank}-{checkpointing}"
-    path.mkdir(parents=True)
-    (path / "settings.toml").write_text(settings.to_toml())
-    fit = preflight.Fit(4, checkpointing, on.precision, "measured")
+    fit = preflight.Fit(4, checkpointing, on.precision, "measured", graphs=graphs)
     model_shape = preflight.shape(base.source)
+    before, trainer.RunCallback.on_step_end = trainer.RunCallback.on_step_end, on_step_end
     try:
-        trainer.train(
-            Run(path), Outbox(path), _stop(), engine, settings, fit, model,
-            models.load_tokenizer(folder), steps,
-        )  # fmt: skip
+        for group in [[shape] for shape in shapes] if graphs else [shapes]:
+            path = Path(tempfile.mkdtemp(prefix="gpu_train_"))
+            (path / "settings.toml").write_text(settings.to_toml())
+            first = len(peaks)
+            trainer.train(
+                Run(path), Outbox(path), _stop(), engine, settings, fit, model, models.load_tokenizer(folder),
+                [step(shape) for shape in [group[0], *group]],  # the first twice: Adam's moments come into being in it
+            )  # fmt: skip
+            if graphs:  # captured in the first step
+                peaks[first + 1] = (max(peak[0] for peak in peaks[first:]), max(peak[1] for peak in peaks[first:]))
+            del peaks[first]
+            model.zero_grad(set_to_none=True)
+            fresh()
     finally:
         trainer.RunCallback.on_step_end = before
-    for shape, (allocated, reserved) in zip(shapes, peaks[1:], strict=False):
+    for shape, (allocated, reserved) in zip(shapes, peaks, strict=False):
         parts = preflight.peak(model_shape, rank, engine, on, shape, checkpointing=checkpointing)
         expected = sum(parts.values())
         write(
             out,
             part="memory",
             model=name,
-            engine=engine_name,
+            engine=engine_name + (", graphs" if graphs else ""),
             rank=rank,
             rows=list(shape),
             checkpointing=checkpointing,
@@ -421,12 +437,10 @@ def _stop():
 # --- the parts -----------------------------------------------------------------------------------------------------
 
 
-def part_speed(model: str, rows: str, out: Path) -> None:
+def part_seed(model: str, rows: str, out: Path) -> None:
     import unsloth  # noqa: F401 - before everything it patches
 
     seed(model, rows, out, "seed: 1 x 4, checkpointing, 8-bit Adam")
-    ours(model, rows, out, "ours, batch_size 4", engine="unsloth")
-    ours(model, rows, out, "ours, batch_size 16", engine="unsloth", batch_size=16)
 
 
 def part_seed_t4(model: str, rows: str, out: Path) -> None:
@@ -441,16 +455,19 @@ def part_ours_t4(model: str, rows: str, out: Path) -> None:
     import t4
     import unsloth  # noqa: F401 - before everything it patches
 
-    t4.pretend()
+    t4.pretend(as_fast=True)
     ours(model, rows, out, "ours in 14.5 GiB, float16", engine="unsloth")
 
 
-def part_ours_4(model: str, rows: str, out: Path) -> None:
-    ours(model, rows, out, "ours, batch_size 4", engine="unsloth")
+def part_ours(model: str, rows: str, out: Path, engine: str = "auto", batch_size: int = 4) -> None:
+    ours(model, rows, out, f"ours, {engine}, batch_size {batch_size}", engine=engine, batch_size=batch_size)
 
 
-def part_ours_16(model: str, rows: str, out: Path) -> None:
-    ours(model, rows, out, "ours, batch_size 16", engine="unsloth", batch_size=16)
+def part_plain_4(model: str, rows: str, out: Path) -> None:
+    from bizassist_nb.training import engines
+
+    engines._graphs = lambda: False
+    part_ours(model, rows, out, engine="transformers")
 
 
 def part_mixed_t4(model: str, rows: str, out: Path) -> None:
@@ -475,20 +492,17 @@ def part_mixed_t4(model: str, rows: str, out: Path) -> None:
     )
 
 
-def part_speed_plain(model: str, rows: str, out: Path) -> None:
-    ours(model, rows, out, "ours, plain transformers, batch_size 4", engine="transformers")
-
-
-def part_memory(model: str, rows: str, out: Path, engine: str = "unsloth") -> None:
+def part_memory(
+    model: str, rows: str, out: Path, engine: str = "transformers", graphs: bool = False, checkpointing: bool = False
+) -> None:
     if engine == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
-    small, large = [(128,) * 4, (512, 300, 200, 100)], [(512,) * 4, (2048,) * 4]
-    if engine == "transformers":
-        large = [(512,) * 4]
-    for name, rank in (("mistral-7b", 16), ("llama-3b", 64), ("llama-1b", 16), ("mistral-7b", 64)):
+    shapes = [(128,) * 4, (512, 300, 200, 100), (512,) * 4]
+    if engine == "unsloth" or graphs:
+        shapes.append((1024 if graphs else 2048,) * 4)
+    for name, rank in (("mistral-7b", 16), ("llama-3b", 64), ("llama-1b", 16)):
         folder = model if name == "mistral-7b" else build(name, model)
-        for checkpointing in (False, True):
-            memory(folder, out, name, engine, rank, [*small, *large], checkpointing)
+        memory(folder, out, name, engine, rank, shapes, checkpointing, graphs)
 
 
 def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16) -> None:
@@ -552,15 +566,19 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16)
 
 
 PARTS = {
-    "speed": part_speed,
+    "seed": part_seed,
     "seed-t4": part_seed_t4,
     "ours-t4": part_ours_t4,
-    "ours-4": part_ours_4,
-    "ours-16": part_ours_16,
     "mixed-t4": part_mixed_t4,
-    "speed-plain": part_speed_plain,
-    "memory": part_memory,
-    "memory-plain": lambda *args: part_memory(*args, engine="transformers"),
+    "ours-4": part_ours,
+    "ours-16": lambda *args: part_ours(*args, batch_size=16),
+    "unsloth-4": lambda *args: part_ours(*args, engine="unsloth"),
+    "unsloth-16": lambda *args: part_ours(*args, engine="unsloth", batch_size=16),
+    "plain-4": part_plain_4,
+    "memory-plain": part_memory,
+    "memory-graphs": lambda *args: part_memory(*args, graphs=True),
+    "memory-unsloth": lambda *args: part_memory(*args, engine="unsloth"),
+    "memory-checkpointing": lambda *args: part_memory(*args, engine="unsloth", checkpointing=True),
     "t4": part_t4,
 }
 

@@ -13,8 +13,11 @@ import torch
 ROOM = 14.5 * 2**30
 
 
-def pretend(aware: bool = True) -> None:
-    """Make this package see a T4 in this process. Unsloth, if it is used, has to be imported before."""
+def pretend(aware: bool = True, as_fast: bool = False) -> None:
+    """Make this package see a T4 in this process. Unsloth, if it is used, has to be imported before.
+
+    With `as_fast` it sees this GPU's compute capability, so steps are cut for its speed, and only memory is a T4's.
+    """
     from bizassist_nb import models
     from bizassist_nb.training import preflight
 
@@ -25,7 +28,8 @@ def pretend(aware: bool = True) -> None:
 
     def device() -> preflight.Device:
         free = (ROOM - torch.cuda.memory_reserved()) / preflight.GIB if aware else real().free
-        return dataclasses.replace(real(), capability=(7, 5), free=free)
+        found = real()
+        return dataclasses.replace(found, capability=found.capability if as_fast else (7, 5), free=free)
 
     preflight.device = device
 
