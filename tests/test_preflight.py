@@ -13,6 +13,7 @@ from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.preflight import MISTRAL, Device, Shape
 
 PADDED, UNSLOTH, PLAIN = Engine("unsloth", ""), Engine("unsloth", "", end_to_end=True), Engine("transformers", "")
+GRAPHS = Engine("transformers", "", graphs=True)
 T4 = Device("cuda:0", (7, 5), 14.6)
 H100 = Device("cuda:0", (9, 0), 79.0)
 CPU = Device("cpu", (0, 0), 12.0)
@@ -49,6 +50,34 @@ def test_the_largest_micro_batch_that_fits_and_checkpointing_where_it_pays(
     fit = chosen(on, lengths, engine, SMOL if on is CPU else MISTRAL, **changes)
     assert (fit.micro_batch, fit.checkpointing) == (micro_batch, checkpointing), fit.reason
     assert "GiB of" in fit.reason
+
+
+@pytest.mark.parametrize(
+    ("free", "lengths", "changes", "graphs", "unpacked"),
+    [
+        (79.0, DOLLY, {}, True, True),
+        (24.0, DOLLY, {}, True, False),  # no room for 13 GiB of 16-bit weights
+        (24.0, LONG, {"micro_batch": 4}, False, False),  # every step needs checkpointing
+        (24.0, [*LONG, [100] * 4], {"micro_batch": 4}, True, False),  # one does not
+        (79.0, DOLLY, {"dropout": 0.1}, False, False),
+    ],
+)
+def test_graphs_where_passes_have_room_and_weights_in_16_bits_where_there_is_more(
+    free, lengths, changes, graphs, unpacked
+):
+    on = Device("cuda:0", (9, 0), free)
+    expected = preflight._estimate(Settings(**changes), GRAPHS, MISTRAL, on, lengths)
+    assert (expected.fit.graphs, expected.fit.unpacked) == (graphs, unpacked), expected.fit.reason
+    assert ("unpacked weights" in expected.parts) is unpacked
+    assert expected.peak < free
+    assert not chosen(on, lengths, PLAIN, **changes).graphs
+
+
+def test_a_graph_has_room_for_its_rows_and_little_more():
+    sizes = {preflight.padded(tokens) for tokens in range(1, 2049)}
+    assert len(sizes) == 20  # so many captures at most
+    for tokens in range(1, 2049):
+        assert tokens <= preflight.padded(tokens) < max(tokens * 1.25 + 1, tokens + 32)
 
 
 @pytest.mark.parametrize(

@@ -372,10 +372,13 @@ def peak(
     plain = on.on_gpu and engine.name == "transformers" and not engine.graphs
     if not checkpointing:
         kept = tokens * (model.layers * block + 2 * inputs)
-        moments = [(12, kept, logits)] if plain else [(_ADAPTER, kept, 2 * matrix + logits)]
+        if engine.graphs:  # what a pass holds when the logits are there stays taken
+            moments = [(_ADAPTER, kept, logits)]
+        else:
+            moments = [(12, kept, logits)] if plain else [(_ADAPTER, kept, 2 * matrix + logits)]
     elif own_kernels(engine, on_gpu=on.on_gpu):  # it moves the blocks' inputs to RAM, all but two
         passing = tokens * (2 * inputs + block + 1.5 * model.intermediate * on.width)
-        moments = [(_ADAPTER, passing, 2 * matrix + logits)]
+        moments = [(12, 2 * tokens * inputs, logits), (_ADAPTER, passing, 2 * matrix)]
     else:  # the loss, before there are gradients, or a block on the way back
         inputs *= model.layers
         moments = [(12, tokens * inputs, logits), (_ADAPTER, tokens * (inputs + block), matrix)]
@@ -412,7 +415,7 @@ def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:
     """Bytes of the logits that exist at once: both engines' losses go through the tokens in chunks."""
     if own_kernels(engine, on_gpu=on.on_gpu):
         return max(512, min(8192, tokens // 8)) * model.vocabulary * 8
-    return min(tokens, 256) * model.vocabulary * 20
+    return min(tokens, 1024) * model.vocabulary * 14 if engine.graphs else min(tokens, 256) * model.vocabulary * 20
 
 
 # Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,
