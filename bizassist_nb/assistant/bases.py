@@ -205,6 +205,7 @@ class Answerer(Protocol):
 
 
 answerers: Final["weakref.WeakSet[Answerer]"] = weakref.WeakSet()
+"""Whoever `release` has to tell, for as long as they live."""
 
 
 def release() -> None:
