@@ -113,7 +113,8 @@ class Settings:
     engine: str = _field(
         _AUTO,
         'what trains: "unsloth", or plain "transformers" with PEFT; "auto" takes unsloth where it is '
-        "installed and works on this device",
+        "installed and works on this device, and transformers on a Hopper GPU or later, where its passes are CUDA "
+        "graphs",
         choices=(_AUTO, "unsloth", "transformers"),
     )
     gpus: int | str = _field(

@@ -22,6 +22,7 @@ from bizassist_nb.assistant.assistant import Assistant, QuestionError
 from bizassist_nb.assistant.bases import LoadedBase, loaded_base
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.assistant.decoding import Sampling, scaled
+from bizassist_nb.assistant.prefix import Prefix
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.errors import ModelError
@@ -303,6 +304,119 @@ def test_a_conversation_too_long_loses_its_oldest_turns_and_says_so(small):
         Assistant(runs[0]).ask("word " * most, conversation=talk)
 
 
+def read(loaded, prompts, strengths, prefix):
+    """The logits after the prompts, and how many columns were read for them."""
+    columns = []
+    forward = decoding._ModuleSteps.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            decoding._ModuleSteps, "forward", lambda steps, ids: columns.append(ids.shape[1]) or forward(steps, ids)
+        )
+        with decoding._steps(loaded.model, prompts, strengths, loaded.chat.pad_id, 1, prefix) as (found, _):
+            return found, columns[0]
+
+
+def test_a_conversation_is_read_from_where_it_goes_on_with_the_same_logits(assistant, trained):
+    loaded = loaded_base("smollm2-135m")
+    strengths = {loaded.adapter(trained): [0.0, 1.0]}
+    talk = Conversation()
+    for turn, question in enumerate(QUESTIONS[:2]):
+        assistant.ask(question, conversation=talk, max_new_tokens=6)
+        if turn == 0:  # answers of other lengths, which nobody has read yet
+            talk.add("Why?", {"base": "Because it costs less, and sells better.", "tuned": "It sells."})
+        prompts = [
+            loaded.chat.prompt(conversation(trained.settings.system_prompt, talk.turns(who), "And then?"))
+            for who in ("base", "tuned")
+        ]
+        whole, width = read(loaded, prompts, strengths, None)
+        found, columns = read(loaded, prompts, strengths, loaded.prefix)
+        assert (found - whole).abs().max() < 1e-4
+        assert columns < width / 2
+    assert len(prompts[0]) != len(prompts[1])
+
+
+@pytest.fixture
+def answered(small):
+    """Answers two rows of unequal length on the tiny model and gives what was read of each with it."""
+    (one, _), loaded = small
+    strengths = {loaded.adapter(one): [0.0, 1.0]}
+    loaded.use(list(strengths))
+    prompts = [list(range(100, 130)), list(range(100, 117))]
+
+    def answer(prefix, most=16, stop_ids=frozenset()):
+        said = [list(prompt) for prompt in prompts]
+        stream = decoding.decode(
+            loaded.model, prompts, strengths=strengths, stop_ids=stop_ids, pad_id=0, max_new_tokens=8,
+            sampling=Sampling(temperature=1.0, seed=1), prefix=prefix,
+        )  # fmt: skip
+        for row, token in itertools.islice(stream, most):
+            said[row].append(token)
+        stream.close()
+        return said
+
+    return loaded, strengths, answer
+
+
+@pytest.mark.parametrize(
+    "after", ["a whole answer", "the same question", "one that was over first", "a closed stream", "an interrupt"]
+)
+def test_what_was_read_is_used_again_with_the_same_logits(after, answered):
+    loaded, strengths, answer = answered
+    prefix = Prefix()
+    if after in ("a whole answer", "the same question"):
+        said = answer(prefix)
+    elif after == "one that was over first":
+        longest = answer(None)
+        said = answer(prefix, stop_ids=frozenset({longest[1][17 + 5]}))
+        assert [len(row) for row in said] == [38, 22]
+    elif after == "a closed stream":
+        said = answer(prefix, most=5)
+    else:
+        said, layer = answer(None, most=8), decoding.fused._decoder(loaded.model).layers[1]
+        calls = itertools.count()
+
+        def interrupt(*_):
+            if next(calls) == 4:  # in the fourth step, between the layers
+                raise KeyboardInterrupt
+
+        hook = layer.register_forward_pre_hook(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                answer(prefix)
+        finally:
+            hook.remove()
+    following = [[*row, 7, 8, 9] for row in said]
+    if after == "the same question":
+        following = [said[0][:30], said[1][:17]]
+    whole, width = read(loaded, following, strengths, None)
+    found, columns = read(loaded, following, strengths, prefix)
+    assert (found - whole).abs().max() < 1e-5
+    assert columns <= 7 < width
+
+
+@pytest.mark.parametrize("other", ["strength", "adapter", "rows", "question", "nothing kept"])
+def test_what_was_read_otherwise_is_not_used(other, answered, small):
+    loaded, strengths, answer = answered
+    prefix = Prefix()
+    prompts = [[*row, 7] for row in answer(prefix)]
+    if other == "strength":
+        strengths = {name: [0.0, 0.5] for name in strengths}
+    elif other == "adapter":
+        strengths = {loaded.adapter(small[0][1]): [0.0, 1.0]}
+    elif other == "rows":
+        strengths, prompts = {name: [1.0] for name in strengths}, prompts[1:]
+    elif other == "question":
+        prompts = [[5, *row] for row in prompts]
+    else:
+        kept = weakref.ref(prefix._kept[2][0][0])
+        prefix.forget()
+        assert kept() is None
+    found, columns = read(loaded, prompts, strengths, prefix)
+    whole, width = read(loaded, prompts, strengths, None)
+    assert columns == width
+    assert torch.equal(found, whole)
+
+
 def size(model):
     return sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
 
@@ -341,6 +455,8 @@ def test_an_adapter_that_was_trained_anew_is_loaded_anew(small, tmp_path):
     os.utime(weights, (1, 1))
     after = Assistant(run).ask("How?", max_new_tokens=8)
     assert (after.base, after.tuned != before.tuned) == (before.base, True)
+    loaded_base(run.model).forget_cache()
+    assert Assistant(run).ask("How?", max_new_tokens=8) == after
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ class Assistant:
                 strengths=strengths,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
+                prefix=loaded.prefix,
             ):
                 name = rows[number].name
                 answers[name] += text

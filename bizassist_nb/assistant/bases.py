@@ -36,6 +36,7 @@ class LoadedBase:
         import torch
 
         from bizassist_nb.assistant import decoding
+        from bizassist_nb.assistant.prefix import Prefix
 
         self.base = base
         self.chat = models.load_tokenizer(base.source)
@@ -51,6 +52,7 @@ class LoadedBase:
         self.memory = torch.cuda.memory_allocated() - before
         """Bytes of GPU memory that its weights take."""
         decoding.quicken(self.model)
+        self.prefix = Prefix() if self.model.device.type == "cpu" else None
         self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
         self._count = itertools.count()
 
@@ -104,10 +106,12 @@ class LoadedBase:
             self._remove(key)
 
     def forget_cache(self) -> None:
-        """Let go of what is kept on a GPU between questions."""
+        """Let go of what is kept between questions."""
         from bizassist_nb.assistant import fused
 
         fused.forget(self.model)
+        if self.prefix:
+            self.prefix.forget()
 
     def use(self, adapters: list[str]) -> None:
         """Have just these adapters take part in the forward pass."""

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from bizassist_nb.assistant import fused
+from bizassist_nb.assistant.prefix import Prefix
 from bizassist_nb.data.tokens import ChatTokenizer
 
 
@@ -47,17 +48,19 @@ def decode(
     pad_id: int,
     max_new_tokens: int,
     sampling: Sampling,
+    prefix: Prefix | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token id) as answers grow: every living row's next token, step by step, end tokens left out.
 
     `strengths` maps each adapter's name to its strength in every row (1 is as trained). The model is only altered while
-    a step is computed: between yields, and however the generator ends, it is as it was.
+    a step is computed: between yields, and however the generator ends, it is as it was. What `prefix` has of the
+    prompts is not read again; it is given what is read now.
     """
     choose = _Chooser(sampling, prompts)
     rows = list(range(len(prompts)))  # those still growing, as indices into prompts
     if max_new_tokens < 1:
         return
-    with _steps(model, prompts, strengths, pad_id, max_new_tokens) as (logits, steps):
+    with _steps(model, prompts, strengths, pad_id, max_new_tokens, prefix) as (logits, steps):
         for count in range(1, max_new_tokens + 1):
             chosen = choose(rows, logits)
             living = [i for i, token in enumerate(chosen) if token not in stop_ids]
@@ -79,6 +82,7 @@ def texts(
     strengths: Mapping[str, Sequence[float]],
     max_new_tokens: int,
     sampling: Sampling,
+    prefix: Prefix | None = None,
 ) -> Iterator[tuple[int, str]]:
     """`decode` as (row, text), one for every token: "" while a character is not yet whole."""
     streams = [DecodeStream(skip_special_tokens=True) for _ in prompts]
@@ -91,6 +95,7 @@ def texts(
         pad_id=chat.pad_id,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
+        prefix=prefix,
     ):
         yield row, streams[row].step(backend, token) or ""
 
@@ -102,14 +107,21 @@ def _steps(
     strengths: Mapping[str, Sequence[float]],
     pad_id: int,
     max_new_tokens: int,
+    prefix: Prefix | None,
 ) -> Iterator[tuple[torch.Tensor, "_ModuleSteps | _GraphSteps"]]:
     """The logits (rows, vocabulary) after the prompts, and what computes those after each further token."""
     ids, mask = _left_padded(prompts, pad_id, model.device)
     cache = DynamicCache(config=model.config)
+    known = prefix.begin(prompts, strengths, cache) if prefix else 0
     steps = _ModuleSteps(model, strengths, cache, mask)
-    logits = steps.forward(ids)
+    logits = steps.forward(ids[:, known:])
     if not fused.fits(model, len(prompts)):
-        yield logits, steps
+        if prefix:
+            steps.remember_in(prefix, prompts)
+        try:
+            yield logits, steps
+        finally:
+            steps.remember()
         return
     graph = fused.take(model, list(strengths), len(prompts), ids.shape[1] + max_new_tokens)
     try:
@@ -126,14 +138,28 @@ class _ModuleSteps:
     def __init__(self, model: Any, strengths: Mapping[str, Sequence[float]], cache: DynamicCache, mask: torch.Tensor):
         self._model, self._cache, self._mask = model, cache, mask
         self._strengths = {name: list(values) for name, values in strengths.items()}
+        self._prefix: Prefix | None = None
+
+    def remember_in(self, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> None:
+        """Note what is read from now on, after these prompts; `remember` leaves it to `prefix`, once."""
+        self._prefix, self._read = prefix, [list(prompt) for prompt in prompts]
+
+    def remember(self) -> None:
+        if self._prefix:
+            self._prefix.keep(self._read, self._strengths, self._cache)
+        self._prefix = None
 
     def keep(self, living: list[int]) -> None:
+        self.remember()  # while all rows are there
         kept = torch.tensor(living, device=self._mask.device)
         self._cache.batch_select_indices(kept)
         self._mask = self._mask[kept]
         self._strengths = {name: [values[i] for i in living] for name, values in self._strengths.items()}
 
     def __call__(self, tokens: list[int]) -> torch.Tensor:
+        if self._prefix:
+            for read, token in zip(self._read, tokens, strict=True):
+                read.append(token)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         return self.forward(torch.tensor(tokens, device=self._mask.device)[:, None])
 

@@ -3,6 +3,7 @@
 MODEL_FOLDER holds Mistral-7B's architecture in NF4 with a chat template, ROWS.json at least 1,000 rows. Each part
 runs in a process of its own (Unsloth patches its libraries for good) and appends JSON lines to OUT as soon as it has
 them. Parts joined by + load their models side by side, and those of speed train one after the other, in that order.
+PART@STEPS has another number of steps, of which all but the first five are counted.
 
 seed          a plain script of the configuration of the notebook that this package grew out of (Unsloth, micro-batch
               1 x 4, checkpointing on, 8-bit Adam); of seed and ours the same rows, in the same order
@@ -222,6 +223,8 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
         part="ours",
         name=name,
         tokens_per_second=round(sum(step.tokens for step in warm) / seconds),
+        all_tokens_per_second=round(sum(s.tokens for s in run.steps) / (sum(s.seconds for s in run.steps) or 1e-9)),
+        median_tokens_per_second=round(statistics.median([s.tokens / s.seconds for s in warm] or [0])),
         step_seconds=round(seconds / max(1, len(warm)), 4),
         median_step=round(statistics.median([s.seconds for s in warm] or [0]), 4),
         host_ms={stage: round(1000 * statistics.median(s)) for stage, s in watch.host.items()},
@@ -600,8 +603,9 @@ def main(model: str, rows: str, out: str, *parts: str) -> None:
         TURNS.mkdir()
         running, before = {}, ""
         for part in group.split("+"):
-            environment = os.environ | {"PART": part, "BEFORE": before}
-            running[part] = subprocess.Popen([*command, f"--{part}"], env=environment)
+            name, _, steps = part.partition("@")
+            environment = os.environ | {"PART": part, "BEFORE": before} | ({"STEPS": steps} if steps else {})
+            running[part] = subprocess.Popen([*command, f"--{name}"], env=environment)
             before = f"{before},{part}"
         while any(process.poll() is None for process in running.values()):
             for part in (part for part, process in running.items() if process.poll() is not None):
