@@ -8,7 +8,7 @@
 #
 # On a machine with a GPU, install the torch build for it first, then this package.
 
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(minor))) python3)
 TORCH  ?= torch==2.13.0
 export CHROMIUM ?= /usr/bin/chromium
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,6 +163,8 @@ def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
     from bizassist_nb.training.launch import finetune
 
     shown, said = "", None
+    where = "" if settings.runs_dir == "runs" else f"--runs-dir {shlex.quote(settings.runs_dir)} "
+    typed = f"bizassist finetune {where}--name"
 
     def show(run: Run) -> None:
         nonlocal shown, said
@@ -170,7 +173,7 @@ def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
             _say(words or "Held-out loss falls again.")
             said = words
         if line != shown:
-            _say(run_text(run) if run.status in ENDED else line)
+            _say(run_text(run, typed) if run.status in ENDED else line)
             shown = line
 
     run = finetune(settings, name, resume=resume, show=show)

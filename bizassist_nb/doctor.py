@@ -1,25 +1,19 @@
 """What this machine has and what follows for fine-tuning on it."""
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Iterable
 from typing import Final
 
 from bizassist_nb.errors import BizassistError
 
-_PACKAGES: Final = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "datasets",
-    "accelerate",
-    "bitsandbytes",
-    "unsloth",
-    "ipywidgets",
-)
+STACK: Final = (
+    "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo",
+)  # fmt: skip
+"""What training stands on, by the names of distributions."""
 
 
 def report() -> list[tuple[str, str]]:
@@ -28,7 +22,9 @@ def report() -> list[tuple[str, str]]:
     from bizassist_nb.training import engines
 
     lines = [("bizassist-nb", f"{__version__} on Python {platform.python_version()}, {platform.system()}")]
-    lines += [(package, _version(package)) for package in _PACKAGES]
+    packages = (*STACK, "ipywidgets")
+    found = versions(packages)
+    lines += [(package, found.get(package, "not installed")) for package in packages]
     lines.append(("device", _device()))
     engine = engines.choose("auto")
     lines.append(("engine", f"{engine.name}: {engine.reason}"))
@@ -42,16 +38,19 @@ def report() -> list[tuple[str, str]]:
     return lines
 
 
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Those of the packages that are installed, with their versions."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def as_text(lines: list[tuple[str, str]]) -> str:
     """The report for a terminal."""
     width = max(len(what) for what, _ in lines)
     return "\n".join(f"{what:{width}}  {finding}" for what, finding in lines)
-
-
-def _version(package: str) -> str:
-    if importlib.util.find_spec(package) is None:
-        return "not installed"
-    return importlib.metadata.version(package)
 
 
 def _device() -> str:

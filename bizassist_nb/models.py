@@ -46,14 +46,15 @@ class Base:
     """Why this one."""
 
 
-def resolve(model: str) -> Base:
-    """The base that `Settings.model` stands for.
+def resolve(model: str, spare: float = 0.0) -> Base:
+    """The base that `Settings.model` stands for; `spare` GiB of GPU memory are to be free besides those that are.
 
     Raises:
         ModelError: if it is not there.
     """
     if model == "auto":
         free, device = _free_gpu_memory()
+        free += spare
         if free >= _MISTRAL_ROOM:
             return Base("mistral-7b", MISTRAL, f"{device} has {free:.1f} GiB free, enough for it in 4 bits")
         why = f"{device} has only {free:.1f} GiB free" if device else "there is no CUDA GPU"

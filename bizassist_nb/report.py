@@ -2,8 +2,9 @@
 
 import dataclasses
 import html
+import re
 import time
-from typing import Any
+from typing import Any, Final
 
 from bizassist_nb import render, votes
 from bizassist_nb.comparing import duration
@@ -12,8 +13,11 @@ from bizassist_nb.errors import printable
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.scorecard import rising, sections
 
-_RECENT = 20
+_RECENT: Final = 20
 """Steps over which speed is taken."""
+_CELL: Final = "%%finetune"
+_DIVERGED: Final = re.compile(r"\bbecame (nan|-?inf)\b")
+"""What the error says of a loss or a gradient that is no longer a number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,26 +144,36 @@ def settings_rows(run: Run) -> list[tuple[str, str]]:
     return [(name, str(getattr(settings, name))) for name in names]
 
 
-def how_to_go_on(run: Run) -> str | None:
-    """What to type next, where that is not plain."""
+def diverged(run: Run) -> bool:
+    """Whether it failed because of a loss that is no longer a number: resumed, it takes the same steps to the same."""
+    error = run.last("error") if run.status == "failed" else None
+    return error is not None and bool(_DIVERGED.search(error["message"]))
+
+
+def how_to_go_on(run: Run, typed: str = _CELL) -> str | None:
+    """What to do next, where that is not plain; `typed` is what stands before a run's name where it is typed."""
     if run.status not in ("stopped", "lost", "failed"):
         return None
+    if diverged(run):
+        lower = f"a lower learning_rate than {run.settings.learning_rate:g}"
+        return f"resumed, it would end in the same way; begin anew under a new name, with {lower}"
     saved = run.last("checkpoint")
     if not saved:
-        again = f"{run.name} --resume" if run.steps else run.name
-        return f"it had no checkpoint yet; begin from the start with: %%finetune {again}"
-    return f"the checkpoint at step {saved['step']} is kept; go on with: %%finetune {run.name} --resume"
+        # Without steps it can be begun anew, with other settings, too: a cell has them, a command line may have had.
+        resume = "" if typed == _CELL and not run.steps else " --resume"
+        return f"it had no checkpoint yet; begin from the start with: {typed} {run.name}{resume}"
+    return f"the checkpoint at step {saved['step']} is kept; go on with: {typed} {run.name} --resume"
 
 
-def run_text(run: Run) -> str:
-    """The run for a terminal."""
+def run_text(run: Run, typed: str = _CELL) -> str:
+    """The run as plain text; `typed` as for `how_to_go_on`."""
     if damage := run.damage:
         return printable(f"{headline(run)}\n  {damage}")
     lines = [headline(run), *(f"  {label}: {text}" for label, text in facts(run))]
     lines += [f"  row {number} is not used: {reason}" for number, reason in rejected(run)]
     shown = [section for section in _verdict(run) if not section.folded]
     lines += [f"  {line}" for line in render.sections_text(shown).splitlines()]
-    if hint := how_to_go_on(run):
+    if hint := how_to_go_on(run, typed):
         lines.append(f"  {hint}")
     return printable("\n".join(lines))
 

@@ -14,10 +14,7 @@ runs/NAME/  settings.toml     as asked for
 """
 
 import dataclasses
-import errno
-import fcntl
 import functools
-import hashlib
 import json
 import os
 import re
@@ -25,13 +22,14 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from bizassist_nb import shapes
 from bizassist_nb.errors import RunError, SettingsError, brief
-from bizassist_nb.settings import Settings, cache, user_path
+from bizassist_nb.journal import EVENTS, is_locked, kept_folder
+from bizassist_nb.settings import Settings, user_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,12 +47,8 @@ WORKER: Final = "bizassist_nb.training.worker"
 SEVERAL: Final = "bizassist_nb.training.several"
 """The module that launches the workers of a run in several processes; it is the one that is stopped and killed."""
 
-EVENTS: Final = "events.jsonl"
-"""Name of the file with a run's events."""
 _ROOM: Final = 1_000_000
 """Bytes with less of which free a disk is full."""
-FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a disk, or a person's share of it, says that has no room."""
 
 _NAME: Final = re.compile(r"\w[\w.-]{0,62}\w|\w")
 
@@ -77,40 +71,6 @@ class Step:
 
 
 _STEP_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Step))
-
-
-class Journal:
-    """The writing end of events.jsonl: one line an event, opened anew for each, as the folder may have come anew, too.
-
-    Raises:
-        OSError: where it cannot be written.
-    """
-
-    def __init__(self, directory: Path):
-        """Of the run in that directory."""
-        self._path = directory / EVENTS
-
-    def write(self, event: str, **fields: Any) -> None:
-        """Append one event; floats that JSON has no number for are refused with ValueError."""
-        self.append(line_of(event, fields))
-
-    def append(self, lines: bytes) -> None:
-        """Append whole lines; a last line that a killed writer or a full disk left half-written is closed first."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                lines = b"\n" + lines
-            while lines:
-                lines = lines[os.write(descriptor, lines) :]
-        finally:
-            os.close(descriptor)
-
-
-def line_of(event: str, fields: Mapping[str, Any]) -> bytes:
-    """An event as the line that it is kept in."""
-    line = json.dumps({"time": time.time(), "event": event, **fields}, ensure_ascii=False, allow_nan=False)
-    return line.encode("utf-8", "replace") + b"\n"
 
 
 class Run:
@@ -472,69 +432,27 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
         return []
     except (OSError, ValueError) as error:
         raise RunError(f"the folder of runs {folder} cannot be read ({brief(error)}); name another") from error
-    ages = {path: _age(path) for path in paths}
-    return [Run(path) for path, age in sorted(ages.items(), key=lambda item: item[1] or 0) if age is not None]
+    made = {path: age for path in paths if (age := _age(path)) is not None}
+    return [Run(path) for path in sorted(made, key=lambda path: _first_time(path) or made[path])]
 
 
-def _age(path: Path) -> int | None:
-    """When the run in that folder was begun; None where there is none, or where it may not be looked for."""
+def _first_time(path: Path) -> float | None:
+    """When its first event was written, which a copy of the run keeps, unlike its files' times; None before that."""
+    try:
+        with (path / EVENTS).open("rb") as file:
+            first = _parse_event(file.readline(_TAIL))
+    except OSError:  # not there yet, or out of reach
+        return None
+    return first["time"] if first else None
+
+
+def _age(path: Path) -> float | None:
+    """When the settings in that folder were written; None where no run is, or where it may not be looked for."""
     try:
         found = (path / "settings.toml").stat()
     except (OSError, ValueError):  # the latter for a name that no file can have
         return None
-    return found.st_mtime_ns if stat.S_ISREG(found.st_mode) else None
-
-
-def take_lock(path: Path, patience: float = 0.2) -> int:
-    """Lock the run for one worker and give the lock's file descriptor, to be inherited by it.
-
-    The lock (flock) belongs to the open file, so it lasts as long as any process holds this descriptor, and no longer.
-    `patience` is how many seconds to wait: readers hold it for a moment, a worker that has ended until it is gone.
-
-    Raises:
-        RunError: if a worker holds it.
-    """
-    descriptor = os.open(path / "worker.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    end = time.monotonic() + patience
-    while not _try_lock(descriptor, fcntl.LOCK_EX):
-        if time.monotonic() > end:
-            os.close(descriptor)
-            break
-        time.sleep(0.01)
-    else:
-        return descriptor
-    raise RunError(f"the run {path.name!r} is being trained by another process; wait for it or stop it")
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a worker lives that holds the run's lock."""
-    try:
-        descriptor = os.open(path / "worker.lock", os.O_RDONLY)
-    except OSError:  # not there, or out of reach
-        return False
-    try:
-        return not _try_lock(descriptor, fcntl.LOCK_SH)
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def write_worker(lock: int, pid: int) -> None:
-    """Write into the lock who holds it."""
-    os.truncate(lock, 0)
-    os.pwrite(lock, str(pid).encode(), 0)
-
-
-def kept_folder(run_path: Path) -> Path:
-    """Where this machine keeps what a worker cannot write into that directory (see `bizassist_nb.training.outbox`)."""
-    return cache() / "kept" / hashlib.sha256(str(run_path.absolute()).encode()).hexdigest()[:16]
+    return found.st_mtime if stat.S_ISREG(found.st_mode) else None
 
 
 def _read_json(path: Path, shape: Any) -> Any:

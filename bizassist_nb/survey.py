@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb import models
+from bizassist_nb.assistant import bases
 from bizassist_nb.data.chat import row_messages
 from bizassist_nb.data.rows import Rejected, Row, Table, read_table, split
 from bizassist_nb.data.tokens import ChatTokenizer, Example
@@ -95,7 +96,7 @@ def survey(settings: Settings) -> Iterator[Survey]:
     engine = engines.choose(settings.engine, processes=count, sharded=sharded)
     table = _table(settings.data, tuple(sorted(settings.columns.items())), _state_of(settings.data))
     training, _ = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
-    base = models.resolve(settings.model)
+    base = models.resolve(settings.model, bases.held())  # which is given back before a run is started
     chat = _tokenizer(base.source)
     found = Survey(settings, base, chat, table.source, training, table.rejected)
     lengths = _lengths(base.source, table.fingerprint, settings.system_prompt)
@@ -108,7 +109,8 @@ def survey(settings: Settings) -> Iterator[Survey]:
     order = [min(lengths[row.number][1], settings.max_length) for row in training if row.number not in unused]
     steps = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
     shares = [Rank(count=count).longest(step) for step in steps]
-    on = dataclasses.replace(preflight.device(), sharing=count if sharded else 1)
+    on = preflight.device()
+    on = dataclasses.replace(on, free=on.free + bases.held(), sharing=count if sharded else 1)
     yield dataclasses.replace(found, expected=preflight.estimate(settings.share(count), engine, base, shares, on))
 
 

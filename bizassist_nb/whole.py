@@ -50,7 +50,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def put_in_place(part: Path, target: Path) -> None:
-    """Put a folder that has been filled in the place of `target`, which stays there until then."""
+    """Put a folder that has been filled in the place of `target`, which stays there until then.
+
+    Whoever may read other files of this person may read those in it: safetensors gives its own to them alone.
+    """
+    readable = part.stat().st_mode & 0o666  # as the umask has it: the folder was made by `mkdir`
+    for file in part.rglob("*"):
+        if file.is_file() and readable & ~file.stat().st_mode:
+            file.chmod(readable)
     sync(part)
     if target.is_dir():  # a folder cannot be put in the place of one that is not empty
         old = _old(target)

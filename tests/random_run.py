@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from bizassist_nb import models
 from bizassist_nb.data.rows import read_table
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.journal import Journal
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.whole import write_json
 

@@ -1,5 +1,6 @@
 """How adapters are put in the place of earlier ones."""
 
+import os
 import resource
 from types import SimpleNamespace
 
@@ -32,6 +33,22 @@ def test_an_adapter_stays_until_the_next_is_written_whole(tmp_path):
     save_adapter(target, model("third"), CHAT)
     assert (target / "weights").read_text() == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_whoever_may_read_other_files_may_read_an_adapters(tmp_path, umask, mode):
+    def save_pretrained(folder, *, safe_serialization):
+        save_file({"a": torch.zeros(2)}, folder / "a.safetensors")
+        (folder / "inner").mkdir()
+        save_file({"a": torch.zeros(2)}, folder / "inner" / "b.safetensors")
+
+    before = os.umask(umask)
+    try:
+        save_adapter(tmp_path / "adapter", SimpleNamespace(save_pretrained=save_pretrained), CHAT, {"note": "text"})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(["a.safetensors", "b.safetensors", "note"], mode)
 
 
 @pytest.mark.parametrize("writer", ["safetensors", "torch", "tokenizer", "text"])

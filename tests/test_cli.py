@@ -11,7 +11,8 @@ from live_kernel import wait_until
 from random_run import random_run
 
 from bizassist_nb.__main__ import main
-from bizassist_nb.runs import Run, open_run, take_lock
+from bizassist_nb.journal import take_lock
+from bizassist_nb.runs import Run, open_run
 from bizassist_nb.training import launch
 
 
@@ -110,7 +111,7 @@ def test_ctrl_c_stops_cleanly(file, tmp_path):
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert Run(path).status == "stopped"
-    assert "--resume" in out
+    assert f"go on with: bizassist finetune --runs-dir {tmp_path} --name halted --resume\n" in out
 
 
 def test_a_second_ctrl_c_ends_the_run_and_exits_as_interrupted(tmp_path, monkeypatch):

@@ -2,19 +2,21 @@
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from random_run import environment
+from random_run import environment, random_run
 from transformers import AutoModelForCausalLM
 
+from bizassist_nb.assistant import bases
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.data.tokens import IGNORED, Example
-from bizassist_nb.errors import RunError
+from bizassist_nb.errors import DataError, ModelError, RunError
 from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.training import evaluation
-from bizassist_nb.training.evaluation import Exam, rows_of, score
+from bizassist_nb.training.evaluation import Exam, evaluate, rows_of, score
 from bizassist_nb.verdict import mean_loss
 from bizassist_nb.whole import write_json
 
@@ -93,7 +95,7 @@ def test_batches_do_not_change_scores(model, chat):
 
 def test_batches_hold_every_row_once_and_few_tokens(examples):
     examples += [Example(i, [5] * size, [5] * size, truncated=False) for i, size in enumerate([9, 4000, 5000, 9])]
-    batches = evaluation._batches(examples, 4096)
+    batches = evaluation._batches(examples, range(len(examples)), 4096)
     assert sorted(index for batch in batches for index in batch) == list(range(len(examples)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(len(examples[i].input_ids) for i in batch) <= 4096
@@ -129,6 +131,38 @@ def test_a_stop_between_batches_ends_the_scoring_and_restores_the_mode(small, ch
     small.eval()
 
 
+@pytest.fixture
+def room(small):
+    """Room in memory for so many `tokens` at once; `tried` are the numbers of rows that the model was given."""
+    room = SimpleNamespace(tokens=10**6, tried=[])
+
+    def check(_module, _arguments, named):
+        room.tried.append(named["input_ids"].shape[0])
+        if named["input_ids"].numel() > room.tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    handle = small.register_forward_pre_hook(check, with_kwargs=True)
+    yield room
+    handle.remove()
+
+
+def test_where_memory_runs_out_fewer_rows_are_scored_at_once(small, chat, room):
+    examples = some_examples(chat)
+    whole = score(small, examples, pad_id=chat.pad_id)
+    room.tokens, room.tried = 2 * max(len(example.input_ids) for example in examples), []
+    scores = score(small, examples, pad_id=chat.pad_id)
+    assert [(one.row, one.tokens) for one in scores] == [(one.row, one.tokens) for one in whole]
+    assert [one.nats for one in scores] == pytest.approx([one.nats for one in whole], rel=1e-5)
+    assert room.tried == [4, 2, 2]
+
+
+def test_a_row_that_there_is_no_room_for_alone_ends_the_scoring(small, chat, room):
+    room.tokens = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        score(small, some_examples(chat), pad_id=chat.pad_id)
+    assert room.tried == [4, 2, 1]
+
+
 def test_a_runs_rows_are_those_it_began_with(tmp_path, rows_file):
     data = rows_file([{"instruction": f"Question {i}?", "response": f"Answer {i}."} for i in range(9)])
     (tmp_path / "settings.toml").write_text(Settings(data=str(data), subset=6, held_out=3).to_toml())
@@ -140,6 +174,24 @@ def test_a_runs_rows_are_those_it_began_with(tmp_path, rows_file):
     rows_file([{"instruction": f"Other question {i}?", "response": f"Answer {i}."} for i in range(9)])
     with pytest.raises(RunError, match=r"has changed since it began .*bring the old data back"):
         rows_of(run)
+
+
+def test_a_run_that_cannot_be_scored_is_refused_before_its_base_is_loaded(tiny, tmp_path, rows_file, monkeypatch):
+    def loaded_base(_model):
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr(evaluation, "loaded_base", loaded_base)
+    data = rows_file([{"instruction": f"Question {i}?", "response": f"Answer {i}."} for i in range(9)])
+    run = random_run(tmp_path / "r", tiny, data=str(data), subset=6, held_out=3)
+    data.unlink()
+    with pytest.raises(DataError, match="there is no file"):
+        evaluate(run)
+    (run.adapter / bases.WEIGHTS).unlink()
+    with pytest.raises(ModelError, match="is missing"):
+        evaluate(run)
+    (run.adapter / "adapter_config.json").unlink()
+    with pytest.raises(ModelError, match="the run 'r' has no adapter"):
+        evaluate(run)
 
 
 @pytest.mark.parametrize("max_length", [64, 2048])

@@ -22,7 +22,8 @@ from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.errors import DataError, ModelError, RunError
 from bizassist_nb.export import merge, parity
 from bizassist_nb.export.weights import Weights, original
-from bizassist_nb.runs import Run, take_lock
+from bizassist_nb.journal import take_lock
+from bizassist_nb.runs import Run
 
 QUESTION = "How should we price a new feature?"
 
@@ -403,6 +404,11 @@ def test_room_on_the_disk_is_looked_at_before_anything_is_written(copy, monkeypa
     with pytest.raises(RunError, match=r"takes 0\.1 GB and .* has 0\.0 GB free"):
         copy.merge()
     assert not files(copy.path) & {"merged", ".merged.part"}
+
+
+def test_whoever_may_read_its_folder_may_read_a_merged_model(random):
+    folder = random.path / "merged"
+    assert {path.stat().st_mode & 0o666 for path in folder.iterdir()} == {folder.stat().st_mode & 0o666}
 
 
 def test_merging_again_is_refused(random):

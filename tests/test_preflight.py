@@ -4,9 +4,10 @@ import pytest
 
 from bizassist_nb import Settings
 from bizassist_nb.errors import ModelError
+from bizassist_nb.journal import Journal
 from bizassist_nb.models import Base
 from bizassist_nb.report import run_html, run_text
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.runs import Run
 from bizassist_nb.training import preflight
 from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.preflight import MISTRAL, Device, Shape

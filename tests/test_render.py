@@ -13,8 +13,9 @@ from bizassist_nb import render
 from bizassist_nb.assistant.comparison import Comparison, Comparisons, comparison_html
 from bizassist_nb.assistant.differences import marked
 from bizassist_nb.degeneration import counted
+from bizassist_nb.journal import Journal
 from bizassist_nb.report import run_html
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.verdict import Score, assess, judge
 from bizassist_nb.whole import write_json

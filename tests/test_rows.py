@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+from pathlib import Path
 
 import huggingface_hub.constants
 import pyarrow
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from bizassist_nb.data.rows import DOLLY_SHA256, SUFFIXES, Row, Table, read_table, split
 from bizassist_nb.errors import DataError
+from bizassist_nb.settings import Settings
 from bizassist_nb.whole import write_json
 
 PLAIN = [
@@ -22,6 +24,16 @@ PLAIN = [
     {"instruction": "Übersetze: 漢字 🦜", "context": "  spaced  ", "response": "kanji\u2028", "category": "x"},
 ]
 SAID = {"instruction": "q", "response": "a"}
+
+
+def test_there_are_rows_enough_for_the_cells_of_the_readme():
+    cells = re.findall(
+        r"^%%finetune \w+\n(.+?)^```$", (Path(__file__).parents[1] / "README.md").read_text(), re.M | re.S
+    )
+    assert cells
+    for cell in cells:
+        asked = Settings.from_toml(cell)
+        split(read_table(asked.data).rows, subset=asked.subset, held_out=asked.held_out, seed=asked.seed)
 
 
 def write(path, rows):

@@ -11,7 +11,8 @@ from random_run import environment
 
 from bizassist_nb import shapes
 from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Journal, Run, check_name, is_locked, list_runs, open_run, take_lock
+from bizassist_nb.journal import Journal, is_locked, take_lock
+from bizassist_nb.runs import Run, check_name, list_runs, open_run
 from bizassist_nb.settings import Settings
 from bizassist_nb.whole import write_json
 
@@ -312,9 +313,12 @@ def test_runs_are_listed_oldest_first(tmp_path):
     ages = {"b": 30, "d": 10, "a": 20, "c": 40}
     for name, age in ages.items():
         os.utime(make_run(tmp_path, name).path / "settings.toml", (10**9 - age, 10**9 - age))
+    for name, age in (("d", 35), ("b", 30)):  # d's settings were copied later than the run was begun
+        Journal(tmp_path / name).append(json.dumps({"time": 10**9 - age, "event": "state", "state": "x"}).encode())
+    (tmp_path / "c" / "events.jsonl").write_text("damaged\n")
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    assert [run.name for run in list_runs(tmp_path)] == ["c", "b", "a", "d"]
+    assert [run.name for run in list_runs(tmp_path)] == ["c", "d", "b", "a"]
     assert list_runs(tmp_path / "nowhere") == []
 
 

@@ -5,8 +5,9 @@ import os
 import pytest
 
 from bizassist_nb.degeneration import counted
+from bizassist_nb.journal import Journal, take_lock
 from bizassist_nb.report import headline, how_to_go_on, run_html, run_text
-from bizassist_nb.runs import Journal, Run, take_lock
+from bizassist_nb.runs import Run
 from bizassist_nb.scorecard import rising, sections
 from bizassist_nb.settings import Settings
 from bizassist_nb.verdict import Score, assess, judge

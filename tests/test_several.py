@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 from bizassist_nb import Settings, finetune
 from bizassist_nb.errors import EngineError, SettingsError
+from bizassist_nb.journal import is_locked
 from bizassist_nb.report import run_text
-from bizassist_nb.runs import ENDED, Run, is_locked
+from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.survey import survey
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint

@@ -1,14 +1,21 @@
 """The panel without a browser: what its controls do, and what is shown then; tests/browser has a person at it."""
 
+import dataclasses
 import json
 import time
+import weakref
 
 import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
 from random_run import random_run
 
-from bizassist_nb import Assistant, BizassistError, Conversation, Panel
+from bizassist_nb import Assistant, BizassistError, Conversation, Panel, load_ipython_extension
+from bizassist_nb.assistant import bases, decoding
+from bizassist_nb.errors import SettingsError
+from bizassist_nb.journal import Journal
 from bizassist_nb.survey import survey
-from bizassist_nb.training import preflight
+from bizassist_nb.training import launch, preflight
 
 QUESTIONS = ("How should we price it?", "And what would you do next?")
 DRAWN = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "top_k": 500, "repetition_penalty": 1.1, "seed": 3}
@@ -179,6 +186,67 @@ def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
     assert driven.named("Export").disabled
     driven.until(lambda: not driven.named("Export").disabled)
     assert "name the hub repository as OWNER/NAME" in driven.shown()
+
+
+def test_only_a_run_that_would_get_further_can_be_resumed(driven, runs):
+    journal = Journal(runs[1].path)
+    journal.write("state", state="failed")
+    for message, refused in (("the disk is full", False), ("the loss became nan at step 5", True)):
+        journal.write("error", message=message, expected=True)
+        driven.turn()
+        assert driven.named("Resume").disabled == refused
+    assert "a lower learning_rate than 0.0002" in driven.named("Resume").tooltip
+
+
+@pytest.fixture
+def shell():
+    shell = InteractiveShell()
+    load_ipython_extension(shell)
+    return shell
+
+
+def test_a_run_that_is_started_in_a_cell_has_the_memory_of_an_answer_under_way(runs, shell, monkeypatch):
+    monkeypatch.setattr(bases, "_loaded", {})
+    driven = Driven(runs[0].path.parent)
+    driven.fill("tuned model", "one")
+    driven.fill("max new tokens", 1500)
+    driven.fill("long question", QUESTIONS[0])
+    driven.press("Send")
+    turn = driven.panel._tabs[2]._turns[-1]
+    driven.until(lambda: turn.comparison and turn.answer("tuned"))
+    base = weakref.ref(*bases._loaded.values())
+    with pytest.raises(SettingsError):
+        shell.find_cell_magic("finetune")("NAME", "rank = 0")
+    assert base()  # nothing came of it, so the answer goes on
+    monkeypatch.setattr(launch, "finetune", lambda *_, **__: runs[0])
+    monkeypatch.setattr(bases.models, "device", lambda: "cuda:0")  # only there it lets go of bases
+    shell.find_cell_magic("finetune")("NAME", "")
+    assert base() is None
+    assert (turn.ended, turn.remark) == (True, "stopped")
+
+
+def test_an_answer_that_is_interrupted_in_a_cell_keeps_no_base(runs, shell, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bases, "_loaded", {})
+    monkeypatch.setattr(decoding._ModuleSteps, "forward", interrupted)
+    shell.run_cell(f"%%ask --run one --runs-dir {runs[0].path.parent}\n{QUESTIONS[0]}")
+    base = weakref.ref(*bases._loaded.values())
+    monkeypatch.setattr(bases.models, "device", lambda: "cuda:0")
+    bases.release()
+    assert base() is None
+
+
+def test_a_base_that_a_run_would_have_go_counts_as_free(runs, monkeypatch):
+    monkeypatch.setattr(bases, "_loaded", {})
+    monkeypatch.setattr(torch.cuda, "memory_allocated", iter((0, 2 << 30)).__next__)  # before it is loaded, and after
+    monkeypatch.setattr(preflight, "device", lambda: preflight.Device("cpu", (0, 0), 3.0))
+    settings = dataclasses.replace(runs[0].settings, subset=4)
+    *_, before = survey(settings)
+    bases.loaded_base(settings.model)
+    *_, after = survey(settings)
+    assert (before.expected.free, after.expected.free) == (3.0, 5.0)
 
 
 def test_outside_a_notebook_it_says_so(driven):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from bizassist_nb import Settings, finetune
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.errors import RunError
 from bizassist_nb.export.card import card
-from bizassist_nb.report import run_text
+from bizassist_nb.journal import Journal
+from bizassist_nb.report import diverged, run_html, run_text
 from bizassist_nb.runs import ENDED, Run
-from bizassist_nb.training import launch
+from bizassist_nb.training import launch, worker
 from bizassist_nb.training.checkpoints import CHECKSUMS, checkpoints
 from bizassist_nb.training.evaluation import evaluate
 from bizassist_nb.verdict import Score
@@ -162,8 +164,6 @@ def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_start(tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
     from bizassist_nb.training import trainer
     from bizassist_nb.training.outbox import Outbox
 
@@ -184,8 +184,6 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
 
 
 def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_path):
-    from types import SimpleNamespace
-
     from bizassist_nb.training.outbox import Outbox
     from bizassist_nb.training.worker import _watch
 
@@ -303,11 +301,23 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tin
     run = Run(tmp_path / "nan")
     assert (run.status, len(run.steps)) == ("failed", 4)
     assert run.last("checkpoint")["step"] == 4
+    assert "--resume" not in run_text(run) + run_html(run)
+    assert "begin anew under a new name, with a lower learning_rate than 0.0002" in run_text(run)
+
+
+@pytest.mark.parametrize("who", ["base", "tuned"])
+def test_only_an_adapter_that_was_broken_in_training_has_diverged(who, tmp_path):
+    (tmp_path / "settings.toml").write_text(Settings().to_toml())
+    run, journal = Run(tmp_path), Journal(tmp_path)
+    exam = SimpleNamespace(on_held_out=lambda *_: [Score(1, float("nan"), 5)])
+    with pytest.raises(RunError, match=f"held-out loss of {who}") as caught:
+        worker._score(journal, who, 3, None, exam, lambda: None)
+    journal.write("state", state="failed")
+    journal.write("error", message=str(caught.value), expected=True)
+    assert diverged(run) == (who == "tuned")
 
 
 def test_float16_may_overflow_while_its_scaling_settles_but_not_for_ever(tmp_path):
-    from types import SimpleNamespace
-
     from bizassist_nb.training.outbox import Outbox
     from bizassist_nb.training.trainer import RunCallback
 

@@ -4,14 +4,17 @@ import gc
 import itertools
 import json
 import threading
+import weakref
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from bizassist_nb import models
 from bizassist_nb.errors import ModelError, brief
 from bizassist_nb.runs import Run
 from bizassist_nb.shapes import misfit
 
+WEIGHTS: Final = "adapter_model.safetensors"
+"""Name of the file with an adapter's weights."""
 MOST_ADAPTERS: Final = 8
 """Adapters beside a base; one of rank 16 for Mistral-7B takes 0.17 GB."""
 
@@ -37,6 +40,7 @@ class LoadedBase:
 
         self.base = base
         self.chat = models.load_tokenizer(base.source)
+        before = torch.cuda.memory_allocated()  # 0 without a GPU
         try:
             self.model: Any = models.load_nf4(base.source)
         except torch.OutOfMemoryError as error:
@@ -45,6 +49,8 @@ class LoadedBase:
                 f"{base.name} does not fit beside what is in GPU memory ({free:.1f} GiB are free): while a run is "
                 "being trained the assistant may have to wait; look at it with %bizassist runs, or stop it"
             ) from error
+        self.memory = torch.cuda.memory_allocated() - before
+        """Bytes of GPU memory that its weights take."""
         decoding.quicken(self.model)
         self.prefix = Prefix() if self.model.device.type == "cpu" else None
         self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
@@ -56,37 +62,30 @@ class LoadedBase:
         Raises:
             ModelError: if the run has none, or one that cannot be read or was made for another base.
         """
-        if run.adapter is None:
-            raise ModelError(
-                f"the run {run.name!r} has no adapter (it is {run.status}); the base alone can be asked with --base"
-            )
-        weights = run.adapter / "adapter_model.safetensors"
-        if not weights.is_file():
-            raise ModelError(f"the adapter of run {run.name!r} is damaged: {weights} is missing; {_AGAIN}")
-        key = (str(run.adapter.resolve()), weights.stat().st_mtime_ns)
+        folder = adapter_folder(run)
+        key = (str(folder.resolve()), (folder / WEIGHTS).stat().st_mtime_ns)
         if key not in self._adapters:
-            check_adapter(run.adapter, self.base, self.model)
+            check_adapter(folder, self.base, self.model)
             for old in [known for known in self._adapters if known[0] == key[0]]:
                 self._remove(old)
             while len(self._adapters) >= MOST_ADAPTERS:
                 self._remove(next(iter(self._adapters)))
-            self._adapters[key] = self._load(run, f"run{next(self._count)}")
+            self._adapters[key] = self._load(run.name, folder, f"run{next(self._count)}")
         self._adapters[key] = self._adapters.pop(key)
         return self._adapters[key]
 
-    def _load(self, run: Run, name: str) -> str:
+    def _load(self, run: str, folder: Path, name: str) -> str:
         from peft import PeftModel
         from safetensors import SafetensorError
 
-        assert run.adapter is not None
         try:
             if isinstance(self.model, PeftModel):
-                self.model.load_adapter(run.adapter, adapter_name=name, torch_device=models.device())
+                self.model.load_adapter(folder, adapter_name=name, torch_device=models.device())
             else:
-                self.model = PeftModel.from_pretrained(self.model, run.adapter, adapter_name=name)
+                self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
         except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
-                f"the adapter of run {run.name!r} cannot be loaded onto {self.base.name} ({brief(error)}); "
+                f"the adapter of run {run!r} cannot be loaded onto {self.base.name} ({brief(error)}); "
                 f"it is damaged; {_AGAIN}"
             ) from error
         self.model.eval()
@@ -121,6 +120,21 @@ class LoadedBase:
         decoding.activate(self.model, adapters)
 
 
+def adapter_folder(run: Run) -> Path:
+    """The folder of a run's adapter, which has weights in it.
+
+    Raises:
+        ModelError: if the run has none, or they are missing.
+    """
+    if run.adapter is None:
+        raise ModelError(
+            f"the run {run.name!r} has no adapter (it is {run.status}); the base alone can be asked with --base"
+        )
+    if not (run.adapter / WEIGHTS).is_file():
+        raise ModelError(f"the adapter of run {run.name!r} is damaged: {run.adapter / WEIGHTS} is missing; {_AGAIN}")
+    return run.adapter
+
+
 def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
     """Refuse an adapter made for another base, by what it says of itself and by its shapes, before it is loaded.
 
@@ -133,7 +147,7 @@ def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
     config = adapter_config(folder)
     made_for = config["base_model_name_or_path"]
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} is damaged ({brief(error)}); {_AGAIN}") from error
@@ -187,17 +201,38 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
+class Answerer(Protocol):
+    """Someone who may be half-way through an answer, and so hold a base that is to go."""
+
+    def halt(self) -> None:
+        """End the answer that is being written, if one is."""
+
+
+answerers: Final["weakref.WeakSet[Answerer]"] = weakref.WeakSet()
+"""Whoever `release` has to tell, for as long as they live."""
+
+
 def release() -> None:
-    """Let go of the bases in GPU memory, so that a worker finds room; they are loaded anew when next asked."""
-    if not _loaded or models.device() == "cpu":
+    """Let go of the bases in GPU memory, so that a worker finds room; they are loaded anew when next asked.
+
+    On any device the answers of all `answerers` end where they are.
+    """
+    for answerer in tuple(answerers):
+        answerer.halt()
+    if not (_loaded or _loading.locked()) or models.device() == "cpu":
         return
     import torch
 
-    with _loading:
+    with _loading:  # one that is being loaded is waited for
         _loaded.clear()
         _sources.clear()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def held() -> float:
+    """GiB of GPU memory, at least, that `release` would give back."""
+    return sum(loaded.memory for loaded in tuple(_loaded.values())) / 2**30
 
 
 _loaded: dict[str, LoadedBase] = {}

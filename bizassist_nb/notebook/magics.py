@@ -127,6 +127,9 @@ class BizassistMagics(Magics):
             assistant = Assistant(*runs)
             questions = (lines(question) or [""]) if options.each else [question]
             answered = Comparisons(view.follow(assistant.stream(each, **_answering(options))) for each in questions)
+        except KeyboardInterrupt as interrupt:
+            # IPython keeps its traceback, and so the answer it was in, with the base in GPU memory.
+            raise interrupt.with_traceback(None)  # noqa: B904 - it is itself
         finally:
             view.finish()
         result: Any = answered if options.each else answered[0]

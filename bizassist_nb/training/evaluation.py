@@ -1,9 +1,11 @@
 """The loss of given answers under a model: a run's held-out rows, and general ones."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, Final
 
+from bizassist_nb.assistant.bases import adapter_folder, loaded_base
 from bizassist_nb.data.rows import Row, Table, read_table, split
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.errors import RunError
@@ -22,8 +24,9 @@ def score(
 ) -> list[Score]:
     """Each example's summed negative log-likelihood over its labelled tokens, in the order given.
 
-    `between` is called between batches; what it raises ends the scoring. Where the base is sharded over several ranks,
-    each scores its share of every batch, and all have all scores.
+    Where memory runs out, what is left goes on in batches of half the size, down to a row at a time; not where the base
+    is sharded over several ranks, which must take the same batches: there each scores its share of every batch, and
+    all have all scores. `between` is called between batches; what it raises ends the scoring.
     """
     import torch
 
@@ -31,19 +34,33 @@ def score(
     training = model.training
     model.eval()
     scores: dict[int, Score] = {}
+    waiting = _batches(examples, range(len(examples)), _BATCH_LOGITS // model.config.vocab_size)
     try:
-        for batch in _batches(examples, _BATCH_LOGITS // model.config.vocab_size):
+        while waiting:
             between()
+            batch = waiting[0]
             mine = batch[rank.number :: rank.count]
             rows = mine or batch[:1]  # not to be counted, but the others need this rank's part of the weights
-            # Not inference_mode: a base that is sharded would keep what it gathers in, which training could not use.
-            with torch.no_grad():
-                found = _nats(model, [examples[i] for i in rows], pad_id)
-            for index, nats in zip(mine, found, strict=bool(mine)):
-                example = examples[index]
-                scores[index] = Score(
-                    example.number, nats, sum(label != IGNORED for label in example.labels[1:]), example.category
-                )
+            try:
+                # Not inference_mode: a sharded base would keep what it gathers in, which training could not use.
+                with torch.no_grad():
+                    found = _nats(model, [examples[index] for index in rows], pad_id)
+            except (RuntimeError, MemoryError) as error:
+                from bizassist_nb.training.trainer import out_of_memory  # after unsloth, where that trains
+
+                if len(batch) == 1 or rank.sharded or not out_of_memory(error):
+                    raise
+            else:
+                del waiting[0]
+                for index, nats in zip(mine, found, strict=bool(mine)):
+                    example = examples[index]
+                    tokens = sum(label != IGNORED for label in example.labels[1:])
+                    scores[index] = Score(example.number, nats, tokens, example.category)
+                continue
+            # Only now, when the error is gone and with it the frames that hold the batch's tensors.
+            torch.cuda.empty_cache()
+            half = len(batch) * len(examples[batch[-1]].input_ids) // 2
+            waiting = _batches(examples, itertools.chain(*waiting), half)
     finally:
         model.train(training)
         if rank.sharded:  # else embeddings stay gathered until something is saved, which is in the first rank alone
@@ -116,15 +133,16 @@ def evaluate(run: Run) -> dict[str, Any]:
         DataError: if its rows cannot be read.
         RunError: if they are not those it began with.
     """
-    from bizassist_nb.assistant.bases import loaded_base
+    settings = run.settings
+    adapter_folder(run)  # what cannot be done is said before anything heavy is loaded
+    _, _, rows = rows_of(run)
+
     from bizassist_nb.assistant.decoding import scaled
     from bizassist_nb.export.card import write_card
     from bizassist_nb.training.answering import answer_run
 
-    settings = run.settings
     loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
-    _, _, rows = rows_of(run)
     held, _ = loaded.chat.examples(rows, system_prompt=settings.system_prompt, max_length=settings.max_length)
     exam = Exam(loaded.chat, settings, rows, held)
     loaded.use([adapter])
@@ -137,18 +155,19 @@ def evaluate(run: Run) -> dict[str, Any]:
     return result
 
 
-def _batches(examples: Sequence[Example], tokens: int) -> list[list[int]]:
-    """Indices of examples of like length, at most so many tokens a batch, or a single longer one."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
-    batches: list[list[int]] = [[]]
-    for index in order:  # lengths rise, so the newest is the batch's longest
-        if batches[-1] and (len(batches[-1]) + 1) * len(examples[index].input_ids) > tokens:
+def _batches(examples: Sequence[Example], which: Iterable[int], tokens: int) -> list[list[int]]:
+    """The indices `which` of examples, by rising length, at most so many tokens a batch, or a single longer one."""
+    batches: list[list[int]] = []
+    for index in sorted(which, key=lambda index: len(examples[index].input_ids)):
+        # Lengths rise, so the newest is the batch's longest.
+        if not batches or (len(batches[-1]) + 1) * len(examples[index].input_ids) > tokens:
             batches.append([])
         batches[-1].append(index)
     return batches
 
 
 def _nats(model: Any, examples: Sequence[Example], pad_id: int) -> list[float]:
+    """Summed negative log-likelihood of each, from one pass over all of them."""
     import torch
 
     width = max(len(example.input_ids) for example in examples)

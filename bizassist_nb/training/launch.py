@@ -14,18 +14,8 @@ from types import FrameType
 from typing import Self
 
 from bizassist_nb.errors import RunError, brief
-from bizassist_nb.runs import (
-    ENDED,
-    SEVERAL,
-    WORKER,
-    Journal,
-    Run,
-    check_name,
-    is_locked,
-    kept_folder,
-    take_lock,
-    write_worker,
-)
+from bizassist_nb.journal import Journal, is_locked, kept_folder, take_lock, write_worker
+from bizassist_nb.runs import ENDED, SEVERAL, WORKER, Run, check_name
 from bizassist_nb.settings import Settings
 from bizassist_nb.training.several import processes
 from bizassist_nb.whole import write_whole

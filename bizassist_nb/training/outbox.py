@@ -6,6 +6,7 @@ even if that is after the worker was killed.
 """
 
 import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from bizassist_nb.errors import RunError, brief
-from bizassist_nb.runs import EVENTS, FULL, Journal, is_locked, kept_folder, line_of, take_lock, write_worker
+from bizassist_nb.journal import EVENTS, Journal, is_locked, kept_folder, line_of, take_lock, write_worker
 from bizassist_nb.training.checkpoints import Checkpoint, checkpoints, newest_checkpoint, save_checkpoint
 
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk, or a person's share of it, says that has no room."""
 _EVERY: Final = 1.0
 """Seconds between attempts."""
 _PATIENCE: Final = 3600.0
@@ -175,5 +178,5 @@ class Outbox(Journal):
             probe.write_bytes(b"?")
             probe.unlink()
         except OSError as error:
-            return error.errno in FULL
+            return error.errno in _FULL
         return True

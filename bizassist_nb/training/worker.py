@@ -8,7 +8,6 @@ write nothing.
 """
 
 import dataclasses
-import importlib.metadata
 import io
 import json
 import logging
@@ -30,6 +29,7 @@ from bizassist_nb import models
 from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
 from bizassist_nb.degeneration import counted
+from bizassist_nb.doctor import STACK, versions
 from bizassist_nb.errors import BizassistError, DataError, RunError, brief, without_secrets
 from bizassist_nb.export.card import write_card
 from bizassist_nb.plots import save_loss_png
@@ -44,10 +44,6 @@ from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_re
 from bizassist_nb.verdict import Score, mean_loss
 from bizassist_nb.whole import write_json
 
-PACKAGES: Final = (
-    "bizassist-nb", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes",
-    "unsloth", "unsloth_zoo",
-)  # fmt: skip
 _LISTED: Final = 50
 """Rejected rows that are written out one by one; all are counted."""
 
@@ -437,11 +433,11 @@ def _examine(
 def _score(journal: Outbox, who: str, step: int, model: Any, exam: Exam, between: Callable[[], None]) -> list[Score]:
     start = time.monotonic()
     scores = exam.on_held_out(model, between)
-    if not math.isfinite(mean_loss(scores)):
-        raise RunError(f"the held-out loss of {who} is {mean_loss(scores)}: its weights are broken")
-    journal.write(
-        "evaluation", who=who, step=step, loss=mean_loss(scores), rows=len(scores), seconds=time.monotonic() - start
-    )
+    if not math.isfinite(loss := mean_loss(scores)):
+        if who == "base":
+            raise RunError(f"the held-out loss of base is {loss}: its weights are broken; take another model")
+        raise RunError(f"the held-out loss of tuned became {loss}; try a lower learning_rate, under a new name")
+    journal.write("evaluation", who=who, step=step, loss=loss, rows=len(scores), seconds=time.monotonic() - start)
     return scores
 
 
@@ -462,16 +458,9 @@ def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -
             "fingerprint": table.fingerprint,
             "device": f"{count} × {device}" if count > 1 else device,
             "python": platform.python_version(),
-            "versions": {name: version for name in PACKAGES if (version := _version(name))},
+            "versions": versions(("bizassist-nb", *STACK)),
         },
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _keep_lock() -> None:

@@ -2,7 +2,8 @@
 
 from random_run import environment
 
-from bizassist_nb.runs import Journal, Run
+from bizassist_nb.journal import Journal
+from bizassist_nb.runs import Run
 from bizassist_nb.settings import Settings
 from bizassist_nb.verdict import Score, assess, judge
 from bizassist_nb.votes import Vote, append

@@ -12,7 +12,7 @@ import ipywidgets
 from hostile import HOSTILE
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.notebook.panel import Panel
-from bizassist_nb.notebook.panel.chat import Pane, Turn
+from bizassist_nb.notebook.panel.turns import Pane, Turn
 panel = Panel()
 panes = [Pane("base"), Pane("tuned")]
 for pane in panes:

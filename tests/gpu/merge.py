@@ -58,7 +58,7 @@ def prepared(base, work):
 
     from bizassist_nb import models
     from bizassist_nb.export.weights import Weights
-    from bizassist_nb.runs import Journal
+    from bizassist_nb.journal import Journal
     from bizassist_nb.settings import Settings
     from bizassist_nb.whole import write_json
 

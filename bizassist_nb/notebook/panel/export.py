@@ -14,6 +14,7 @@ from typing import IO, Final, get_args
 
 import ipywidgets as w
 
+from bizassist_nb.assistant.bases import release
 from bizassist_nb.comparing import duration
 from bizassist_nb.export.card import parity_words
 from bizassist_nb.notebook.panel.controls import tip
@@ -82,7 +83,7 @@ class Export:
 
     def _on_start(self) -> None:
         if self._run.value and not (self._job and self._job.going):
-            self._state.make_room()  # the process loads the base itself
+            release()  # the process loads the base itself
             self._job = Job(self._state.runs[self._run.value], self._to.value, self._options())
 
     def _on_cancel(self) -> None:

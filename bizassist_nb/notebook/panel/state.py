@@ -1,10 +1,8 @@
 """What the panel's tabs share: the settings as they stand, the runs there are, and the one that is followed."""
 
 import time
-from collections.abc import Callable
 from typing import Final
 
-from bizassist_nb.assistant.bases import release
 from bizassist_nb.errors import RunError
 from bizassist_nb.runs import ENDED, Run, list_runs
 from bizassist_nb.settings import Settings
@@ -36,8 +34,6 @@ class State:
         self.working = False
         """Whether a tab's next turn has more to do at once."""
         self.exporting = False
-        self.halt: Callable[[], None] = lambda: None
-        """Ends the answer that is being written, if one is."""
         self._runs_dir = runs_dir
         self.looked = 0.0
         """When the runs were last listed."""
@@ -65,11 +61,6 @@ class State:
         self._runs_dir, self.looked = runs_dir, time.monotonic()
         if self.followed and self.followed.name not in self.runs:
             self.followed = None
-
-    def make_room(self) -> None:
-        """Let go of the bases in GPU memory, for a process that loads its own."""
-        self.halt()
-        release()
 
     def follow(self, run: Run) -> None:
         """Show this run from now on."""

@@ -10,6 +10,7 @@ import ipywidgets as w
 import tomli_w
 
 from bizassist_nb import render, report
+from bizassist_nb.assistant.bases import release
 from bizassist_nb.comparing import duration
 from bizassist_nb.errors import BizassistError, SettingsError
 from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
@@ -191,10 +192,8 @@ class RunView:
         stopping = live is not None and self._stopping is live
         self._stop.description = "Stop at once" if stopping else "Stop"
         self._stop.tooltip = "end it now, without saving" if stopping else "finish the step, save, and end"
-        self._resume.disabled = live is not None or run is None or run.status not in ("stopped", "lost", "failed")
-        self._resume.tooltip = (
-            "go on from the last checkpoint" if not self._resume.disabled else "no stopped run is chosen"
-        )
+        why_not = _why_not_resumed(run, live)
+        self._resume.disabled, self._resume.tooltip = bool(why_not), why_not or "go on from the last checkpoint"
         if live is None:
             self._stopping = None
         self._show(run)
@@ -260,13 +259,13 @@ class RunView:
 
     def _on_start(self) -> None:
         if self._state.settings and self._form.valid:
-            self._state.make_room()
+            release()
             self._state.follow(start(self._state.settings, self._form.name))
 
     def _on_resume(self) -> None:
         run = self._state.followed
         if run and over(run):
-            self._state.make_room()
+            release()
             here = str(run.path.parent)  # where it lies now; it may have been trained from another folder
             start(dataclasses.replace(run.settings, runs_dir=here), run.name, resume=True)
 
@@ -338,6 +337,12 @@ def _why_not(valid: bool, live: Run | None) -> str:
     if live:
         return f"{live.name} is being trained; one run at a time"
     return "train with these settings" if valid else "the settings are not valid yet"
+
+
+def _why_not_resumed(run: Run | None, live: Run | None) -> str | None:
+    if live is not None or run is None or run.status not in ("stopped", "lost", "failed"):
+        return "no stopped run is chosen"
+    return report.how_to_go_on(run) if report.diverged(run) else None
 
 
 def _bar(share: float) -> str:
