@@ -97,7 +97,9 @@ def main(folder: Path) -> None:
                 "fullest": max(seen), "after": bytes_at_hand(model.parameters()),
             }
         )  # fmt: skip
-    print(json.dumps({"held": held, "whole": of, "block": block, "outside": outside, "passes": passes}), flush=True)
+    found = {"held": held, "whole": of, "block": block, "outside": outside, "passes": passes}
+    sys.stdout.write(json.dumps(found) + "\n")  # in one go: all processes write to the same pipe
+    sys.stdout.flush()
     torch.distributed.destroy_process_group()
 
 

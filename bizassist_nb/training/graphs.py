@@ -48,12 +48,14 @@ class Graphs:
         With `unpacked`, the base's matrices are held in 16 bits besides, so that no pass has to unpack them.
         """
         self._model, self._rows, self._longest, self._unpacked = model, rows, padded(longest), unpacked
-        self._matrices: dict[Any, torch.Tensor] = {}
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        count, device = sum(parameter.numel() for parameter in self._parameters), model.device
-        self._flat = torch.zeros(count, device=device)
-        parts = torch.split(self._flat, [parameter.numel() for parameter in self._parameters])
-        self._gradients = [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
+        sizes, device = [parameter.numel() for parameter in self._parameters], model.device
+        self._flat = torch.zeros(sum(sizes), device=device)
+        parts = zip(torch.split(self._flat, sizes), self._parameters, strict=True)
+        self._gradients = [part.view_as(parameter) for part, parameter in parts]
+        dtype = model.get_output_embeddings().weight.dtype
+        self._rounded = [torch.empty_like(parameter, dtype=dtype) for parameter in self._parameters]
+        self._linears: dict[Any, _Linear] = {}
         self._count = torch.ones((), device=device)
         self._loss = torch.zeros((), device=device)
         self._passes: dict[int, _Pass] = {}
@@ -68,15 +70,20 @@ class Graphs:
             CaptureError: if the pass cannot be captured.
             torch.OutOfMemoryError: if there is no room for it.
         """
+        if not self._passes:
+            self._prepare()
         if self._parameters[0].grad is None:
             self._flat.zero_()
+            with torch.no_grad():
+                torch._foreach_copy_(self._rounded, self._parameters)
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = gradient
         one = self._pass(padded(ids.shape[1]))
         one.ids.zero_()
         one.labels.fill_(IGNORED)
         one.ids[: ids.shape[0], : ids.shape[1]] = ids
         one.labels[: ids.shape[0], : ids.shape[1]] = labels
         self._count.copy_(torch.as_tensor(count))
-        self._bind()
         one.run()
         return self._loss.clone()
 
@@ -84,21 +91,34 @@ class Graphs:
     def _on_gpu(self) -> bool:
         return bool(self._model.device.type == "cuda")
 
-    def _bind(self) -> None:
-        """Have gradients added up where the graphs do."""
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
+    def _prepare(self) -> None:
+        """Gather what passes read, and capture the longest first: the others find room in its memory, and if there is
+        none for it, that shows at once.
+        """
+        if not _computable(self._model):
+            raise CaptureError("it has dropout, or an output layer of another kind")
+        place = {parameter: i for i, parameter in enumerate(self._parameters)}
+        for module in self._model.modules():
+            if isinstance(module, LoraLayer):
+                self._linears[module] = self._linear(module, place)
+        if self._on_gpu:
+            self._warm_up()
+            self._passes[self._longest] = self._captured(self._longest)
+
+    def _linear(self, layer: Any, place: Mapping[Any, int]) -> "_Linear":
+        (name,) = layer.active_adapters
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        weight = layer.base_layer.weight
+        return _Linear(
+            weight=_matrix(weight) if self._unpacked else weight,
+            a=a,
+            b=b,
+            rounded=(self._rounded[place[a]], self._rounded[place[b]]),
+            gradients=(self._gradients[place[a]], self._gradients[place[b]]),
+            scaling=layer.scaling[name],
+        )
 
     def _pass(self, length: int) -> _Pass:
-        if not self._passes and not _computable(self._model):
-            raise CaptureError("it has dropout, or an output layer of another kind")
-        if not self._passes and self._unpacked:
-            layers = [module for module in self._model.modules() if isinstance(module, LoraLayer)]
-            self._matrices = {layer: _unpacked(layer.base_layer.weight) for layer in layers}
-        if not self._passes and self._on_gpu:
-            self._warm_up()
-            # The longest first: the others find room in its memory, and if there is none for it, that shows at once.
-            self._passes[self._longest] = self._captured(self._longest)
         if length not in self._passes:
             self._passes[length] = self._captured(length) if self._on_gpu else self._outright(length)
         return self._passes[length]
@@ -107,7 +127,7 @@ class Graphs:
         ids, labels = self._rows_of(length)
 
         def run() -> None:
-            with lean(self._model, self._matrices):
+            with _lean(self._model, self._linears):
                 self._compute(ids, labels)
 
         return _Pass(ids, labels, run)
@@ -115,9 +135,8 @@ class Graphs:
     def _captured(self, length: int) -> _Pass:
         ids, labels = self._rows_of(length)
         graph = torch.cuda.CUDAGraph()
-        self._bind()
         try:
-            with lean(self._model, self._matrices), torch.cuda.graph(graph, pool=self._pool):
+            with _lean(self._model, self._linears), torch.cuda.graph(graph, pool=self._pool):
                 self._compute(ids, labels)
         except RuntimeError as error:
             first = error.__context__  # ending a capture that has failed fails, too
@@ -128,7 +147,6 @@ class Graphs:
 
     def _warm_up(self) -> None:
         """Compute once what is to be captured: libraries set up in it what they cannot while capturing."""
-        self._bind()
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no annotation there
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -162,12 +180,12 @@ def _computable(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def lean(model: Any, matrices: Mapping[Any, torch.Tensor]) -> Iterator[None]:
-    """Have linear layers with adapters, and norms, compute by fewer kernels; `matrices` are layers' bases, unpacked."""
+def _lean(model: Any, linears: "Mapping[Any, _Linear]") -> Iterator[None]:
+    """Have linear layers with adapters, and norms, compute by fewer kernels."""
     changed = []
     for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = _adapted(module, matrices.get(module))
+        if module in linears:
+            module.forward = linears[module]
         elif type(module).__name__ in _NORMS:
             module.forward = _norm(module)
         else:
@@ -185,55 +203,62 @@ def _norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: torch.nn.functional.rms_norm(x, shape, weight, eps)
 
 
-def _adapted(layer: Any, matrix: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    (name,) = layer.active_adapters
-    down, up, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    weight = layer.base_layer.weight if matrix is None else matrix
-    return lambda x: _Adapted.apply(x, weight, down, up, scaling)  # type: ignore[no-untyped-call]
+@dataclasses.dataclass(frozen=True)
+class _Linear:
+    """x W^T + scaling (x A^T) B^T: a linear layer of the base with its adapter. W (N, K), A (R, K), B (N, R)."""
 
+    weight: torch.Tensor
+    """W, in 4 bits or not."""
+    a: torch.Tensor
+    b: torch.Tensor
+    rounded: tuple[torch.Tensor, torch.Tensor]
+    """A and B in the dtype of arithmetic."""
+    gradients: tuple[torch.Tensor, torch.Tensor]
+    """To which theirs are added."""
+    scaling: float
 
-def _unpacked(weight: Any) -> torch.Tensor:
-    """The matrix (N, K) of a 4-bit weight; one that is unpacked already is itself."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    matrix: torch.Tensor = dequantize_4bit(weight.data, state) if (state := _state(weight)) else weight
-    return matrix
-
-
-def _state(weight: Any) -> Any:
-    return getattr(weight, "quant_state", None)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., K) to (..., N)."""
+        out: torch.Tensor = _Adapted.apply(x, self.a, self.b, self)  # type: ignore[no-untyped-call]
+        return out
 
 
 class _Adapted(torch.autograd.Function):
-    """x W^T + scaling (x A^T) B^T: a matrix, mostly a 4-bit one, with its adapter. The sums need no kernels of their
-    own.
-    """
+    """What a `_Linear` computes; cuBLAS adds the adapter's share while it multiplies."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """x (..., K), weight (N, K), a (R, K), b (N, R), to (..., N); the adapter is rounded to the dtype of x."""
+    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: _Linear) -> torch.Tensor:
+        """`a` and `b` are only there so that torch sees that something is learned."""
+        a, b = layer.rounded
         flat = x.reshape(-1, x.shape[-1])
-        a, b = a.to(x.dtype), b.to(x.dtype)
         inner = flat @ a.T
-        out = flat @ _unpacked(weight).T
-        out.addmm_(inner, b.T, alpha=scaling)
-        ctx.save_for_backward(flat, a, b, inner)
-        ctx.weight, ctx.scaling = weight, scaling
-        return torch.as_tensor(out.view(*x.shape[:-1], -1))
+        out = flat @ _matrix(layer.weight).T
+        out.addmm_(inner, b.T, alpha=layer.scaling)
+        ctx.save_for_backward(flat, inner)
+        ctx.layer = layer
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """Of x, a and b; the base's matrix has none."""
-        flat, a, b, inner = ctx.saved_tensors
+        """Of x; those of A and B are added where they belong."""
+        layer, (flat, inner) = ctx.layer, ctx.saved_tensors
+        a, b = layer.rounded
         out = gradient.reshape(-1, gradient.shape[-1])
-        inward = (out @ b) * ctx.scaling
-        x = out @ _unpacked(ctx.weight)
+        inward = (out @ b) * layer.scaling
+        layer.gradients[0].add_(inward.T @ flat)
+        layer.gradients[1].add_(out.T @ inner, alpha=layer.scaling)
+        x = out @ _matrix(layer.weight)
         x.addmm_(inward, a)
-        of_a = (inward.T @ flat).float()
-        of_b = (out.T @ inner).float() * ctx.scaling
-        return x.view(*gradient.shape[:-1], -1), None, of_a, of_b, None
+        return x.view(*gradient.shape[:-1], -1), None, None, None
+
+
+def _matrix(weight: Any) -> torch.Tensor:
+    """A weight (N, K), unpacked if it is in 4 bits."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = getattr(weight, "quant_state", None)
+    matrix: torch.Tensor = dequantize_4bit(weight.data, state) if state else weight
+    return matrix
 
 
 class _Loss(torch.autograd.Function):

@@ -14,10 +14,11 @@ from bizassist_nb import models
 def shard(model: Any) -> None:
     """Spread the frozen weights of a base in NF4 with its adapter, which are in RAM, over the ranks' devices, in place.
 
-    The weights stay bytes: FSDP2 asks only of what is trained that it be one floating dtype. Their scales, about a
-    thirtieth of them, stay whole: bitsandbytes keeps them beside the weights, in each layer's `quant_state`.
+    Their scales, about a thirtieth of them, stay whole: bitsandbytes keeps them beside the weights, in each layer's
+    `quant_state`.
     """
     import torch
+    from bitsandbytes.nn import Linear4bit
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -27,6 +28,13 @@ def shard(model: Any) -> None:
     # As in accelerate's configuration; its own word for yes is "true".
     again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
     base = model.get_base_model()
+    for module in base.modules():
+        if isinstance(module, Linear4bit):
+            # The same bits as 16-bit numbers: torch's FSDP2 (2.11) makes a trained parameter of each part and only then a
+            # frozen one, which it cannot of bytes. bitsandbytes takes either (its `quant_storage`).
+            packed = module.weight.data.view(-1).view(torch.bfloat16)[:, None]
+            module.weight = torch.nn.Parameter(packed, requires_grad=False)
+            module.quant_storage = packed.dtype
     for block in base.get_decoder().layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=adapter)
     fully_shard(model, mesh=mesh, ignored_params=adapter)  # embeddings, output layer, last norm

@@ -70,9 +70,13 @@ TURNS = Path("/tmp/gpu_train_turns")
 
 
 def await_turn() -> None:
-    """Wait until the parts before this one have trained, or died: then it has the GPU to itself."""
-    for part in filter(None, os.environ.get("BEFORE", "").split(",")):
-        while not (TURNS / part).exists():
+    """Wait until all parts have loaded and those before this one have trained, or died: then the GPU is its alone."""
+    if not (part := os.environ.get("PART")):
+        return
+    (TURNS / f"{part}.loaded").touch()
+    others = os.environ["PARTS"].split(",")
+    for mark in [*(f"{other}.loaded" for other in others), *others[: others.index(part)]]:
+        while not (TURNS / mark).exists():
             time.sleep(0.05)
 
 
@@ -209,7 +213,7 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
     fresh()
     watch = Watch(out, name, frozen)
     worker.answer_apart = lambda _: None  # answers are not what is measured
-    worker.answer = lambda *_, **__: None
+    worker.answer, worker.counted = (lambda *_, **__: []), (lambda *_: None)
     with watch.watched():
         status = worker.main(str(path))
     gc.unfreeze()
@@ -601,14 +605,15 @@ def main(model: str, rows: str, out: str, *parts: str) -> None:
         command = [sys.executable, __file__, model, rows, out]
         shutil.rmtree(TURNS, ignore_errors=True)
         TURNS.mkdir()
-        running, before = {}, ""
-        for part in group.split("+"):
+        running = {}
+        together = group.split("+")
+        for part in together:
             name, _, steps = part.partition("@")
-            environment = os.environ | {"PART": part, "BEFORE": before} | ({"STEPS": steps} if steps else {})
+            environment = os.environ | {"PART": part, "PARTS": ",".join(together)} | ({"STEPS": steps} if steps else {})
             running[part] = subprocess.Popen([*command, f"--{name}"], env=environment)
-            before = f"{before},{part}"
         while any(process.poll() is None for process in running.values()):
             for part in (part for part, process in running.items() if process.poll() is not None):
+                (TURNS / f"{part}.loaded").touch()
                 (TURNS / part).touch()
             time.sleep(0.1)
         statuses = [process.returncode for process in running.values()]
