@@ -209,7 +209,9 @@ class _GraphSteps:
         whole = [0] * self._graph.rows
         for row, token in zip(self._living, tokens, strict=True):
             whole[row] = token
-        return self._graph(whole)[self._living].float()
+        logits = self._graph(whole)
+        # Which rows to take would have to be told the GPU first.
+        return (logits if len(self._living) == len(whole) else logits[self._living]).float()
 
 
 def activate(model: Any, adapters: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """Decode steps on a GPU as one CUDA graph, for models of Llama's and Mistral's shape in NF4.
 
 A step of a few rows does little arithmetic: through the modules it is thousands of kernels, most of them LoRA's, and
-starting those is what takes the time. Here a layer is seven of bitsandbytes' 4-bit products and a dozen of the kernels
-in `kernels.py`, captured once and replayed for every token. The modules themselves are neither changed nor called.
+starting those is what takes the time. Here a layer is its products with 4-bit matrices (`nf4.py`) and a dozen of the
+kernels in `kernels.py`, captured once and replayed for every token. The modules themselves are neither changed nor
+called.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from typing import Any, Final
 
 import torch
 from peft.tuners.lora import LoraLayer
+
+from bizassist_nb.assistant import nf4
 
 _SHAPES: Final = ("llama", "mistral")
 _MOST_ROWS: Final = 8
@@ -69,11 +72,11 @@ class FusedSteps:
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head, self._hidden, self._wide = _head_size(config), config.hidden_size, config.intermediate_size
         self._eps = config.rms_norm_eps
-        self._layers = [_Layer.of(layer, self.adapters) for layer in decoder.layers]
         self._embedding, self._norm = decoder.embed_tokens.weight, decoder.norm.weight
+        device, dtype = model.device, self._embedding.dtype
+        self._layers = [_Layer.of(layer, self.adapters, dtype) for layer in decoder.layers]
         self._output = _causal(model).lm_head.weight
         self._ranks = self._layers[0].ranks
-        device, dtype = model.device, self._embedding.dtype
         positions = torch.arange(room, device=device)[None]
         cos, sin = decoder.rotary_emb(self._embedding[:1, None], positions)
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
@@ -147,7 +150,7 @@ class FusedSteps:
     def _attention(self, number: int, layer: "_Layer", x: torch.Tensor) -> torch.Tensor:
         from bizassist_nb.assistant import kernels
 
-        q, k, v = (matrix(x) for matrix in layer.qkv.matrices)
+        q, k, v = nf4.products(x, layer.qkv.matrices)
         keys, values = self._keys[number], self._values[number]
         rotated = x.new_empty(self.rows, self._heads, self._head)
         kernels.rotate_and_cache[(self._heads + 2 * self._kv_heads,)](
@@ -172,7 +175,7 @@ class FusedSteps:
     def _mlp(self, layer: "_Layer", x: torch.Tensor) -> torch.Tensor:
         from bizassist_nb.assistant import kernels
 
-        gate, up = (matrix(x) for matrix in layer.gate_up.matrices)
+        gate, up = nf4.products(x, layer.gate_up.matrices)
         out = torch.empty_like(gate)
         kernels.gated[(_cdiv(self._wide, 64),)](
             gate, up, self._down(x, layer.gate_up), layer.gate_up.b, out,
@@ -184,7 +187,7 @@ class FusedSteps:
         """h += the group's one matrix, adapter included, of x."""
         from bizassist_nb.assistant import kernels
 
-        y = group.matrices[0](x)
+        (y,) = nf4.products(x, group.matrices)
         kernels.add_output[(_cdiv(self._hidden, 32),)](
             h, y, self._down(x, group), group.b,
             N=self._hidden, R=self._ranks, PARTS=group.parts, ROWS=self.rows, BLOCK=32,
@@ -206,24 +209,10 @@ class FusedSteps:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """A 4-bit matrix and what bitsandbytes knows of it."""
-
-    weight: torch.Tensor
-    state: Any
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        from bitsandbytes import matmul_4bit
-
-        product: torch.Tensor = matmul_4bit(x, self.weight, quant_state=self.state)
-        return product
-
-
-@dataclasses.dataclass(frozen=True)
 class _Group:
     """Matrices that read the same vector, with their adapters side by side: a (matrices * R, K), b (outputs, R)."""
 
-    matrices: list[_Matrix]
+    matrices: list[nf4.Matrix]
     a: torch.Tensor
     b: torch.Tensor
 
@@ -233,10 +222,10 @@ class _Group:
         return _power_of_2(_cdiv(self.a.shape[-1], _PART))
 
     @classmethod
-    def of(cls, linears: list[Any], adapters: tuple[str, ...], ranks: int) -> "_Group":
-        matrices = [_Matrix(_base(linear).weight.data, _base(linear).weight.quant_state) for linear in linears]
+    def of(cls, linears: list[Any], adapters: tuple[str, ...], ranks: int, dtype: torch.dtype) -> "_Group":
+        matrices = [nf4.Matrix.of(_base(linear).weight, dtype) for linear in linears]
         if not ranks:
-            empty = torch.zeros(1, device=matrices[0].weight.device)
+            empty = torch.zeros(1, device=matrices[0].weights.device)
             return cls(matrices, empty, empty)
         a, b = [], []
         for linear in linears:
@@ -265,11 +254,11 @@ class _Layer:
         return max(16, _power_of_2(sum(self.rank_of.values()))) if self.rank_of else 0
 
     @classmethod
-    def of(cls, layer: Any, adapters: tuple[str, ...]) -> "_Layer":
+    def of(cls, layer: Any, adapters: tuple[str, ...], dtype: torch.dtype) -> "_Layer":
         rank_of = {name: _linear(layer, "self_attn", "q_proj").r[name] for name in adapters}
         ranks = max(16, _power_of_2(sum(rank_of.values()))) if rank_of else 0
         qkv, output, gate_up, down = (
-            _Group.of([_linear(layer, part, name) for name in names], adapters, ranks) for part, names in _GROUPS
+            _Group.of([_linear(layer, part, name) for name in names], adapters, ranks, dtype) for part, names in _GROUPS
         )
         norm, mlp_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         return cls(norm, mlp_norm, qkv, output, gate_up, down, rank_of)

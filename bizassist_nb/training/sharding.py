@@ -30,8 +30,8 @@ def shard(model: Any) -> None:
     base = model.get_base_model()
     for module in base.modules():
         if isinstance(module, Linear4bit):
-            # The same bits as 16-bit numbers: torch's FSDP2 (2.11) makes a trained parameter of each part and only then a
-            # frozen one, which it cannot of bytes. bitsandbytes takes either (its `quant_storage`).
+            # The same bits as 16-bit numbers: FSDP2 of torch 2.11 makes a trained parameter of each part before it
+            # makes a frozen one, which it cannot of bytes. bitsandbytes takes either (its `quant_storage`).
             packed = module.weight.data.view(-1).view(torch.bfloat16)[:, None]
             module.weight = torch.nn.Parameter(packed, requires_grad=False)
             module.quant_storage = packed.dtype

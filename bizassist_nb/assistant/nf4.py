@@ -1,0 +1,123 @@
+"""Products of a few vectors with a base's matrices, which are in bitsandbytes' NF4.
+
+On a GPU by a kernel of our own (`nf4.cu`), which takes about as long for eight vectors as for one; bitsandbytes' takes
+longer over the arithmetic of each than over reading the weights. NVIDIA's compiler, which torch brings along, compiles
+it for the GPU at hand. Elsewhere by bitsandbytes.
+"""
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any, Final
+
+import torch
+
+_TOGETHER: Final = 3
+"""Matrices that the kernel can compute in one go."""
+_OUTPUTS, _CHUNK, _BLOCK, _THREADS = 16, 128, 64, 256
+"""Outputs of a program, weights it takes at a time, weights that share a scale, threads: as in the kernel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """W (n, k) in NF4."""
+
+    weights: torch.Tensor
+    """Two to a byte, the first in its higher half."""
+    state: Any
+    """What bitsandbytes knows of them: its quant_state."""
+    scales: torch.Tensor | None
+    """(n, k / 64), float32; None where bitsandbytes computes its products."""
+    table: tuple[float, ...]
+    """The 16 values; on the host, as nothing can be asked of a GPU while a graph is captured."""
+
+    @classmethod
+    def of(cls, weight: Any, dtype: torch.dtype) -> "Matrix":
+        """From bitsandbytes' parameter, for vectors of that dtype."""
+        state = weight.quant_state
+        ours = computable(state) and usable(weight.device, dtype)
+        return cls(weight.data, state, scales(state) if ours else None, tuple(state.code.tolist()))
+
+
+def computable(state: Any) -> bool:
+    """Whether the kernel computes products with such a matrix."""
+    n, k = state.shape
+    return state.quant_type == "nf4" and state.blocksize == _BLOCK and n % _OUTPUTS == 0 and k % _CHUNK == 0
+
+
+def usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel can be compiled for that device: tensor cores are Turing's or later, for bfloat16 Ampere's."""
+    if device.type != "cuda":
+        return False
+    try:
+        from cuda.bindings import nvrtc  # noqa: F401 - comes with torch from 2.10
+    except ImportError:
+        return False
+    least = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
+    return dtype in least and torch.cuda.get_device_capability(device) >= least[dtype]
+
+
+def scales(state: Any) -> torch.Tensor:
+    """The scales (n, k / 64) of a quant_state in float32; mostly they are themselves kept in 8 bits."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    found = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    n, k = state.shape
+    return torch.as_tensor(found).float().view(n, k // _BLOCK)
+
+
+def products(x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
+    """x (rows, k) through each W (n, k), of which there are three at most: x W^T (rows, n), in the dtype of x."""
+    if any(matrix.scales is None for matrix in matrices):
+        from bitsandbytes import matmul_4bit
+
+        return [matmul_4bit(x, matrix.weights, quant_state=matrix.state) for matrix in matrices]
+    from cuda.bindings import driver
+
+    outs = [x.new_empty(x.shape[0], matrix.state.shape[0]) for matrix in matrices]
+    values: list[Any] = [x.data_ptr(), x.shape[1]]
+    for matrix, out in zip(matrices, outs, strict=True):
+        values += [tensor.data_ptr() for tensor in (matrix.weights, matrix.scales, out) if tensor is not None]
+        values.append(out.shape[1] // _OUTPUTS)
+    values += [0] * 4 * (_TOGETHER - len(matrices))
+    types = [ctypes.c_void_p, ctypes.c_int, *[*[ctypes.c_void_p] * 3, ctypes.c_int] * _TOGETHER]
+    programs = sum(out.shape[1] for out in outs) // _OUTPUTS
+    kernel = _kernel(x.shape[0], x.dtype, matrices[0].table, x.device)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    arguments = (tuple(values), tuple(types))
+    _checked(driver.cuLaunchKernel(kernel, programs, 1, 1, _THREADS, 1, 1, 0, stream, arguments, 0))
+    return outs
+
+
+@functools.cache
+def _kernel(rows: int, dtype: torch.dtype, table: tuple[float, ...], device: torch.device) -> Any:
+    """Compiled for so many rows, and loaded.
+
+    Raises:
+        RuntimeError: if that fails, with the compiler's words.
+    """
+    from cuda.bindings import driver, nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    bits = torch.tensor(table).to(dtype).view(torch.int16).tolist()
+    options = [f"--gpu-architecture=sm_{major}{minor}", f"-DROWS={rows}", f"-DTABLE={','.join(map(str, bits))}"]
+    options += ["-DBFLOAT16"] if dtype == torch.bfloat16 else ["-DTURING"] if major < 8 else []
+    source = (resources.files(__package__) / "nf4.cu").read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source, b"nf4.cu", 0, [], []))
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if status:
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"nf4.cu cannot be compiled for compute capability {major}.{minor}: {log.decode()}")
+    code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    return _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(bytes(code))), b"product"))
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status:
+        raise RuntimeError(f"{type(status).__name__}: {status.name}")
+    return values[0] if values else None
