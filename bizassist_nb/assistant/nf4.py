@@ -44,7 +44,7 @@ class Matrix:
 def computable(state: Any) -> bool:
     """Whether the kernel computes products with such a matrix."""
     n, k = state.shape
-    return state.quant_type == "nf4" and state.blocksize == _BLOCK and n % _OUTPUTS == 0 and k % _CHUNK == 0
+    return bool(state.quant_type == "nf4") and state.blocksize == _BLOCK and n % _OUTPUTS == 0 and k % _CHUNK == 0
 
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
