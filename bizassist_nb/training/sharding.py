@@ -35,6 +35,7 @@ def shard(model: Any) -> None:
             packed = module.weight.data.view(-1).view(torch.bfloat16)[:, None]
             module.weight = torch.nn.Parameter(packed, requires_grad=False)
             module.quant_storage = packed.dtype
+            module.quant_state.to(models.device())
     for block in base.get_decoder().layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=adapter)
     fully_shard(model, mesh=mesh, ignored_params=adapter)  # embeddings, output layer, last norm

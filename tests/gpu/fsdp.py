@@ -1,15 +1,14 @@
 """A base sharded by FSDP2 over the one GPU there is, against a whole one: whether all of that way works with CUDA.
 
 Usage: fsdp.py MODEL_FOLDER ROWS.json FOLDER. Trains the same 100 rows twice, 4 a step and 2 at once, from scoring to
-answers: by a worker as a user's run has it, and by one that accelerate starts for FSDP with a single process (which a
-run refuses, as there is nothing to share). So weights go through RAM to the GPU, are gathered by NCCL, and unpacked
-from what was gathered; what is not shown is two GPUs. Prints JSON: how far losses are apart at most (the aim is 1 %),
-held-out losses, answers that are equal, seconds of a step, and peaks of GPU memory.
+answers, side by side: by a worker as a user's run has it, and by one that accelerate starts for FSDP with a single
+process (which a run refuses, as there is nothing to share). So weights go through RAM to the GPU, are gathered by NCCL,
+and unpacked from what was gathered; what is not shown is two GPUs. Prints JSON: how far losses are apart at most (the
+aim is 1 %), held-out losses, answers that are equal, and peaks of GPU memory.
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +27,8 @@ fsdp_config:
 """
 
 
-def sharded(settings: Settings, path: Path) -> Run:
-    """The run that a worker makes which accelerate starts for FSDP."""
+def sharded(settings: Settings, path: Path) -> subprocess.Popen[bytes]:
+    """A worker that accelerate starts for FSDP, which makes a run there."""
     path.mkdir(parents=True)
     (path / "settings.toml").write_text(settings.to_toml(), "utf-8")
     config = path.parent / "fsdp.yaml"
@@ -44,8 +43,7 @@ def sharded(settings: Settings, path: Path) -> Run:
         "no",
     ]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([*command, "--module", WORKER, str(path)], stdin=subprocess.DEVNULL, check=True, env=environment)
-    return Run(path)
+    return subprocess.Popen([*command, "--module", WORKER, str(path)], stdin=subprocess.DEVNULL, env=environment)
 
 
 def main(model: str, rows: str, folder: str) -> None:
@@ -54,8 +52,10 @@ def main(model: str, rows: str, folder: str) -> None:
         model=model, data=rows, subset=100, held_out=16, batch_size=4, micro_batch=2, engine="transformers",
         evaluate_every=12, checkpoint_minutes=60.0, runs_dir=folder,
     )  # fmt: skip
-    other = sharded(settings, Path(folder) / "sharded")
+    other = Run(Path(folder) / "sharded")
+    process = sharded(settings, other.path)
     whole = finetune(settings, "whole")
+    assert process.wait() == 0
     apart = [abs(a.loss - b.loss) / b.loss for a, b in zip(other.steps, whole.steps, strict=True)]
     scores = [[run.evaluation[who]["loss"] for who in ("base", "tuned")] for run in (other, whole)]
     answers = [[answer[who]["text"] for answer in run.answers for who in ("base", "tuned")] for run in (other, whole)]
@@ -66,7 +66,6 @@ def main(model: str, rows: str, folder: str) -> None:
         "largest_difference_of_losses": max(apart),
         "held_out_losses": scores,
         "equal_answers": f"{sum(a == b for a, b in zip(*answers, strict=True))} of {len(answers[0])}",
-        "median_step": [round(statistics.median(step.seconds for step in run.steps[3:]), 4) for run in (other, whole)],
         "peak_gib": [round(run.last("memory")["peak"] / 2**30, 2) for run in (other, whole)],
     }
     print(json.dumps(found), flush=True)
