@@ -93,27 +93,47 @@ def products(x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
 
 @functools.cache
 def _kernel(rows: int, dtype: torch.dtype, table: tuple[float, ...], device: torch.device) -> Any:
-    """Compiled for so many rows, and loaded.
+    """Compiled and loaded."""
+    from cuda.bindings import driver
+
+    code = compiled(rows, dtype, table, torch.cuda.get_device_capability(device))
+    return _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(code)), b"product"))
+
+
+def compiled(rows: int, dtype: torch.dtype, table: Sequence[float], capability: tuple[int, int]) -> bytes:
+    """The kernel's machine code for so many rows, for GPUs of that compute capability.
 
     Raises:
-        RuntimeError: if that fails, with the compiler's words.
+        RuntimeError: if it cannot be compiled, with the compiler's words.
     """
-    from cuda.bindings import driver, nvrtc
+    from cuda.bindings import nvrtc
 
-    major, minor = torch.cuda.get_device_capability(device)
-    bits = torch.tensor(table).to(dtype).view(torch.int16).tolist()
-    options = [f"--gpu-architecture=sm_{major}{minor}", f"-DROWS={rows}", f"-DTABLE={','.join(map(str, bits))}"]
-    options += ["-DBFLOAT16"] if dtype == torch.bfloat16 else ["-DTURING"] if major < 8 else []
-    source = (resources.files(__package__) / "nf4.cu").read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"nf4.cu", 0, [], []))
+    name = "sm_{}{}".format(*capability)
+    options = [f"--gpu-architecture={name}", *definitions(rows, dtype, table)]
+    if capability < (8, 0):
+        options.append("-DTURING")
+    program = _checked(nvrtc.nvrtcCreateProgram(source().encode(), b"nf4.cu", 0, [], []))
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if status:
         log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"nf4.cu cannot be compiled for compute capability {major}.{minor}: {log.decode()}")
+        words = log.decode().rstrip("\0 \n")
+        raise RuntimeError(f"nf4.cu cannot be compiled for {name}: {words}")
     code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    return _checked(driver.cuModuleGetFunction(_checked(driver.cuModuleLoadData(bytes(code))), b"product"))
+    return bytes(code)
+
+
+def source() -> str:
+    """The kernel, in CUDA's C++."""
+    return (resources.files(__package__) / "nf4.cu").read_text("utf-8")
+
+
+def definitions(rows: int, dtype: torch.dtype, table: Sequence[float]) -> list[str]:
+    """What it is compiled for, as options of a compiler."""
+    bits = torch.tensor(table).to(dtype).view(torch.int16).tolist()
+    kind = ["-DBFLOAT16"] if dtype == torch.bfloat16 else []
+    return [f"-DROWS={rows}", f"-DTABLE={','.join(str(each & 0xFFFF) for each in bits)}", *kind]
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

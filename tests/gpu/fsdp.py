@@ -52,10 +52,10 @@ def main(model: str, rows: str, folder: str) -> None:
         model=model, data=rows, subset=100, held_out=16, batch_size=4, micro_batch=2, engine="transformers",
         evaluate_every=12, checkpoint_minutes=60.0, runs_dir=folder,
     )  # fmt: skip
-    other = Run(Path(folder) / "sharded")
-    process = sharded(settings, other.path)
+    process = sharded(settings, Path(folder) / "sharded")
     whole = finetune(settings, "whole")
     assert process.wait() == 0
+    other = Run(Path(folder) / "sharded")
     apart = [abs(a.loss - b.loss) / b.loss for a, b in zip(other.steps, whole.steps, strict=True)]
     scores = [[run.evaluation[who]["loss"] for who in ("base", "tuned")] for run in (other, whole)]
     answers = [[answer[who]["text"] for answer in run.answers for who in ("base", "tuned")] for run in (other, whole)]
