@@ -1,7 +1,7 @@
 """Products of a few vectors with a base's matrices, which are in bitsandbytes' NF4.
 
 On a GPU by a kernel of our own (`nf4.cu`), which takes about as long for eight vectors as for one; bitsandbytes' takes
-longer over the arithmetic of each than over reading the weights. NVIDIA's compiler, which torch brings along, compiles
+longer over the arithmetic of each than over reading the weights. NVIDIA's run-time compiler, which torch brings along, compiles
 it for the GPU at hand. Elsewhere by bitsandbytes.
 """
 
@@ -49,14 +49,23 @@ def computable(state: Any) -> bool:
 
 def usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel can be compiled for that device: tensor cores are Turing's or later, for bfloat16 Ampere's."""
-    if device.type != "cuda":
-        return False
-    try:
-        from cuda.bindings import nvrtc  # noqa: F401 - comes with torch from 2.10
-    except ImportError:
-        return False
     least = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
-    return dtype in least and torch.cuda.get_device_capability(device) >= least[dtype]
+    if device.type != "cuda" or dtype not in least:
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= least[dtype] and capability in compiler_knows()
+
+
+@functools.cache
+def compiler_knows() -> frozenset[tuple[int, int]]:
+    """Compute capabilities for which the compiler here can compile; none where there is no compiler."""
+    try:
+        from cuda.bindings import nvrtc  # torch 2.11 for GPUs brings it
+
+        found = _checked(nvrtc.nvrtcGetSupportedArchs())
+    except (ImportError, RuntimeError):  # the second where the library itself is missing
+        return frozenset()
+    return frozenset((each // 10, each % 10) for each in found)
 
 
 def scales(state: Any) -> torch.Tensor:
