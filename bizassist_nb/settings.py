@@ -98,7 +98,8 @@ class Settings:
     evaluate_every: int | str = _field(
         _AUTO,
         'steps between scores of the held-out rows in training; "auto" has trained on three times as many rows as are '
-        "held out between two of them (on each GPU, for only one scores), which takes about a tenth of the time",
+        "held out between two of them (on each GPU, as one scores for all unless the base is sharded), which takes "
+        "about a tenth of the time",
         least=1,
         most=1_000_000,
         words=(_AUTO,),
@@ -127,8 +128,8 @@ class Settings:
     )
     accelerate_config: str = _field(
         "",
-        "file that `accelerate config` wrote, for several machines; in place of gpus it says how many processes train; "
-        '"" for none',
+        "file that `accelerate config` wrote, for several machines or FSDP; in place of gpus it says how many processes "
+        'train; "" for none',
     )
     runs_dir: str = _field("runs", "folder in which each run has its own folder")
 

@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: written aside, on the disk, and only then in their place."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -57,7 +58,8 @@ def put_in_place(part: Path, target: Path) -> None:
     readable = part.stat().st_mode & 0o666  # as the umask has it: the folder was made by `mkdir`
     for file in part.rglob("*"):
         if file.is_file() and readable & ~file.stat().st_mode:
-            file.chmod(readable)
+            with contextlib.suppress(OSError):  # file systems that know no such thing refuse it
+                file.chmod(readable)
     sync(part)
     if target.is_dir():  # a folder cannot be put in the place of one that is not empty
         old = _old(target)

@@ -6,6 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GraniteConfig, Qwen2Config
+
+from bizassist_nb import models
+from bizassist_nb.data.tokens import IGNORED
+from bizassist_nb.training.graphs import CaptureError, Graphs
 
 
 @pytest.fixture(scope="module", params=["transformers", "unsloth"])
@@ -69,3 +76,48 @@ def test_when_nothing_fits_a_shorter_max_length_is_named_and_what_is_done_is_kep
     assert "try max_length = " in never["error"]
     assert never["checkpoints"] == [2]
     assert len(never["losses"]) == 2
+
+
+def random_base(config, folder):
+    """That model with random weights, biases too, in NF4 with a random adapter."""
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(config)
+    for name, parameter in whole.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    whole.save_pretrained(folder)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(models.TARGETS))
+    model = get_peft_model(models.load_nf4(folder), lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+SMALL = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_graphs_compute_biases_too(tmp_path, unpacked):
+    model = random_base(Qwen2Config(**SMALL), tmp_path)
+    ids, labels = torch.randint(0, 300, (2, 17)), torch.randint(0, 300, (2, 17))
+    labels[0, :9] = labels[1, 14:] = IGNORED
+    loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+    loss.backward()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = [parameter.grad.clone() for parameter in parameters]
+    model.zero_grad(set_to_none=True)
+    found = Graphs(model, 2, 17, unpacked=unpacked)(ids, labels, (labels[:, 1:] != IGNORED).sum())
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_graphs_are_not_made_of_a_model_whose_logits_are_scaled(tmp_path):
+    model = random_base(GraniteConfig(**SMALL, logits_scaling=8.0), tmp_path)
+    ids = torch.randint(0, 300, (2, 17))
+    with pytest.raises(CaptureError):
+        Graphs(model, 2, 17, unpacked=False)(ids, ids, 32)

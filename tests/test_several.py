@@ -289,7 +289,7 @@ def test_gpus_become_processes_of_accelerate(monkeypatch):
         (TWO.replace("MULTI_GPU", "FSDP"), "fsdp_version is 1, and has to be 2: FSDP1, which accelerate takes where"),
         (FSDP.replace("version: 2", "version: 1"), "fsdp_version is 1, and has to be 2"),
         (FSDP + "  fsdp_offload_params: true\n", "fsdp_offload_params is True, and has to be False: weights in RAM"),
-        (FSDP + "  fsdp_reshard_after_forward: FULL_SHARD\n", "FULL_SHARD, and has to be True or False"),
+        (FSDP + "  fsdp_reshard_after_forward: FULL_SHARD\n", "FULL_SHARD, and has to be True: blocks that stay whole"),
         (FSDP + "  fsdp_activation_checkpointing: true\n", "a run turns checkpointing on itself"),
         (FSDP + "  fsdp_min_num_params: 100\n", "fsdp_min_num_params of fsdp_config cannot be followed; take it out"),
         (FSDP + "parallelism_config:\n  parallelism_config_tp_size: 2\n", "parallelism_config: "),

@@ -82,6 +82,7 @@ class LoadedBase:
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(folder, adapter_name=name, torch_device=models.device())
             else:
+                self.forget_cache()  # it is kept for the model that there was
                 self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
         except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ModelError(

@@ -127,9 +127,10 @@ class FusedSteps:
             self._step()  # compiles the kernels, which cannot be done while capturing
         torch.cuda.current_stream().wait_stream(side)
         self._length.copy_(length)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self._step()
+        self._graph = graph  # only now: these steps are kept even if that fails
         self._length.copy_(length)
 
     def _step(self) -> None:

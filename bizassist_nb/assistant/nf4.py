@@ -85,6 +85,8 @@ def products(x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         return [matmul_4bit(x, matrix.weights, quant_state=matrix.state) for matrix in matrices]
     from cuda.bindings import driver
 
+    assert len(matrices) <= _TOGETHER
+    assert x.is_contiguous()
     outs = [x.new_empty(x.shape[0], matrix.state.shape[0]) for matrix in matrices]
     values: list[Any] = [x.data_ptr(), x.shape[1]]
     for matrix, out in zip(matrices, outs, strict=True):

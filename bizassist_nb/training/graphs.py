@@ -53,8 +53,7 @@ class Graphs:
         self._flat = torch.zeros(sum(sizes), device=device)
         parts = zip(torch.split(self._flat, sizes), self._parameters, strict=True)
         self._gradients = [part.view_as(parameter) for part, parameter in parts]
-        dtype = model.get_output_embeddings().weight.dtype
-        self._rounded = [torch.empty_like(parameter, dtype=dtype) for parameter in self._parameters]
+        self._rounded: list[torch.Tensor] = []
         self._linears: dict[Any, _Linear] = {}
         self._count = torch.ones((), device=device)
         self._loss = torch.zeros((), device=device)
@@ -97,6 +96,8 @@ class Graphs:
         """
         if not _computable(self._model):
             raise CaptureError("it has dropout, or an output layer of another kind")
+        dtype = self._model.get_output_embeddings().weight.dtype
+        self._rounded = [torch.zeros_like(parameter, dtype=dtype) for parameter in self._parameters]
         place = {parameter: i for i, parameter in enumerate(self._parameters)}
         for module in self._model.modules():
             if isinstance(module, LoraLayer):
@@ -111,6 +112,7 @@ class Graphs:
         weight = layer.base_layer.weight
         return _Linear(
             weight=_matrix(weight) if self._unpacked else weight,
+            bias=layer.base_layer.bias,
             a=a,
             b=b,
             rounded=(self._rounded[place[a]], self._rounded[place[b]]),
@@ -150,7 +152,12 @@ class Graphs:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no annotation there
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._outright(padded(1)).run()
+            try:
+                self._outright(padded(1)).run()
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise CaptureError(brief(error)) from error
         torch.cuda.current_stream().wait_stream(side)
 
     def _rows_of(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,7 +179,8 @@ class Graphs:
 def _computable(model: Any) -> bool:
     """Whether the loss and the adapters of such a model are what is computed here."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    if getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_scale", None) not in (None, 1):
+    scales = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "output_multiplier"))
+    if getattr(config, "final_logit_softcapping", None) or any(scale not in (None, 1) for scale in scales):
         return False
     if type(head) is not torch.nn.Linear or getattr(head, "bias", None) is not None:
         return False
@@ -205,10 +213,12 @@ def _norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class _Linear:
-    """x W^T + scaling (x A^T) B^T: a linear layer of the base with its adapter. W (N, K), A (R, K), B (N, R)."""
+    """x W^T + bias + scaling (x A^T) B^T: a linear layer of the base with its adapter. W (N, K), A (R, K), B (N, R)."""
 
     weight: torch.Tensor
     """W, in 4 bits or not."""
+    bias: torch.Tensor | None
+    """Added to the outputs, as Qwen2's queries, keys and values have it."""
     a: torch.Tensor
     b: torch.Tensor
     rounded: tuple[torch.Tensor, torch.Tensor]
@@ -232,7 +242,8 @@ class _Adapted(torch.autograd.Function):
         a, b = layer.rounded
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ a.T
-        out = flat @ _matrix(layer.weight).T
+        bias = None if layer.bias is None else layer.bias.to(flat.dtype)
+        out = torch.nn.functional.linear(flat, _matrix(layer.weight), bias)
         out.addmm_(inner, b.T, alpha=layer.scaling)
         ctx.save_for_backward(flat, inner)
         ctx.layer = layer

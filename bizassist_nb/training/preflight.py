@@ -15,7 +15,8 @@ from bizassist_nb.settings import Settings
 from bizassist_nb.training.engines import Engine, own_kernels
 
 GIB: Final = 2**30
-_NF4: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
+_SCALES: Final = 1 / 64 + 4 / (64 * 256)
+_NF4: Final = 0.5 + _SCALES
 """Bytes of a weight in NF4: 4 bits, an 8-bit scale for 64 of them, and a float32 for 256 scales (QLoRA, section 3)."""
 _ADAPTER: Final = 16
 """Bytes of an adapter weight in training, in float32: itself, its gradient, and Adam's two moments."""
@@ -394,11 +395,11 @@ def peak(
 
 
 def _weights(model: Shape, on: Device) -> float:
-    """GiB of the base; where it is spread: of a device's part, the embeddings, and the block at hand with the next."""
-    linear = float(model.linear)
+    """GiB of the base; where it is spread: a device's part, scales, embeddings, the block at hand and the next."""
+    spread = float(model.linear)
     if on.sharing > 1:
-        linear = min(linear, linear / on.sharing + 2 * linear / model.layers)
-    return (linear * _NF4 + model.embeddings * on.width) / GIB
+        spread = min(spread, spread / on.sharing + 2 * spread / model.layers)
+    return (spread * 0.5 + model.linear * _SCALES + model.embeddings * on.width) / GIB
 
 
 def unpacked(model: Shape, on: Device) -> float:

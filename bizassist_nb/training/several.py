@@ -220,7 +220,7 @@ _FSDP: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
         "FSDP1, which accelerate takes where it is not said, lays the weights of a block end to end in one dtype, and "
         "those in 4 bits are bytes",
     ),
-    "fsdp_reshard_after_forward": ((True, False), "FSDP2 knows yes and no"),
+    "fsdp_reshard_after_forward": ((True,), "blocks that stay whole between a pass there and back were not tried"),
     "fsdp_auto_wrap_policy": (("TRANSFORMER_BASED_WRAP",), "what is gathered at a time is one decoder block"),
     "fsdp_offload_params": ((False,), "weights in RAM were not tried"),
     "fsdp_activation_checkpointing": ((False,), "a run turns checkpointing on itself, if it has to"),

@@ -5,7 +5,6 @@ The adapter is not spread: each rank has all of it, and DistributedDataParallel 
 every rank has a whole base. So checkpoints and adapters are the same files, and a run can go on either way.
 """
 
-import os
 from typing import Any
 
 from bizassist_nb import models
@@ -25,8 +24,6 @@ def shard(model: Any) -> None:
     adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
     kind, _, _ = models.device().partition(":")
     mesh = init_device_mesh(kind, (torch.distributed.get_world_size(),))
-    # As in accelerate's configuration; its own word for yes is "true".
-    again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true"
     base = model.get_base_model()
     for module in base.modules():
         if isinstance(module, Linear4bit):
@@ -37,7 +34,7 @@ def shard(model: Any) -> None:
             module.quant_storage = packed.dtype
             module.quant_state.to(models.device())
     for block in base.get_decoder().layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=again, ignored_params=adapter)
+        fully_shard(block, mesh=mesh, ignored_params=adapter)
     fully_shard(model, mesh=mesh, ignored_params=adapter)  # embeddings, output layer, last norm
     for parameter in adapter:
         parameter.data = parameter.data.to(models.device())

@@ -100,7 +100,7 @@ def train(
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             return int(trainer.state.global_step)
         # Only now, when the error is gone and with it the frames that hold the half-done step's tensors.
-        done = int(trainer.state.global_step)
+        done, fit = int(trainer.state.global_step), trainer.fit
         alone = this_rank().count == 1
         model.zero_grad(set_to_none=True)
         if alone and done > (checkpoint.step if checkpoint else 0):
@@ -180,7 +180,7 @@ def build_trainer(
         dataset._unsloth_truncated_to = settings.max_length
     trainer = _Trainer(
         model=model,
-        args=_arguments(run, engine, settings, fit, len(steps)),
+        args=_arguments(run, engine, settings, fit, len(steps), model.config),
         train_dataset=dataset,
         processing_class=chat.tokenizer,
         callbacks=[RunCallback(journal, stop, steps, settings.checkpoint_minutes, after_step)],
@@ -226,8 +226,10 @@ def _rows(step: list[Example], micro_batch: int) -> Iterator[dict[str, list[int]
             yield from share[start : start + micro_batch]
 
 
-def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: int) -> SFTConfig:
-    """What the trainer of so many steps is told."""
+def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: int, config: Any) -> SFTConfig:
+    """What the trainer of so many steps of a model of that config is told."""
+    # Unsloth brings its own chunked loss; TRL's (1.14) leaves out what Granite's logits are divided by.
+    chunked = engine.name == "transformers" and getattr(config, "logits_scaling", None) in (None, 1)
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(run.path / "checkpoints"),
@@ -244,7 +246,7 @@ def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: in
         train_sampling_strategy="sequential",  # the plan is the order
         max_length=settings.max_length,
         dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenised and cut already
-        loss_type="chunked_nll" if engine.name == "transformers" else "nll",  # Unsloth brings its own chunked loss
+        loss_type="chunked_nll" if chunked else "nll",
         bf16=models.compute_dtype() is torch.bfloat16,
         fp16=models.compute_dtype() is torch.float16,
         gradient_checkpointing=fit.checkpointing and not engines.own_kernels(engine, on_gpu=on_gpu),
@@ -280,6 +282,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
                     self.fit, graphs=False, unpacked=False, reason=f"no CUDA graphs of this model ({error})"
                 )
                 self.journal.write("fit", step=self.state.global_step, **dataclasses.asdict(fit))
+                self.fit = fit
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 

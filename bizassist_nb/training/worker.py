@@ -160,10 +160,10 @@ def work(run: Run, journal: Outbox, stop: Stop) -> None:
     base = models.resolve(run.model)
     journal.write("model", **vars(base))
     table, chat, steps, exam = _prepare(run, journal, base)
-    best = Best(run.path)
     if rank.first:
         _write_environment(run, engine.name, base, table)
         rank.meet()
+    best = rank.in_turn(lambda: Best(run.path))
     fit = _preflight(journal, settings, engine, base, steps)
     model = _load(journal, engine, base, settings, fit)
 
@@ -427,7 +427,18 @@ def _examine(
     journal: Outbox, who: str, step: int, model: Any, exam: Exam, stop: Stop
 ) -> tuple[list[Score], list[Score]]:
     """(held-out scores, general scores)."""
-    return _score(journal, who, step, model, exam, stop.check), exam.on_general(model, stop.check)
+    from bizassist_nb.training.trainer import out_of_memory  # after unsloth, which has to be imported first
+
+    try:
+        return _score(journal, who, step, model, exam, stop.check), exam.on_general(model, stop.check)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        longest = max(len(example.input_ids) for example in exam.held_out)
+        raise RunError(
+            f"memory ran out while {who} was scored on held-out rows of up to {longest} tokens ({brief(error)}). Free "
+            "some, or start under a new name with a lower max_length; what was saved is kept"
+        ) from error
 
 
 def _score(journal: Outbox, who: str, step: int, model: Any, exam: Exam, between: Callable[[], None]) -> list[Score]:
