@@ -128,8 +128,8 @@ class Settings:
     )
     accelerate_config: str = _field(
         "",
-        "file that `accelerate config` wrote, for several machines or FSDP; in place of gpus it says how many processes "
-        'train; "" for none',
+        "file that `accelerate config` wrote, for several machines or FSDP; in place of gpus it says how many "
+        'processes train; "" for none',
     )
     runs_dir: str = _field("runs", "folder in which each run has its own folder")
 
