@@ -28,6 +28,7 @@ HEAVY = {
 MAY = {
     "assistant/decoding.py": {"torch", "transformers", "peft"},
     "assistant/fused.py": {"torch", "peft"},
+    "assistant/nf4.py": {"torch"},
     "assistant/prefix.py": {"torch", "transformers"},
     "training/graphs.py": {"torch", "peft"},
     "training/trainer.py": {"torch", "transformers", "trl", "datasets"},
