@@ -168,7 +168,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
     from bizassist_nb.training.outbox import Outbox
 
     def begin() -> int:
-        return trainer.train(run, journal, None, None, run.settings, None, None, None, [[]])
+        return trainer.train(trainer.Training(run, journal, None, None, None, None, [[]]), None)
 
     unwrap = SimpleNamespace(unwrap_model=lambda *_, **__: None)
     done = SimpleNamespace(train=lambda **_: None, accelerator=unwrap, state=SimpleNamespace(global_step=1))

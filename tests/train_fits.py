@@ -67,7 +67,8 @@ def main(engine_name: str, folder: str, target: str) -> None:
         fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept, graphs, unpacked)
         found: dict[str, object] = {}
         try:
-            found["done"] = trainer.train(Run(path), Outbox(path), stop, engine, settings, fit, model, chat, steps)
+            training = trainer.Training(Run(path), Outbox(path), stop, engine, model, chat, steps)
+            found["done"] = trainer.train(training, fit)
         except RunError as error:
             found["error"] = str(error)
         adapter = [p.detach().clone() for p in model.parameters() if p.requires_grad]

@@ -58,18 +58,24 @@ def warmup(settings: Settings, steps: int) -> int:
     return min(20, math.ceil(0.08 * steps))
 
 
-def train(
-    run: Run,
-    journal: Outbox,
-    stop: "Stop",
-    engine: Engine,
-    settings: Settings,
-    fit: Fit,
-    model: Any,
-    chat: ChatTokenizer,
-    steps: list[list[Example]],
-    after_step: Callable[[int], None] = lambda _: None,
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a run's training takes."""
+
+    run: Run
+    journal: Outbox
+    stop: "Stop"
+    engine: Engine
+    model: Any
+    """The base with its adapter."""
+    chat: ChatTokenizer
+    steps: list[list[Example]]
+    """As `plan` gives them."""
+    after_step: Callable[[int], None] = lambda _: None
+    """Called with each step's number when it is done; the time it takes is not the step's."""
+
+
+def train(training: Training, fit: Fit) -> int:
     """Train from the newest checkpoint to the last step, or until a stop; the steps done.
 
     Where memory runs out, what is done is saved, and training goes on from the same step with less at once.
@@ -78,11 +84,12 @@ def train(
         NoRoomError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
+    model, journal, steps = training.model, training.journal, training.steps
     checkpoint = this_rank().gathered(journal.newest_checkpoint())[0]
-    if checkpoint or run.steps:  # without a checkpoint it begins from the start, and its steps count no more
+    if checkpoint or training.run.steps:  # without a checkpoint it begins from the start, and its steps count no more
         journal.write("resumed", step=checkpoint.step if checkpoint else 0)
     while True:
-        trainer = build_trainer(run, journal, stop, engine, settings, fit, model, chat, steps, after_step)
+        trainer = build_trainer(training, fit)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         except pickle.UnpicklingError as error:  # torch reads nothing else than weights from it
@@ -113,7 +120,7 @@ def train(
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
-        fit = _smaller(fit, settings, engine, model, steps[min(done, len(steps) - 1)], problem)
+        fit = _smaller(training, fit, steps[min(done, len(steps) - 1)], problem)
         if not alone:
             raise NoRoomError(dataclasses.asdict(fit))
         journal.write("fit", step=done, **dataclasses.asdict(fit))
@@ -125,12 +132,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
-def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: list[Example], problem: str) -> Fit:
+def _smaller(training: Training, fit: Fit, step: list[Example], problem: str) -> Fit:
     """The next fit to try when memory ran out in that step.
 
     Without what only saves time; checkpointing where it was thought to do without; then half the micro-batch, or the
     largest below; then checkpointing in every step.
     """
+    settings, engine, model = training.run.settings, training.engine, training.model
     on, lengths = preflight.device(), _share(step)
     if fit.unpacked:
         why = f"memory ran out beside the base in 16 bits ({problem})"
@@ -154,22 +162,10 @@ def _smaller(fit: Fit, settings: Settings, engine: Engine, model: Any, step: lis
     )
 
 
-def build_trainer(
-    run: Run,
-    journal: Outbox,
-    stop: "Stop",
-    engine: Engine,
-    settings: Settings,
-    fit: Fit,
-    model: Any,
-    chat: ChatTokenizer,
-    steps: list[list[Example]],
-    after_step: Callable[[int], None] = lambda _: None,
-) -> SFTTrainer:
-    """An SFTTrainer for the planned steps, that writes its checkpoints and events into the run.
-
-    `after_step` is called with each step's number when it is done; the time it takes is not the step's.
-    """
+def build_trainer(training: Training, fit: Fit) -> SFTTrainer:
+    """An SFTTrainer for the planned steps, that writes its checkpoints and events into the run."""
+    engine, model, steps, journal = training.engine, training.model, training.steps, training.journal
+    settings = training.run.settings
     if fit.checkpointing and engines.own_kernels(engine, on_gpu=torch.cuda.is_available()):
         engines.turn_on_checkpointing(model)
     # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
@@ -180,10 +176,10 @@ def build_trainer(
         dataset._unsloth_truncated_to = settings.max_length
     trainer = _Trainer(
         model=model,
-        args=_arguments(run, engine, settings, fit, len(steps), model.config),
+        args=_arguments(training, fit),
         train_dataset=dataset,
-        processing_class=chat.tokenizer,
-        callbacks=[RunCallback(journal, stop, steps, settings.checkpoint_minutes, after_step)],
+        processing_class=training.chat.tokenizer,
+        callbacks=[RunCallback(journal, training.stop, steps, settings.checkpoint_minutes, training.after_step)],
     )
     trainer.journal, trainer.fit = journal, fit
     trainer.checkpointed = [fit.checkpoints(_share(step), engine) for step in steps]
@@ -226,10 +222,12 @@ def _rows(step: list[Example], micro_batch: int) -> Iterator[dict[str, list[int]
             yield from share[start : start + micro_batch]
 
 
-def _arguments(run: Run, engine: Engine, settings: Settings, fit: Fit, steps: int, config: Any) -> SFTConfig:
-    """What the trainer of so many steps of a model of that config is told."""
+def _arguments(training: Training, fit: Fit) -> SFTConfig:
+    """What the trainer is told."""
+    run, engine, steps = training.run, training.engine, len(training.steps)
+    settings = run.settings
     # Unsloth brings its own chunked loss; TRL's (1.14) leaves out what Granite's logits are divided by.
-    chunked = engine.name == "transformers" and getattr(config, "logits_scaling", None) in (None, 1)
+    chunked = engine.name == "transformers" and getattr(training.model.config, "logits_scaling", None) in (None, 1)
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(run.path / "checkpoints"),

@@ -133,7 +133,7 @@ def follow(run: Run, journal: Outbox, stop: Stop) -> None:
     """What every rank but the first does that has a whole base: load the same, train along, and leave."""
     this_rank().join()
     engine = _engine(run, journal)
-    from bizassist_nb.training.trainer import train  # takes its time, which the first needs, too
+    from bizassist_nb.training.trainer import Training, train  # takes its time, which the first needs, too
 
     this_rank().meet()  # now the first has written which model it is to be
     base = models.resolve(run.model)
@@ -141,7 +141,7 @@ def follow(run: Run, journal: Outbox, stop: Stop) -> None:
     fit = _preflight(journal, run.settings, engine, base, steps)
     model = _load(journal, engine, base, run.settings, fit)
     this_rank().meet()
-    train(run, journal, stop, engine, run.settings, fit, model, chat, steps)
+    train(Training(run, journal, stop, engine, model, chat, steps), fit)
 
 
 def work(run: Run, journal: Outbox, stop: Stop) -> None:
@@ -258,7 +258,7 @@ def _train(
     best: Best,
 ) -> int:
     """Train and save the adapter; the steps done. From here on nothing is cut short: a stop ends training in order."""
-    from bizassist_nb.training.trainer import train
+    from bizassist_nb.training.trainer import Training, train
 
     stop.patient = True
     if this_rank().first:
@@ -266,7 +266,7 @@ def _train(
     watch = _watch(journal, run.settings, model, exam, chat, len(steps), best, stop)
     this_rank().meet()
     journal.write("state", state="training")
-    done = train(run, journal, stop, engine, run.settings, fit, model, chat, steps, watch)
+    done = train(Training(run, journal, stop, engine, model, chat, steps, watch), fit)
     journal.write("memory", **_peak_memory())
     _save_adapter(run, journal, model, chat)
     journal.insist("the loss plot", lambda: save_loss_png(run))

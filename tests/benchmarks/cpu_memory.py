@@ -45,7 +45,8 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
                 (Path(path) / "settings.toml").write_text(settings.to_toml())
                 fit = preflight.Fit(4, checkpointing, on.precision, "measured")
                 Path("/proc/self/clear_refs").write_text("5")
-                trainer.train(Run(Path(path)), Outbox(Path(path)), stop, engine, settings, fit, model, chat, [step] * 2)
+                training = trainer.Training(Run(Path(path)), Outbox(Path(path)), stop, engine, model, chat, [step] * 2)
+                trainer.train(training, fit)
             parts = preflight.peak(shape, settings.rank, engine, on, rows, checkpointing=checkpointing)
             expected, measured = preflight.process_ram(on) + sum(parts.values()), high_water()
             found = {

@@ -395,10 +395,11 @@ def memory(
             path = Path(tempfile.mkdtemp(prefix="gpu_train_"))
             (path / "settings.toml").write_text(settings.to_toml())
             first = len(peaks)
-            trainer.train(
-                Run(path), Outbox(path), _stop(), engine, settings, fit, model, models.load_tokenizer(folder),
+            training = trainer.Training(
+                Run(path), Outbox(path), _stop(), engine, model, models.load_tokenizer(folder),
                 [step(shape) for shape in [group[0], *group]],  # the first twice: Adam's moments come into being in it
             )  # fmt: skip
+            trainer.train(training, fit)
             if graphs:  # captured in the first step
                 peaks[first + 1] = (max(peak[0] for peak in peaks[first:]), max(peak[1] for peak in peaks[first:]))
             del peaks[first]
