@@ -38,7 +38,7 @@ def main(engine_name: str, folder: str, run_folder: str) -> None:
     engine = engines.choose(settings.engine)
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
-    from bizassist_nb.training.trainer import plan, train
+    from bizassist_nb.training.trainer import Training, plan, train
 
     chat = models.load_tokenizer(folder)
     rows, _ = split(read_table("sample").rows, subset=8, held_out=2, seed=1)
@@ -49,7 +49,7 @@ def main(engine_name: str, folder: str, run_folder: str) -> None:
     run = Run(path)
     steps = plan(examples, settings)
     fit = preflight.estimate(settings, engine, base, [[len(row.input_ids) for row in step] for step in steps]).fit
-    train(run, Outbox(path), Stop(), engine, settings, fit, model, chat, steps)
+    train(Training(run, Outbox(path), Stop(), engine, model, chat, steps), fit)
     after = snapshot(model)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     print(
