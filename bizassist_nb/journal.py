@@ -70,7 +70,7 @@ def take_lock(path: Path, patience: float = 0.2) -> int:
         if time.monotonic() > end:
             os.close(descriptor)
             break
-        time.sleep(0.01)
+        time.sleep(0.01)  # flock waits for ever or not at all
     else:
         return descriptor
     raise RunError(f"the run {path.name!r} is being trained by another process; wait for it or stop it")

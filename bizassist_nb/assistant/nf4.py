@@ -1,6 +1,6 @@
 """Products of a few vectors with a base's matrices, which are in bitsandbytes' NF4.
 
-On a GPU by a kernel of our own (`nf4.cu`), which takes about as long for eight vectors as for one; bitsandbytes' takes
+On a GPU by a kernel of our own (`nf4.cu`), which takes about as long for four vectors as for one; bitsandbytes' takes
 longer over the arithmetic of each than over reading the weights. NVIDIA's run-time compiler, which torch brings along,
 compiles it for the GPU at hand. Elsewhere by bitsandbytes.
 """

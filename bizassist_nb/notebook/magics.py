@@ -129,7 +129,7 @@ class BizassistMagics(Magics):
             answered = Comparisons(view.follow(assistant.stream(each, **_answering(options))) for each in questions)
         except KeyboardInterrupt as interrupt:
             # IPython keeps its traceback, and so the answer it was in, with the base in GPU memory.
-            raise interrupt.with_traceback(None)  # noqa: B904 - it is itself
+            raise interrupt.with_traceback(None)  # noqa: B904 - it is no other error that has a cause
         finally:
             view.finish()
         result: Any = answered if options.each else answered[0]

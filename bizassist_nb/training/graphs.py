@@ -229,6 +229,7 @@ class _Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) to (..., N)."""
+        # torch has no annotation of `apply`.
         out: torch.Tensor = _Adapted.apply(x, self.a, self.b, self)  # type: ignore[no-untyped-call]
         return out
 
