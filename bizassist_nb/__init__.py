@@ -4,6 +4,7 @@
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from bizassist_nb.runs import open_run as open_run
     from bizassist_nb.settings import Settings as Settings
     from bizassist_nb.training.launch import finetune as finetune
-
-__version__ = "0.1.0"
 
 # Loaded when first used: neither `import bizassist_nb` nor `%load_ext` pays for torch.
 _HOMES = {
@@ -42,6 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("bizassist-nb")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,19 +1,32 @@
-"""Strip from the notebooks what nbval does not compare: such outputs, times, widget state."""
+"""Strip from notebooks what differs each time they are run: times, widget state, counts. Outputs stay.
 
+Usage: python strip.py [NOTEBOOK ...]; without names all beside this file. Exit status 1 if it changed one of those named.
+"""
+
+import sys
 from pathlib import Path
 
 import nbformat
 
-for path in Path(__file__).parent.glob("*.ipynb"):
-    notebook = nbformat.read(path, 4)
+
+def strip(path: Path) -> bool:
+    """Strip one notebook; whether it changed."""
+    before = path.read_text("utf-8")
+    notebook = nbformat.reads(before, 4)
     notebook.metadata.pop("widgets", None)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for count, cell in enumerate(code, 1):
         cell.metadata.pop("execution", None)
         cell.execution_count = count  # nbval takes a cell without one for a cell that was never run
-        if "nbval-ignore-output" in cell.metadata.get("tags", []):
-            cell.outputs = []
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
-    path.write_text(nbformat.writes(notebook) + "\n", "utf-8")
+    after = nbformat.writes(notebook) + "\n"
+    path.write_text(after, "utf-8")
+    return after != before
+
+
+if __name__ == "__main__":
+    named = [Path(name) for name in sys.argv[1:]]
+    changed = [strip(path) for path in named or Path(__file__).parent.glob("*.ipynb")]
+    sys.exit(any(changed) and bool(named))

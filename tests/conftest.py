@@ -1,11 +1,17 @@
 """Shared parts: real ones, made once a session."""
 
+import gzip
 import json
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
+import worker_forks
 from filelock import FileLock
 
 # Nothing here reaches a hub; a test that tries is told so at once instead of after minutes.
@@ -13,11 +19,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-# What takes longest begins first, so that processes side by side end at about the same time; and before all that what
-# makes `trained`, for which the others would wait.
+# What takes longest begins first, so that processes side by side end at about the same time; the notebooks before all
+# that: quickstart.ipynb makes `trained`, for which others would wait.
 LONGEST = (
-    "test_training", "test_hurt", "test_panel", "mistral-business-assistant-lora", "test_export", "test_assistant",
-    "quickstart", "test_kills", "test_several", "test_looks", "test_outages",
+    "test_quickstart", "test_experiment", "test_hurt", "test_panel", "test_several", "test_training", "test_notebook",
+    "test_kills", "test_fits", "test_assistant", "test_export", "test_hub", "test_looks", "test_outages",
 )  # fmt: skip
 
 
@@ -26,12 +32,37 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+"""Where this project's own machines have the Dolly rows; elsewhere there is no such folder."""
+_PACKED = SHARED / "dolly" / "databricks-dolly-15k.jsonl.gz"
+
+
+def pytest_configure(config):
+    """Unpack the Dolly rows for all processes of the session, where nothing else names them."""
+    worker_forks.install()
+    if os.environ.get("BIZASSIST_DOLLY") or not _PACKED.is_file():
+        return
+    folder = Path(tempfile.mkdtemp(prefix="dolly-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    with gzip.open(_PACKED) as packed, (folder / "databricks-dolly-15k.jsonl").open("wb") as rows:
+        shutil.copyfileobj(packed, rows)
+    os.environ["BIZASSIST_DOLLY"] = rows.name
+
+
+def pytest_report_header():
+    """Say what is left out, and why."""
+    if os.environ.get("BIZASSIST_DOLLY") or SHARED.is_dir():
+        return ""
+    return "tests on Dolly rows are skipped: BIZASSIST_DOLLY names no databricks-dolly-15k.jsonl"
+
+
 @pytest.fixture(scope="session")
 def dolly() -> str:
     """The published Dolly file; set as BIZASSIST_DOLLY for the whole session."""
     path = os.environ.get("BIZASSIST_DOLLY")
-    if not path and os.environ.get("CI"):
-        pytest.fail("CI has to set BIZASSIST_DOLLY")
+    if not path and SHARED.is_dir():
+        pytest.fail(f"{_PACKED} is missing, and BIZASSIST_DOLLY names no other file")
     if not path:
         pytest.skip("BIZASSIST_DOLLY does not name the Dolly file")
     return path
@@ -55,29 +86,18 @@ def chat(embedded):
 
 @pytest.fixture(scope="session")
 def tiny(embedded, tmp_path_factory) -> Path:
-    """A model with the embedded one's tokenizer, two small random layers and nothing to say: for speed only."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    """A model of two small random layers that has nothing to say, with a sixth of the embedded one's vocabulary."""
+    from random_run import tiny_model
 
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(embedded)
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return tiny_model(tmp_path_factory.mktemp("tiny"), embedded, vocabulary=8192)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tiny):
+    """The tiny model's chat tokenizer."""
+    from bizassist_nb.models import load_tokenizer
+
+    return load_tokenizer(tiny)
 
 
 @pytest.fixture(scope="session")
@@ -112,20 +132,42 @@ def ended(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def trained(embedded, tmp_path_factory, worker_id):
-    """A real run: the embedded model, fine-tuned on 16 of the package's rows, by the engine that "auto" takes.
+def session_folder(tmp_path_factory, worker_id) -> Path:
+    """A folder that all processes of the test session share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
+@pytest.fixture(scope="session")
+def quickstart(embedded, session_folder) -> subprocess.CompletedProcess:
+    """What nbval said of notebooks/quickstart.ipynb, run once for all processes of the session."""
+    return _compared("quickstart.ipynb", session_folder / "quickstart")
+
+
+@pytest.fixture(scope="session")
+def experiment(embedded, dolly, session_folder) -> subprocess.CompletedProcess:
+    """The same of the notebook with the whole experiment."""
+    return _compared("mistral-business-assistant-lora.ipynb", session_folder / "experiment")
+
+
+def _compared(name: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run a copy of a notebook in `folder`, where its runs stay, and have nbval compare its outputs."""
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            shutil.copy(ROOT / "notebooks" / name, folder)
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--nbval"]
+            result = subprocess.run([*command, name], cwd=folder, capture_output=True, text=True, check=False)
+            (folder / "nbval.json").write_text(json.dumps([result.returncode, result.stdout + result.stderr]))
+        return subprocess.CompletedProcess(name, *json.loads((folder / "nbval.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def trained(quickstart, session_folder):
+    """A real run: quickstart.ipynb's, the embedded model fine-tuned on 16 of the package's rows, by Unsloth.
 
     One for all processes of the test session, so no test may change it.
     """
-    from bizassist_nb import Settings, finetune, open_run
+    from bizassist_nb import open_run
 
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
-        folder = folder.parent
-    settings = Settings(
-        data="sample", subset=16, held_out=8, max_length=384, learning_rate=2e-3, runs_dir=str(folder / "runs")
-    )
-    with FileLock(folder / "trained.lock"):
-        if (folder / "runs" / "trained" / "evaluation.json").exists():
-            return open_run("trained", folder / "runs")
-        return finetune(settings, "trained")
+    return open_run("quickstart", session_folder / "quickstart" / "runs")

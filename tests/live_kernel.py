@@ -1,13 +1,16 @@
 """A real Jupyter kernel for tests."""
 
 import contextlib
+import os
 import queue
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import worker_forks
 from jupyter_client.manager import KernelManager
 
 
@@ -108,15 +111,16 @@ class Kernel:
 
 @contextlib.contextmanager
 def kernel(folder: Path) -> Iterator[Kernel]:
-    """A fresh kernel of this environment, working in `folder`."""
+    """A fresh kernel of this environment, working in `folder`; its workers are forks (see `worker_forks`)."""
     manager = KernelManager(kernel_name="python3")
-    manager.start_kernel(cwd=str(folder))
-    running = Kernel(manager)
-    try:
-        yield running
-    finally:
-        running.client.stop_channels()
-        manager.shutdown_kernel(now=True)
+    with tempfile.TemporaryDirectory(prefix="ipython-", ignore_cleanup_errors=True) as profile:
+        manager.start_kernel(cwd=str(folder), env={**os.environ, **worker_forks.ipython_profile(Path(profile))})
+        running = Kernel(manager)
+        try:
+            yield running
+        finally:
+            running.client.stop_channels()
+            manager.shutdown_kernel(now=True)
 
 
 def wait_until(condition, timeout: float = 120) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bizassist_nb import models
 from bizassist_nb.data.rows import read_table
@@ -64,10 +64,31 @@ def save(tensors, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def tiny_model(folder: Path, source: Path, vocabulary: int) -> Path:
+    """Write a Llama of two small random layers, with the `vocabulary` most frequent tokens of `source`'s tokenizer.
+
+    Logits of all 49,152 tokens of the embedded model would take nine tenths of what so small a model computes.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(folder)
+    state = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    words = {token: number for token, number in state["model"]["vocab"].items() if number < vocabulary}
+    state["model"]["vocab"] = words
+    state["model"]["merges"] = [pair for pair in state["model"]["merges"] if "".join(pair) in words]
+    (folder / "tokenizer.json").write_text(json.dumps(state), "utf-8")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def large_base(folder: Path, tokenizer: Path, *, layers: int, hidden: int, shard: int) -> int:
     """A Llama of random 16-bit weights in shards of about so many bytes; its size in bytes."""
     from huggingface_hub import split_torch_state_dict_into_shards
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     chat = models.load_tokenizer(tokenizer)
     chat.tokenizer.save_pretrained(folder)

@@ -193,12 +193,14 @@ def fifty():
     return [row.instruction for row in rows][:50]
 
 
-def logits(model, prompt, answer):
-    """Plain logits (tokens, vocabulary) before each token of the answer."""
+def greedy(model, prompt, answer):
+    """Whether each token of the answer is the likeliest by plain logits, but for what float32's rounding decides."""
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+        logits = model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+    return bool((logits.max(-1).values - logits[range(len(answer)), answer] < 1e-3).all())
 
 
+@pytest.mark.slow
 def test_fifty_questions_are_answered_as_by_each_model_alone(assistant, fifty):
     assert len(fifty) == 50
     loaded = loaded_base("smollm2-135m")
@@ -214,16 +216,16 @@ def test_fifty_questions_are_answered_as_by_each_model_alone(assistant, fifty):
         ):  # fmt: skip
             answers[row].append(token)
         with loaded.model.disable_adapter():
-            assert logits(loaded.model, prompt, answers[0]).argmax(-1).tolist() == answers[0]
-        assert logits(loaded.model, prompt, answers[1]).argmax(-1).tolist() == answers[1]
+            assert greedy(loaded.model, prompt, answers[0])
+        assert greedy(loaded.model, prompt, answers[1])
         differ += answers[0] != answers[1]
     assert differ > 25
 
 
 def test_several_runs_answer_beside_the_base_as_each_does_alone(assistant, trained, twin, alone):
     together = Assistant(trained, twin).ask(QUESTIONS[0], max_new_tokens=24)
-    assert list(together.answers) == ["base", "tuned (trained)", "tuned (twin)"]
-    assert together.runs == ("trained", "twin")
+    assert list(together.answers) == ["base", "tuned (quickstart)", "tuned (twin)"]
+    assert together.runs == ("quickstart", "twin")
     assert [together.base, together.tuned] == [alone["base"][0], alone["tuned"][0]]
     assert together.answers["tuned (twin)"] == Assistant(twin).ask(QUESTIONS[0], max_new_tokens=24).tuned
     assert len(set(together.answers.values())) == 3
@@ -538,6 +540,8 @@ def test_gpu_memory_that_runs_out_is_said_in_words(small, monkeypatch):
         LoadedBase(models.resolve(small[0][0].settings.model))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has no build for this system")
 def test_gpu_kernels_compute_what_the_modules_do():
     """Triton's interpreter stands in for a GPU; in a process of its own, which it has to be chosen for beforehand."""
     script = Path(__file__).with_name("fused_on_cpu.py")

@@ -35,6 +35,25 @@ def test_an_adapter_stays_until_the_next_is_written_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_is_in_its_place(tmp_path, monkeypatch):
+    def write(folder):
+        (folder / "weights").write_text("1")
+        (folder / "state").write_text("2")
+
+    fsync, synced = os.fsync, set()
+
+    def note(descriptor):
+        fsync(descriptor)
+        if not (tmp_path / "checkpoints" / "checkpoint-1").exists():
+            synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", note)
+    save_checkpoint(tmp_path, 1, write)
+    folder = tmp_path / "checkpoints" / "checkpoint-1"
+    assert {path.name for path in folder.iterdir()} == {"weights", "state", "checksums.json"}
+    assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= synced
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
 def test_whoever_may_read_other_files_may_read_an_adapters(tmp_path, umask, mode):
     def save_pretrained(folder, *, safe_serialization):

@@ -339,11 +339,12 @@ print(max(seen) - before)
 """
 
 
+@pytest.mark.slow
 def test_merging_takes_the_memory_of_a_shard_not_of_the_model(tiny, tmp_path):
     base, written, shard = tmp_path / "base", tmp_path / "written", 40_000_000
     base.mkdir()
     written.mkdir()
-    size = large_base(base, tiny, layers=20, hidden=768, shard=100_000_000)
+    size = large_base(base, tiny, layers=24, hidden=768, shard=100_000_000)
     assert size > 350_000_000
     run = random_run(tmp_path / "run", base)
     command = [sys.executable, "-c", MEMORY, str(run.path), str(written), str(shard)]

@@ -25,6 +25,7 @@ def found(request, tiny, tmp_path_factory):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_cutting_steps_up_and_checkpointing_change_nothing_that_is_learned(found):
     assert found["shapes"] == [4, 4, 2]
     assert found["4"]["moved"] > 1e-4
@@ -36,6 +37,7 @@ def test_cutting_steps_up_and_checkpointing_change_nothing_that_is_learned(found
         assert found[other]["apart"] < 0.02 * found["4"]["moved"], other
 
 
+@pytest.mark.slow
 def test_checkpointing_only_where_it_is_needed_and_everywhere_once_that_was_too_little(found):
     sparing = found["sparing"]
     assert sparing["checkpointed"] == [True, True, False, True]  # the last step, and that again
@@ -43,6 +45,7 @@ def test_checkpointing_only_where_it_is_needed_and_everywhere_once_that_was_too_
     assert "memory ran out in a step without checkpointing" in sparing["fits"][0][3]
 
 
+@pytest.mark.slow
 def test_passes_without_checkpointing_go_through_graphs(found):
     if found["engine"]["name"] == "unsloth":
         assert "graphs" not in found
@@ -53,6 +56,7 @@ def test_passes_without_checkpointing_go_through_graphs(found):
     assert found["sparing graphs"]["checkpointed"] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_out_of_memory_goes_on_from_the_same_step_with_half_the_rows(found):
     halved = found["halved"]
     assert halved["done"] == 3
@@ -62,6 +66,7 @@ def test_out_of_memory_goes_on_from_the_same_step_with_half_the_rows(found):
     assert halved["checkpoints"] == [1, 3]  # what was done is saved before anything is tried again
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_first_step_goes_down_to_checkpointing(found):
     start = found["from the start"]
     assert [fit[:3] for fit in start["fits"]] == [[0, 2, False], [0, 1, False], [0, 1, True]]
@@ -69,6 +74,7 @@ def test_out_of_memory_in_the_first_step_goes_down_to_checkpointing(found):
     assert (start["done"], start["checkpoints"]) == (3, [3])
 
 
+@pytest.mark.slow
 def test_when_nothing_fits_a_shorter_max_length_is_named_and_what_is_done_is_kept(found):
     never = found["never"]
     assert [fit[:3] for fit in never["fits"]] == [[2, 1, False], [2, 1, True]]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from gguf import GGUFReader
-from random_run import random_run
+from random_run import random_run, tiny_model
 from safetensors.torch import load_file
 
 from bizassist_nb import models
@@ -19,8 +19,11 @@ from bizassist_nb.runs import Run
 
 
 @pytest.fixture(scope="module")
-def random(tiny, tmp_path_factory):
-    return random_run(tmp_path_factory.mktemp("gguf") / "ours", tiny)
+def random(embedded, tmp_path_factory):
+    """A run with the embedded model's whole tokenizer: llama.cpp's converter knows tokenizers by their tokens."""
+    folder = tmp_path_factory.mktemp("gguf")
+    (folder / "base").mkdir()
+    return random_run(folder / "ours", tiny_model(folder / "base", embedded, vocabulary=49_152))
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,7 @@ def folder(random):
     return random.export("gguf")
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_merged_weights_the_tokens_and_the_template(random, folder):
     assert {path.name for path in folder.iterdir()} == {"ours.gguf", "Modelfile"}
     file = GGUFReader(folder / "ours.gguf")
@@ -53,6 +57,7 @@ def test_the_file_holds_the_merged_weights_the_tokens_and_the_template(random, f
     assert random.last("gguf")["bytes"] == (folder / "ours.gguf").stat().st_size
 
 
+@pytest.mark.slow
 def test_modelfile_has_template_system_prompt_and_greedy_answers(random, folder):
     lines = (folder / "Modelfile").read_text("utf-8").splitlines()
     assert "FROM ./ours.gguf" in lines
@@ -100,6 +105,7 @@ def test_a_system_prompt_that_would_end_its_own_quotes_is_refused(tiny, tmp_path
         modelfile(run, chat, begins=False)
 
 
+@pytest.mark.slow
 def test_a_model_that_the_converter_does_not_know_leaves_nothing(random, folder, tmp_path, capsys):
     run = Run(shutil.copytree(random.path, tmp_path / "other", ignore=shutil.ignore_patterns("gguf")))
     config = run.path / "merged" / "config.json"
@@ -110,6 +116,7 @@ def test_a_model_that_the_converter_does_not_know_leaves_nothing(random, folder,
     assert (run.path / "merged").is_dir()
 
 
+@pytest.mark.slow
 def test_a_converter_that_cannot_be_fetched_is_said(random, folder, tmp_path, monkeypatch):
     run = Run(shutil.copytree(random.path, tmp_path / "other", ignore=shutil.ignore_patterns("gguf")))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -119,6 +126,7 @@ def test_a_converter_that_cannot_be_fetched_is_said(random, folder, tmp_path, mo
     assert not list((tmp_path / "cache" / "bizassist_nb").iterdir())
 
 
+@pytest.mark.slow
 def test_converting_again_is_refused(random, folder):
     with pytest.raises(RunError, match="exists already"):
         random.export("gguf")

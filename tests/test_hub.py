@@ -68,6 +68,7 @@ def test_card_names_data_and_licence_but_no_path(run, data, datasets, licence):
     assert "somebody" not in text
 
 
+@pytest.mark.slow
 def test_the_card_s_own_code_loads_the_adapter_and_answers_as_the_tuned_assistant(trained, tmp_path):
     folder = shutil.copytree(trained.export("adapter"), tmp_path / "given")
     text = (folder / "README.md").read_text("utf-8")
@@ -235,6 +236,7 @@ def test_upload_sends_adapter_tokenizer_and_card_in_one_commit(run, hub):
     assert validated.encode() == small["README.md"]
 
 
+@pytest.mark.slow
 def test_an_upload_that_was_cut_off_goes_on_where_it_was(run, hub):
     hub.refuse = "/commit/main"
     result = upload(run, "--repo", "me/ours", endpoint=hub.address)
@@ -250,6 +252,7 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(run, hub):
     assert "README.md" in small
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_busy_for_a_moment_is_tried_again(run, hub):
     hub.busy = 1
     assert upload(run, "--repo", "me/ours", endpoint=hub.address).returncode == 0

@@ -10,6 +10,8 @@ from bizassist_nb.data.rows import Row, read_table, split
 from bizassist_nb.runs import ENDED, Run
 from bizassist_nb.training.launch import start
 
+pytestmark = pytest.mark.slow
+
 SPLIT = {"subset": 32, "held_out": 12, "seed": 42}
 
 

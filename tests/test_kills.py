@@ -15,6 +15,8 @@ from bizassist_nb.errors import RunError
 from bizassist_nb.runs import Run
 from bizassist_nb.training import launch
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("KILLS", "10"))
 """100 in the long mode: `make kills`."""
 

@@ -6,6 +6,8 @@ import pytest
 from live_kernel import kernel
 from random_run import random_run
 
+pytestmark = pytest.mark.slow
+
 SETUP = """
 import asyncio, gc, json, threading, warnings
 import ipywidgets, matplotlib.figure, psutil

@@ -56,6 +56,7 @@ def special_tokens(tokenizer) -> dict[str, tuple[str, int]]:
 RIGHT = {"bos": ("<|im_start|>", 1), "eos": ("<|im_end|>", 2), "pad": ("<|endoftext|>", 0)}
 
 
+@pytest.mark.slow
 def test_special_tokens_of_the_embedded_model_are_those_of_its_gguf_file(converted, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(converted)
     assert special_tokens(tokenizer) == RIGHT
@@ -221,15 +222,15 @@ def gradients(model, chat) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_scoring_leaves_the_gradients_of_training_as_they_were(tiny, chat):
+def test_scoring_leaves_the_gradients_of_training_as_they_were(tiny, tiny_chat):
     def fresh():
         torch.manual_seed(1)
         return adapted(load_nf4(tiny))
 
-    ids = chat.prompt([{"role": "user", "content": "What is a bird?"}])
+    ids = tiny_chat.prompt([{"role": "user", "content": "What is a bird?"}])
     scored = fresh()
-    score(scored, [Example(1, ids, ids, truncated=False)], pad_id=chat.pad_id)
-    before, after = gradients(fresh(), chat), gradients(scored, chat)
+    score(scored, [Example(1, ids, ids, truncated=False)], pad_id=tiny_chat.pad_id)
+    before, after = gradients(fresh(), tiny_chat), gradients(scored, tiny_chat)
     assert before.keys() == after.keys()
     assert sum(bool(gradient.abs().max() > 0) for gradient in before.values()) == 14  # A's are 0 while B is
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,11 +1,11 @@
 """The GPU's 4-bit products: the kernel compiled for a CPU and run there, and compiled for GPUs."""
 
 import ctypes
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import machine
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -32,14 +32,15 @@ def matrix(n: int, nested: bool = True) -> tuple[torch.Tensor, nf4.Matrix]:
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     """Compiles the kernel for a CPU: (rows, dtype) to its `run`."""
-    assert shutil.which("g++"), "the kernel's test compiles it: apt-get install g++"
+    compiler = machine.compiler()
+    assert compiler, "the kernel's test compiles it; run: python tests/machine.py"
     folder = tmp_path_factory.mktemp("nf4")
     (folder / "nf4.cpp").write_text(nf4.source())
 
     def build(rows: int, dtype: torch.dtype):
         target = folder / f"{rows}-{dtype}.so"
         shim = Path(__file__).with_name("nf4_on_cpu.h")
-        command = ["g++", "-O1", "-std=c++20", "-pthread", "-shared", "-fPIC", "-w", "-include", str(shim)]
+        command = [compiler, "-O1", "-std=c++20", "-pthread", "-shared", "-fPIC", "-w", "-include", str(shim)]
         options = nf4.definitions(rows, dtype, matrix(16)[1].table)
         subprocess.run([*command, *options, "-o", target, folder / "nf4.cpp"], check=True)
         return ctypes.CDLL(str(target)).run

@@ -59,6 +59,7 @@ def limited(worker: int, limit: int, most: int):
         resource.prlimit(worker, limit, before)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_while_its_directory_cannot_be_written_and_then_on_another_machine(tiny, tmp_path, monkeypatch):
     drive = tmp_path / "drive" / "runs"
     run = launch.start(settings(tiny, drive, epochs=400), "run")

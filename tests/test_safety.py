@@ -319,6 +319,7 @@ def echo():
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [{"data": "owner/rows"}, {"model": "owner/model", "data": "sample"}])
 def test_a_token_that_a_hub_repeats_is_nowhere(what, echo, tmp_path):
     address, seen = echo

@@ -106,6 +106,7 @@ def test_the_first_process_alone_writes_the_run(together):
     assert states == {"rng_state_0.pth", "rng_state_1.pth"}  # a resumed run goes on with both
 
 
+@pytest.mark.slow
 def test_ending_in_every_way_and_going_on_is_as_if_nothing_had_been(settings, together, tmp_path, monkeypatch):
     # The second process is killed.
     run = launch.start(settings, "broken")
@@ -150,6 +151,7 @@ def as_if_nothing_had_been(run: Run, together: Run) -> None:
     assert all(torch.allclose(first[name], second[name], rtol=0, atol=0.02 * moved) for name in first)
 
 
+@pytest.mark.slow
 def test_a_sharded_base_learns_the_same_and_a_run_goes_on_with_or_without(settings, together, tmp_path, monkeypatch):
     config = tmp_path / "accelerate.yaml"
     config.write_text(FSDP)
@@ -197,6 +199,7 @@ def test_a_sharded_base_learns_the_same_and_a_run_goes_on_with_or_without(settin
     assert log.count("trainable parameters") == 4  # the first process says so at each of four starts, no other does
 
 
+@pytest.mark.slow
 def test_a_process_has_a_whole_block_only_while_it_computes(tmp_path):
     """Against a whole base, by tests/shards.py in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -233,6 +236,7 @@ if os.environ.get("RANK") == "1" and "BIZASSIST_FIT" not in os.environ:
 """A sitecustomize.py: what the first process says after a step reaches the second twice, then its memory is full."""
 
 
+@pytest.mark.slow
 def test_before_training_a_stop_and_a_kill_leave_no_process(settings):
     run = launch.start(settings, "early")
     wait_until(lambda: len(ranks(run)) == 2)

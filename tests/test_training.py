@@ -42,7 +42,7 @@ def begun(settings, name) -> Run:
     return run
 
 
-@pytest.mark.parametrize("engine", ["transformers", "unsloth"])
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("unsloth", marks=pytest.mark.slow)])
 def test_adapter_moves_and_no_base_weight_does(engine, tiny, tmp_path):
     command = [sys.executable, str(Path(__file__).with_name("train_once.py")), engine, str(tiny), str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -60,11 +60,13 @@ def by_engine(tiny, tmp_path_factory):
     return [finetune(quick(tiny, folder, engine=engine), engine) for engine in ("transformers", "unsloth")]
 
 
+@pytest.mark.slow
 def test_engines_give_the_same_losses(by_engine):
     ours, theirs = ([step.loss for step in run.steps] for run in by_engine)
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [0, 1], ids=["transformers", "unsloth"])
 def test_scoring_anew_gives_the_same(by_engine, engine):
     run = by_engine[engine]
@@ -92,6 +94,14 @@ def test_run_directory_holds_everything(trained):
     assert "trainable parameters: 4,884,480 of 139,399,488" in (path / "worker.log").read_text()
     assert [step.step for step in trained.steps] == list(range(1, trained.total_steps + 1))
     assert sum(step.tokens for step in trained.steps) == trained.last("data")["training"]["tokens"]
+
+
+def test_the_learning_rate_is_the_one_asked_for(trained):
+    """It rises to that, and falls towards 0."""
+    rates = [step.learning_rate for step in trained.steps]
+    assert max(rates) == pytest.approx(trained.settings.learning_rate)
+    assert rates.index(max(rates)) == 1
+    assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
 def test_memory_is_about_what_was_expected(trained):
@@ -396,6 +406,7 @@ def test_the_best_adapter_is_kept_and_saved_if_asked(worsening):
     assert files[0].read_bytes() != files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monkeypatch):
     """Unsloth's answers come from a process of their own; here that one is killed, as for want of memory."""
     (tmp_path / "sitecustomize.py").write_text(

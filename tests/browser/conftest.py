@@ -4,16 +4,17 @@ import contextlib
 import os
 from pathlib import Path
 
+import machine
 import pytest
-from front_ends import CHROMIUM, Book, chromium, serving
+from front_ends import Book, chromium, serving
 
 from bizassist_nb.runs import list_runs
 
 
 @pytest.fixture(scope="module")  # and not longer: as long as it runs, nothing else in the process can use asyncio
 def browser():
-    if not Path(CHROMIUM).exists():
-        pytest.fail(f"there is no {CHROMIUM}; run: apt-get install chromium, or set CHROMIUM")
+    if not machine.chromium():
+        pytest.fail("there is no Chromium; run: python tests/machine.py")
     with chromium() as running:
         yield running
 

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine
 import nbformat
+import worker_forks
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 COLAB_PYTHON = os.environ.get("COLAB_PYTHON", str(Path(__file__).parents[2] / ".venv-colab/bin/python"))
 """Python with Colab's front end, as `make test` installs it."""
 OLDER_KERNEL = Path(sys.prefix) / "ipykernel-7.3.0"
@@ -72,7 +73,10 @@ class Server:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, **_homes(self.home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ, **_homes(self.home), **worker_forks.ipython_profile(self.home / "ipython"),
+                    "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                },
             )  # fmt: skip
         self._wait()
 
@@ -128,7 +132,7 @@ class Server:
 
 
 def _homes(home: Path) -> dict[str, str]:
-    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
     named = {"JUPYTERLAB_SETTINGS_DIR": "lab-settings", "JUPYTERLAB_WORKSPACES_DIR": "lab-workspaces"}
     return {name: str(home / name.lower()) for name in folders} | {k: str(home / v) for k, v in named.items()}
 
@@ -146,8 +150,9 @@ def serving(kind: str, root: Path, **options: Any) -> Iterator[Server]:
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     """The browser."""
+    path = machine.chromium()  # before Playwright begins: it may be asked for its own
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=_ARGUMENTS)
         yield browser
         browser.close()
 

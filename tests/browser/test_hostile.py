@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+import pytest
 from hostile import HOSTILE
+
+pytestmark = pytest.mark.slow
 
 FOLDERS = {"folder": str(Path(__file__).parent), "tests": str(Path(__file__).parents[1])}
 SHOW = """
 import sys
 sys.path[:0] = [{folder!r}, {tests!r}]
 import ipywidgets
+import pytest
 from hostile import HOSTILE
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.notebook.panel import Panel

@@ -3,7 +3,11 @@
 import os
 import shutil
 
+import pytest
+
 from bizassist_nb.runs import Run
+
+pytestmark = pytest.mark.slow
 
 CELLS = ["%load_ext bizassist_nb", "%bizassist"]
 # Contrast of every text to what is behind it (WCAG 2.2), where that is one plain colour; disabled controls excepted.

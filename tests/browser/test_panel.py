@@ -148,6 +148,7 @@ def chat_and_stop(book):
     book.see("stopped")
 
 
+@pytest.mark.slow
 def test_notebook_7(serve, opened, tiny):
     server = serve("notebook")
     book = opened(server, PANEL)
@@ -164,6 +165,7 @@ def test_notebook_7(serve, opened, tiny):
     book.see("second: finished")
 
 
+@pytest.mark.slow
 def test_ipykernel_whose_callbacks_run_on_another_thread(serve, opened, tiny):
     assert OLDER_KERNEL.is_dir(), f"run: pip install --no-deps --target {OLDER_KERNEL} ipykernel==7.3.0"
     server = serve("lab")
@@ -176,6 +178,7 @@ def test_ipykernel_whose_callbacks_run_on_another_thread(serve, opened, tiny):
     assert book.errors == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colab", [False, True], ids=["classic", "colab"])
 def test_notebook_6_and_colabs_versions(serve, opened, tiny, tmp_path, colab):
     if colab:  # all of Colab that the panel looks for
@@ -191,6 +194,7 @@ def test_notebook_6_and_colabs_versions(serve, opened, tiny, tmp_path, colab):
     assert book.errors == []
 
 
+@pytest.mark.slow
 def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
     """A worker that dies at once; then wrong settings; then a run while another cell is busy; then a new kernel."""
     (tmp_path / "trl.py").write_text('import os\nprint("trl went up in smoke", flush=True)\nos._exit(3)\n')
@@ -247,6 +251,7 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
     assert "long: stopped" in page
 
 
+@pytest.mark.slow
 def test_keys_alone_reach_everything(lab, opened):
     book = opened(lab, PANEL, name="keys.ipynb")
     book.show()
