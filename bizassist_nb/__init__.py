@@ -13,26 +13,26 @@ if TYPE_CHECKING:
     from bizassist_nb.assistant.assistant import Assistant as Assistant
     from bizassist_nb.assistant.comparison import Comparison as Comparison
     from bizassist_nb.assistant.conversation import Conversation as Conversation
-    from bizassist_nb.comparing import compare as compare
-    from bizassist_nb.errors import BizassistError as BizassistError
+    from bizassist_nb.core.errors import BizassistError as BizassistError
+    from bizassist_nb.core.settings import Settings as Settings
     from bizassist_nb.notebook.panel import Panel as Panel
-    from bizassist_nb.runs import Run as Run
-    from bizassist_nb.runs import open_run as open_run
-    from bizassist_nb.settings import Settings as Settings
+    from bizassist_nb.results.run_comparison import compare as compare
+    from bizassist_nb.runs.run import Run as Run
+    from bizassist_nb.runs.run import open_run as open_run
     from bizassist_nb.training.launch import finetune as finetune
 
 # Loaded when first used: neither `import bizassist_nb` nor `%load_ext` pays for torch.
 _HOMES = {
     "Assistant": "bizassist_nb.assistant.assistant",
-    "BizassistError": "bizassist_nb.errors",
+    "BizassistError": "bizassist_nb.core.errors",
     "Comparison": "bizassist_nb.assistant.comparison",
     "Conversation": "bizassist_nb.assistant.conversation",
     "Panel": "bizassist_nb.notebook.panel",
-    "Run": "bizassist_nb.runs",
-    "Settings": "bizassist_nb.settings",
-    "compare": "bizassist_nb.comparing",
+    "Run": "bizassist_nb.runs.run",
+    "Settings": "bizassist_nb.core.settings",
+    "compare": "bizassist_nb.results.run_comparison",
     "finetune": "bizassist_nb.training.launch",
-    "open_run": "bizassist_nb.runs",
+    "open_run": "bizassist_nb.runs.run",
 }
 __all__ = [
     "Assistant", "BizassistError", "Comparison", "Conversation", "Panel", "Run", "Settings", "compare",

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from bizassist_nb import __version__
-from bizassist_nb.errors import BizassistError, SettingsError, brief, printable
-from bizassist_nb.runs import ENDED, Run, list_runs, open_run
-from bizassist_nb.settings import Settings, reference, user_path
+from bizassist_nb.core.errors import BizassistError, SettingsError, brief, printable
+from bizassist_nb.core.settings import Settings, reference, user_path
+from bizassist_nb.runs.run import ENDED, Run, list_runs, open_run
 
 DEMO: Final = 'data = "sample"\nsubset = 96\nheld_out = 24\nmax_length = 512\nlearning_rate = 1e-3\n'
 """Settings of the demo: a few minutes on two CPU cores."""
@@ -158,8 +158,8 @@ def _read(name: str) -> str:
 
 
 def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
-    from bizassist_nb.report import headline, run_text
-    from bizassist_nb.scorecard import rising
+    from bizassist_nb.results.summary import headline, run_text
+    from bizassist_nb.results.verdict_card import rising
     from bizassist_nb.training.launch import finetune
 
     shown, said = "", None
@@ -192,8 +192,8 @@ def _ask(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from bizassist_nb.render import sections_text
-    from bizassist_nb.scorecard import sections
+    from bizassist_nb.core.rendering import sections_text
+    from bizassist_nb.results.verdict_card import sections
     from bizassist_nb.training.evaluation import evaluate
 
     run = open_run(options.run, options.runs_dir)
@@ -202,7 +202,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _votes(options: argparse.Namespace) -> None:
-    from bizassist_nb.votes import export_preferences, tally
+    from bizassist_nb.runs.votes import export_preferences, tally
 
     run = open_run(options.run, options.runs_dir)
     _say(tally(run).sentence)
@@ -223,13 +223,13 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _runs(options: argparse.Namespace) -> None:
-    from bizassist_nb.comparing import runs_text
+    from bizassist_nb.results.run_comparison import runs_text
 
     _say(runs_text(list_runs(options.runs_dir)))
 
 
 def _doctor(_: argparse.Namespace) -> None:
-    from bizassist_nb import doctor
+    from bizassist_nb.training import doctor
 
     _say(doctor.as_text(doctor.report()))
 

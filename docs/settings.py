@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bizassist_nb.settings import reference
+from bizassist_nb.core.settings import reference
 
 HEAD = """# Settings
 

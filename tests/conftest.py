@@ -71,7 +71,7 @@ def dolly() -> str:
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     """Folder of the embedded model."""
-    from bizassist_nb.models import embedded_folder
+    from bizassist_nb.models.base import embedded_folder
 
     return embedded_folder()
 
@@ -79,7 +79,7 @@ def embedded() -> Path:
 @pytest.fixture(scope="session")
 def chat(embedded):
     """The embedded model's chat tokenizer."""
-    from bizassist_nb.models import load_tokenizer
+    from bizassist_nb.models.base import load_tokenizer
 
     return load_tokenizer(embedded)
 
@@ -95,7 +95,7 @@ def tiny(embedded, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_chat(tiny):
     """The tiny model's chat tokenizer."""
-    from bizassist_nb.models import load_tokenizer
+    from bizassist_nb.models.base import load_tokenizer
 
     return load_tokenizer(tiny)
 
@@ -105,7 +105,7 @@ def mistral_chat(tmp_path_factory):
     """Mistral-7B-Instruct-v0.3's own tokenizer, made from the SentencePiece model that mistral-common ships."""
     from mistral_tokenizer import build
 
-    from bizassist_nb.models import load_tokenizer
+    from bizassist_nb.models.base import load_tokenizer
 
     return load_tokenizer(build(tmp_path_factory.mktemp("mistral")))
 

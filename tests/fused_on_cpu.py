@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from bizassist_nb import models
-from bizassist_nb.assistant import decoding, fused
+from bizassist_nb.assistant import decoding
+from bizassist_nb.assistant.cuda import decode_graph
+from bizassist_nb.models import base as models
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30] * 40]
 
@@ -26,7 +27,7 @@ def differences(model, strengths, count):
     cache = DynamicCache(config=model.config)
     modules = decoding._ModuleSteps(model, strengths, cache, mask)
     logits = modules.forward(ids)
-    steps = fused.FusedSteps(model, list(strengths), len(PROMPTS), 64)
+    steps = decode_graph.FusedSteps(model, list(strengths), len(PROMPTS), 64)
     steps.begin(cache, mask, decoding._scales(model, strengths))
     for _ in range(count):
         tokens = logits.argmax(-1).tolist()
@@ -49,6 +50,6 @@ for name, parameter in adapted.named_parameters():
         torch.nn.init.normal_(parameter, std=0.05)
 adapted.eval()
 adapted.base_model.set_adapter(["a", "b"], inference_mode=True)
-assert fused.computable(adapted)
+assert decode_graph.computable(adapted)
 found = [*differences(adapted, {"a": [0.0, 1.0, 0.5], "b": [0.0, 0.0, 1.5]}, 6), *differences(base, {}, 2)]
 print(json.dumps(found))

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from bizassist_nb import degeneration
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.results import degeneration
+from bizassist_nb.runs.run import Run
 from bizassist_nb.training import launch, worker
 
 FILES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
@@ -100,13 +100,16 @@ def train(settings: Settings, name: str, death: Death, *, resume: bool) -> int:
 def main(file: str, name: str, kills: int, seed: int) -> None:
     import torch
 
-    from bizassist_nb.training import answering, evaluation, trainer  # noqa: F401 - so that no worker has to import it
+    from bizassist_nb.training import (
+        evaluation,
+        fixed_prompts,
+    )
 
     torch.set_num_threads(1)
     # The model has nothing to say and knows nothing: a few words and rows do.
-    answering.max_new_tokens = lambda: 8
+    fixed_prompts.max_new_tokens = lambda: 8
     evaluation._BATCH_LOGITS //= 16
-    answering.prompts = lambda: degeneration.prompts()[:12]
+    fixed_prompts.prompts = lambda: degeneration.prompts()[:12]
     whole = evaluation.Exam.__init__
 
     def short(exam, *arguments):

@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bizassist_nb import models
-from bizassist_nb.training import sharding
+from bizassist_nb.models import base as models
+from bizassist_nb.training.distributed import fsdp
 
 LAYERS = 6
 
 
 class Accelerator:
-    """What `sharding.in_step` asks of accelerate's; there is no autocast on a CPU."""
+    """What `fsdp.in_step` asks of accelerate's; there is no autocast on a CPU."""
 
     def prepare_model(self, model, **_):
         return model
@@ -80,15 +80,15 @@ def main(folder: Path) -> None:
         whole, model = base(folder), base(folder)
         block = bytes_at_hand(whole.get_decoder().layers[0].parameters())
         outside = bytes_at_hand(whole.parameters()) - LAYERS * block
-        sharding.shard(model)
-        held, of = sharding.held(model)
+        fsdp.shard(model)
+        held, of = fsdp.held(model)
         for each in (whole, model):
             each.train()
             if checkpointing:
                 each.enable_input_require_grads()
                 each.gradient_checkpointing_enable()
         seen = watched(model)
-        losses, gradients = trained(model, sharding.in_step(Accelerator(), model), ids)
+        losses, gradients = trained(model, fsdp.in_step(Accelerator(), model), ids)
         expected, wanted = trained(whole, DistributedDataParallel(whole), ids)
         apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(gradients, wanted, strict=True)]
         passes.append(

@@ -11,8 +11,8 @@ from live_kernel import wait_until
 from random_run import random_run
 
 from bizassist_nb.__main__ import main
-from bizassist_nb.journal import take_lock
-from bizassist_nb.runs import Run, open_run
+from bizassist_nb.runs.journal import take_lock
+from bizassist_nb.runs.run import Run, open_run
 from bizassist_nb.training import launch
 
 
@@ -82,7 +82,7 @@ def test_errors_are_one_message_on_stderr(arguments, words, capsys, tmp_path, mo
 
 
 def test_help_explains_every_setting(capsys):
-    from bizassist_nb.settings import reference
+    from bizassist_nb.core.settings import reference
 
     with pytest.raises(SystemExit) as ended:
         main(["finetune", "--help"])

@@ -4,14 +4,14 @@ import pytest
 from random_run import environment
 
 from bizassist_nb import compare
-from bizassist_nb.comparing import runs_section, runs_text
-from bizassist_nb.errors import RunError
-from bizassist_nb.journal import Journal
-from bizassist_nb.plots import overlaid_figure
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
-from bizassist_nb.verdict import Score, assess, judge
-from bizassist_nb.whole import write_json
+from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.results.loss_plot import overlaid_figure
+from bizassist_nb.results.run_comparison import runs_section, runs_text
+from bizassist_nb.results.verdict import Score, assess, judge
+from bizassist_nb.runs.journal import Journal
+from bizassist_nb.runs.run import Run
 
 
 @pytest.fixture

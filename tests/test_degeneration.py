@@ -3,7 +3,7 @@
 import pytest
 
 from bizassist_nb.data.rows import read_table
-from bizassist_nb.degeneration import SIGNS, counted, prompts, repetition, signs
+from bizassist_nb.results.degeneration import SIGNS, counted, prompts, repetition, signs
 
 PROMPT = "How should we price a new analytics add-on for customers who already pay for the main product?"
 GOOD = (

@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from bizassist_nb.errors import EngineError
+from bizassist_nb.core.errors import EngineError
 from bizassist_nb.training import engines
 
 

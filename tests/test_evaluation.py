@@ -9,16 +9,16 @@ import torch
 from random_run import environment, random_run
 from transformers import AutoModelForCausalLM
 
-from bizassist_nb.assistant import bases
+from bizassist_nb.assistant import loaded
+from bizassist_nb.core.errors import DataError, ModelError, RunError
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.data.tokens import IGNORED, Example
-from bizassist_nb.errors import DataError, ModelError, RunError
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
+from bizassist_nb.results.verdict import mean_loss
+from bizassist_nb.runs.run import Run
 from bizassist_nb.training import evaluation
 from bizassist_nb.training.evaluation import Exam, evaluate, rows_of, score
-from bizassist_nb.verdict import mean_loss
-from bizassist_nb.whole import write_json
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -194,7 +194,7 @@ def test_a_run_that_cannot_be_scored_is_refused_before_its_base_is_loaded(tiny, 
     data.unlink()
     with pytest.raises(DataError, match="there is no file"):
         evaluate(run)
-    (run.adapter / bases.WEIGHTS).unlink()
+    (run.adapter / loaded.WEIGHTS).unlink()
     with pytest.raises(ModelError, match="is missing"):
         evaluate(run)
     (run.adapter / "adapter_config.json").unlink()

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GraniteConfig, Qwen2Config
 
-from bizassist_nb import models
 from bizassist_nb.data.tokens import IGNORED
-from bizassist_nb.training.graphs import CaptureError, Graphs
+from bizassist_nb.models import base as models
+from bizassist_nb.training.cuda_graphs import CaptureError, Graphs
 
 
 @pytest.fixture(scope="module", params=["transformers", "unsloth"])

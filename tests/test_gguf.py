@@ -10,12 +10,12 @@ from gguf import GGUFReader
 from random_run import random_run, tiny_model
 from safetensors.torch import load_file
 
-from bizassist_nb import models
 from bizassist_nb.__main__ import main
+from bizassist_nb.core.errors import ModelError, RunError
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.errors import ModelError, RunError
 from bizassist_nb.export.gguf import go_template, modelfile
-from bizassist_nb.runs import Run
+from bizassist_nb.models import base as models
+from bizassist_nb.runs.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bizassist_nb.journal import take_lock
-from bizassist_nb.runs import Run, check_name
-from bizassist_nb.settings import Settings
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.runs.journal import take_lock
+from bizassist_nb.runs.run import Run, check_name
 from bizassist_nb.training import launch
 
 

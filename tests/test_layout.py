@@ -27,13 +27,13 @@ HEAVY = {
 # Modules that are about one of these from their first line on, and are only imported where they are used.
 MAY = {
     "assistant/decoding.py": {"torch", "transformers", "peft"},
-    "assistant/fused.py": {"torch", "peft"},
-    "assistant/nf4.py": {"torch"},
-    "assistant/prefix.py": {"torch", "transformers"},
-    "training/graphs.py": {"torch", "peft"},
+    "assistant/cuda/decode_graph.py": {"torch", "peft"},
+    "assistant/cuda/nf4.py": {"torch"},
+    "assistant/prefix_cache.py": {"torch", "transformers"},
+    "training/cuda_graphs.py": {"torch", "peft"},
     "training/trainer.py": {"torch", "transformers", "trl", "datasets"},
-    "plots.py": {"matplotlib"},
-    "notebook/ballots.py": {"IPython"},
+    "results/loss_plot.py": {"matplotlib"},
+    "notebook/vote_view.py": {"IPython"},
     "notebook/magics.py": {"IPython"},
     "notebook/views.py": {"IPython"},
     **{f"notebook/panel/{path.name}": {"IPython", "ipywidgets"} for path in (PACKAGE / "notebook/panel").glob("*.py")},
@@ -88,6 +88,6 @@ def test_public_names_are_there():
 
 def test_settings_page_is_up_to_date():
     root = PACKAGE.parent
-    namespace = {"__name__": "page", "__file__": str(root / "docs" / "settings.py")}
-    exec((root / "docs" / "settings.py").read_text(), namespace)  # noqa: S102 - our own script
+    namespace = {"__name__": "page", "__file__": str(root / "docs" / "core/settings.py")}
+    exec((root / "docs" / "core/settings.py").read_text(), namespace)  # noqa: S102 - our own script
     assert (root / "docs" / "settings.md").read_text("utf-8") == namespace["text"]()

@@ -14,7 +14,7 @@ import ipywidgets, matplotlib.figure, psutil
 from pathlib import Path
 from bizassist_nb import Panel, open_run
 from bizassist_nb.notebook import views
-from bizassist_nb.journal import take_lock, Journal
+from bizassist_nb.runs.journal import take_lock, Journal
 %load_ext bizassist_nb
 run = open_run("one")
 journal = Journal(run.path)

@@ -21,10 +21,18 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from bizassist_nb import models
+from bizassist_nb.core.errors import ModelError
 from bizassist_nb.data.tokens import Example
-from bizassist_nb.errors import ModelError
-from bizassist_nb.models import MISTRAL, TARGETS, count_parameters, embedded_folder, load_nf4, load_tokenizer, resolve
+from bizassist_nb.models import base as models
+from bizassist_nb.models.base import (
+    MISTRAL,
+    TARGETS,
+    count_parameters,
+    embedded_folder,
+    load_nf4,
+    load_tokenizer,
+    resolve,
+)
 from bizassist_nb.training.evaluation import score
 
 
@@ -94,7 +102,7 @@ def test_the_embedded_model_answers(embedded, chat):
 KILLED = """
 import os, signal
 from pathlib import Path
-from bizassist_nb import models
+from bizassist_nb.models import base as models
 def convert(gguf, target):
     (target / "config.json").write_text("{")
     os.kill(os.getpid(), signal.SIGKILL)

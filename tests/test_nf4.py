@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from bizassist_nb.assistant import nf4
+from bizassist_nb.assistant.cuda import nf4
 
 # pyproject.toml installs it on Linux, where CI is; for macOS there is none.
 needs_compiler = pytest.mark.skipif(sys.platform != "linux", reason="NVIDIA has no compiler for this system")

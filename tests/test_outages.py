@@ -12,15 +12,15 @@ import pytest
 from live_kernel import wait_until
 
 from bizassist_nb import Settings, finetune
-from bizassist_nb.comparing import duration
-from bizassist_nb.errors import RunError
-from bizassist_nb.journal import EVENTS, Journal, kept_folder
+from bizassist_nb.core.errors import RunError
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.report import progress, run_text
-from bizassist_nb.runs import Run
+from bizassist_nb.results.run_comparison import duration
+from bizassist_nb.results.summary import progress, run_text
+from bizassist_nb.runs.journal import EVENTS, Journal, kept_folder
+from bizassist_nb.runs.run import Run
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import checkpoints, newest_checkpoint
-from bizassist_nb.training.outbox import Outbox
+from bizassist_nb.training.spool import Outbox
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +208,7 @@ def test_a_clock_that_is_set_back_is_no_matter(tmp_path, monkeypatch):
     run = new_run(tmp_path / "run")
     journal, start = Journal(run.path), time.time()
     clock = iter([start, start - 3600, start - 7200, start - 7100, start - 7000])
-    monkeypatch.setattr("bizassist_nb.journal.time.time", lambda: next(clock))
+    monkeypatch.setattr("bizassist_nb.runs.journal.time.time", lambda: next(clock))
     journal.write("state", state="training")
     journal.write("plan", steps=4, tokens=9)
     for number in (1, 2, 3):

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from bizassist_nb import render
 from bizassist_nb.assistant.comparison import Comparison, Comparisons, comparison_html
 from bizassist_nb.assistant.differences import marked
-from bizassist_nb.degeneration import counted
-from bizassist_nb.journal import Journal
-from bizassist_nb.report import run_html
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
-from bizassist_nb.verdict import Score, assess, judge
-from bizassist_nb.whole import write_json
+from bizassist_nb.core import rendering
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.results.degeneration import counted
+from bizassist_nb.results.summary import run_html
+from bizassist_nb.results.verdict import Score, assess, judge
+from bizassist_nb.runs.journal import Journal
+from bizassist_nb.runs.run import Run
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=x>&lt;"
 
@@ -64,7 +64,7 @@ class Seen(HTMLParser):
 
 def check_harmless(html: str) -> Seen:
     seen = Seen(html)
-    assert set(seen.tags) <= render._TAGS - FETCHING
+    assert set(seen.tags) <= rendering._TAGS - FETCHING
     assert {name for name, _ in seen.attributes} <= {"href", "rel"}
     assert seen.schemes <= {"http", "https", "mailto", ""}
     assert not seen.other
@@ -128,7 +128,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:24]))
 def test_hostile_markdown_becomes_harmless_html(text):
-    check_harmless(render.markdown(text))
+    check_harmless(rendering.markdown(text))
 
 
 MARKS = st.sampled_from([*"<>\"'`*[]()!&;:/\\|#-= \n\t\0ab", "script", "javascript:", "data:", "on", "x=y"])
@@ -137,11 +137,11 @@ MARKS = st.sampled_from([*"<>\"'`*[]()!&;:/\\|#-= \n\t\0ab", "script", "javascri
 @settings(deadline=None)
 @given(st.lists(MARKS).map("".join))
 def test_markdown_of_any_marks_is_harmless(text):
-    check_harmless(render.markdown(text))
+    check_harmless(rendering.markdown(text))
 
 
 def test_markdown_is_rendered():
-    html = render.markdown(
+    html = rendering.markdown(
         "# Plan\n\n1. **first** and `x < y`\n2. ~~old~~ *new*\n\n> said\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
         "[link](https://a.b/c?d=1&e=2) [mail](mailto:a@b.c)\n\n```python\nif a < b:\n```"
     )
@@ -153,7 +153,9 @@ def test_markdown_is_rendered():
 
 
 def test_html_in_markdown_is_shown_as_the_text_it_is():
-    assert check_harmless(render.markdown(SCRIPT.replace("&lt;", ""))).text.strip().startswith("<script>alert(1)</scri")
+    assert (
+        check_harmless(rendering.markdown(SCRIPT.replace("&lt;", ""))).text.strip().startswith("<script>alert(1)</scri")
+    )
 
 
 def no_tags_but(html: str, *tags: str) -> Seen:
@@ -165,18 +167,18 @@ def no_tags_but(html: str, *tags: str) -> Seen:
 
 def test_plain_text_is_shown_as_it_is():
     text = f"{SCRIPT}\n  two\n**no bold**"
-    assert no_tags_but(render.plain(text), "div").text == text
+    assert no_tags_but(rendering.plain(text), "div").text == text
 
 
 def test_table_escapes_its_texts():
-    seen = no_tags_but(render.table([[SCRIPT, "b"], ["c", SCRIPT]], [SCRIPT, "head"]), "table", "tr", "th", "td")
+    seen = no_tags_but(rendering.table([[SCRIPT, "b"], ["c", SCRIPT]], [SCRIPT, "head"]), "table", "tr", "th", "td")
     assert seen.text == f"{SCRIPT}head{SCRIPT}bc{SCRIPT}"
     assert seen.tags.count("th") == 4
     assert seen.tags.count("td") == 8
 
 
 def test_columns_escape_their_heads_and_keep_their_bodies():
-    html = render.columns([SCRIPT, "tuned"], ["<p>one</p>", render.plain(SCRIPT)])
+    html = rendering.columns([SCRIPT, "tuned"], ["<p>one</p>", rendering.plain(SCRIPT)])
     seen = no_tags_but(html, "table", "tr", "th", "td", "p", "div")
     assert seen.text == f"{SCRIPT}tunedone{SCRIPT}"
 
@@ -190,12 +192,12 @@ def test_comparison_of_hostile_answers_is_harmless(text, finished):
     comparison = Comparison(text, {"base": text, "tuned": text}, ("run<script>",), note=text)
     html = comparison_html(comparison, finished=finished)
     seen = Seen(html)
-    assert set(seen.tags) <= FRAME | render._TAGS
+    assert set(seen.tags) <= FRAME | rendering._TAGS
     assert {name for name, _ in seen.attributes} <= {"style", "href", "rel"}
     assert seen.schemes <= {"http", "https", "mailto", ""}
     assert not seen.other
     # Nothing in the text closes the frame: one table of two columns, and no cell more than it has.
-    frame = Seen(html.replace(render.markdown(text), ""))
+    frame = Seen(html.replace(rendering.markdown(text), ""))
     assert [frame.tags.count(tag) for tag in ("table", "tr", "th", "td")] == [2, 4, 4, 4]
     assert "tuned (run<script>)" in seen.text
     if finished:
@@ -224,7 +226,7 @@ def test_answers_without_a_word_in_common_and_long_ones_are_not_marked(other):
 
 @pytest.mark.parametrize("text", [SCRIPT, *HOSTILE[:50]], ids=lambda text: ascii(text[:24]))
 def test_marks_only_add_marks(text):
-    first, second = render.markdown(f"same {text} one"), render.markdown(f"same two {text}")
+    first, second = rendering.markdown(f"same {text} one"), rendering.markdown(f"same two {text}")
     for page, page_marked in zip((first, second), marked(first, second), strict=True):
         assert re.sub(r"</?mark[^>]*>", "", page_marked) == page
 
@@ -289,15 +291,15 @@ def test_run_escapes_all_it_shows(tmp_path):
 
 
 def test_sections_are_the_same_in_html_text_and_markdown():
-    section = render.Section("Title", ("One <b>.",), ("", "base"), (("a|b\n<i>", "1"),))
-    seen = no_tags_but(render.sections_html([section]), "p", "b", "table", "tr", "th", "td")
+    section = rendering.Section("Title", ("One <b>.",), ("", "base"), (("a|b\n<i>", "1"),))
+    seen = no_tags_but(rendering.sections_html([section]), "p", "b", "table", "tr", "th", "td")
     assert seen.text == "TitleOne <b>.basea|b\n<i>1"
-    assert render.sections_text([section]) == "Title\nOne <b>.\n         base\na|b <i>  1"
-    assert render.sections_markdown([section]) == (
+    assert rendering.sections_text([section]) == "Title\nOne <b>.\n         base\na|b <i>  1"
+    assert rendering.sections_markdown([section]) == (
         "## Title\n\nOne &lt;b&gt;.\n\n|  | base |\n| --- | --- |\n| a\\|b &lt;i&gt; | 1 |"
     )
 
 
 def test_a_folded_section_opens_without_a_kernel():
-    html = render.sections_html([render.Section("More", (), ("a",), (("b",),), folded=True)])
+    html = rendering.sections_html([rendering.Section("More", (), ("a",), (("b",),), folded=True)])
     assert html.startswith("<details><summary>More</summary><table>")

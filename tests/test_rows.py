@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bizassist_nb.core.errors import DataError
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import DOLLY_SHA256, SUFFIXES, Row, Table, read_table, split
-from bizassist_nb.errors import DataError
-from bizassist_nb.settings import Settings
-from bizassist_nb.whole import write_json
 
 PLAIN = [
     {"instruction": "What is 1 + 1?", "context": "", "response": "2", "category": "sums"},

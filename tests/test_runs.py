@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_run import environment
 
-from bizassist_nb import shapes
-from bizassist_nb.errors import RunError
-from bizassist_nb.journal import Journal, is_locked, take_lock
-from bizassist_nb.runs import Run, check_name, list_runs, open_run
-from bizassist_nb.settings import Settings
-from bizassist_nb.whole import write_json
+from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.runs import records
+from bizassist_nb.runs.journal import Journal, is_locked, take_lock
+from bizassist_nb.runs.run import Run, check_name, list_runs, open_run
 
 STEP = {"loss": 2.0, "learning_rate": 1e-4, "gradient_norm": 0.5, "tokens": 100, "seconds": 1.0}
 
@@ -124,7 +124,7 @@ values = st.recursive(
     max_leaves=6,
 )
 # Kinds that `Run` reads fields of are passed over where these are not there; hypothesis takes words from the package.
-kinds_without_shape = st.text().filter(lambda kind: kind not in shapes.EVENTS)
+kinds_without_shape = st.text().filter(lambda kind: kind not in records.EVENTS)
 fields = st.dictionaries(st.text().filter(lambda name: name not in ("event", "self")), values, max_size=4)
 
 

@@ -19,21 +19,23 @@ from random_run import random_run
 from traitlets.config import Config
 
 import bizassist_nb
-from bizassist_nb import Assistant, Panel, plots, render
+from bizassist_nb import Assistant, Panel
 from bizassist_nb.__main__ import main
 from bizassist_nb.assistant.comparison import Comparison, Comparisons
-from bizassist_nb.comparing import RunComparison, runs_text
-from bizassist_nb.errors import BizassistError, RunError, printable
-from bizassist_nb.export.card import card
-from bizassist_nb.notebook.ballots import BallotView
+from bizassist_nb.core import rendering
+from bizassist_nb.core.errors import BizassistError, RunError, printable
+from bizassist_nb.core.settings import Settings
 from bizassist_nb.notebook.panel.preview import _page, _row
 from bizassist_nb.notebook.panel.train import RunView, _outcome
 from bizassist_nb.notebook.tables import runs_table
-from bizassist_nb.report import run_html, run_text
-from bizassist_nb.runs import open_run
-from bizassist_nb.settings import Settings
-from bizassist_nb.survey import survey
-from bizassist_nb.votes import Ballot
+from bizassist_nb.notebook.vote_view import BallotView
+from bizassist_nb.results import loss_plot
+from bizassist_nb.results.model_card import card
+from bizassist_nb.results.run_comparison import RunComparison, runs_text
+from bizassist_nb.results.summary import run_html, run_text
+from bizassist_nb.runs.run import open_run
+from bizassist_nb.runs.votes import Ballot
+from bizassist_nb.training.forecast import survey
 
 sys.path.insert(0, str(Path(__file__).parent / "browser"))
 from hostile import HOSTILE, hostile_run
@@ -94,7 +96,7 @@ VIEWS = {
     "panel, in training": in_training,
     "table": lambda run, _: runs_table([run, run])._repr_html_(),
     "comparison of runs": lambda run, _: RunComparison([run, run])._repr_html_(),
-    "plot": lambda run, _: plots.loss_svg(run),
+    "plot": lambda run, _: loss_plot.loss_svg(run),
 }
 
 
@@ -116,11 +118,11 @@ def test_no_name_of_a_folder_adds_to_the_structure_of_a_view(tmp_path, monkeypat
         assert runs_table([run]).html.count("<") == runs_table([run]).html.count(">")
         assert len(structure(runs_table([run])._repr_html_())) == len(structure(runs_table([plain])._repr_html_())) + 1
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", run_text(run) + runs_text([run]))
-        assert plots.overlaid_figure([run, plain])._repr_png_().startswith(b"\x89PNG")  # no formula, no formats
+        assert loss_plot.overlaid_figure([run, plain])._repr_png_().startswith(b"\x89PNG")  # no formula, no formats
 
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
-    figure = plots.overlaid_figure([hostile_run(tmp_path / "_one", "x"), hostile_run(tmp_path / "$two$", "x")])
+    figure = loss_plot.overlaid_figure([hostile_run(tmp_path / "_one", "x"), hostile_run(tmp_path / "$two$", "x")])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_one", "$two$"]
     assert figure._repr_png_()
 
@@ -371,4 +373,4 @@ def test_answers_of_a_model_are_what_the_hostile_texts_are_held_against(tiny, tm
     run = random_run(tmp_path / "one", tiny)
     answer = Assistant(run).ask("<script>x</script>", max_new_tokens=2)
     assert "script" not in {tag for tag, _ in structure(answer._repr_html_())}
-    assert render.markdown("<script>x</script>") == "<p>&lt;script&gt;x&lt;/script&gt;</p>\n"
+    assert rendering.markdown("<script>x</script>") == "<p>&lt;script&gt;x&lt;/script&gt;</p>\n"

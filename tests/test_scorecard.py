@@ -4,14 +4,14 @@ import os
 
 import pytest
 
-from bizassist_nb.degeneration import counted
-from bizassist_nb.journal import Journal, take_lock
-from bizassist_nb.report import headline, how_to_go_on, run_html, run_text
-from bizassist_nb.runs import Run
-from bizassist_nb.scorecard import rising, sections
-from bizassist_nb.settings import Settings
-from bizassist_nb.verdict import Score, assess, judge
-from bizassist_nb.whole import write_json
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.results.degeneration import counted
+from bizassist_nb.results.summary import headline, how_to_go_on, run_html, run_text
+from bizassist_nb.results.verdict import Score, assess, judge
+from bizassist_nb.results.verdict_card import rising, sections
+from bizassist_nb.runs.journal import Journal, take_lock
+from bizassist_nb.runs.run import Run
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bizassist_nb.errors import SettingsError
-from bizassist_nb.settings import ROLES, Settings, reference
+from bizassist_nb.core.errors import SettingsError
+from bizassist_nb.core.settings import ROLES, Settings, reference
 
 FIELDS = dataclasses.fields(Settings)
 

@@ -16,14 +16,14 @@ from live_kernel import wait_until
 from safetensors.torch import load_file
 
 from bizassist_nb import Settings, finetune
-from bizassist_nb.errors import EngineError, SettingsError
-from bizassist_nb.journal import is_locked
-from bizassist_nb.report import run_text
-from bizassist_nb.runs import ENDED, Run
-from bizassist_nb.survey import survey
+from bizassist_nb.core.errors import EngineError, SettingsError
+from bizassist_nb.results.summary import run_text
+from bizassist_nb.runs.journal import is_locked
+from bizassist_nb.runs.run import ENDED, Run
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint
-from bizassist_nb.training.several import Processes, processes
+from bizassist_nb.training.distributed.launcher import Processes, processes
+from bizassist_nb.training.forecast import survey
 
 TWO = "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\n"
 FSDP = TWO.replace("MULTI_GPU", "FSDP") + "fsdp_config:\n  fsdp_version: 2\n"

@@ -11,11 +11,11 @@ from IPython.core.interactiveshell import InteractiveShell
 from random_run import random_run
 
 from bizassist_nb import Assistant, BizassistError, Conversation, Panel, load_ipython_extension
-from bizassist_nb.assistant import bases, decoding
-from bizassist_nb.errors import SettingsError
-from bizassist_nb.journal import Journal
-from bizassist_nb.survey import survey
+from bizassist_nb.assistant import decoding, loaded
+from bizassist_nb.core.errors import SettingsError
+from bizassist_nb.runs.journal import Journal
 from bizassist_nb.training import launch, preflight
+from bizassist_nb.training.forecast import survey
 
 QUESTIONS = ("How should we price it?", "And what would you do next?")
 DRAWN = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "top_k": 500, "repetition_penalty": 1.1, "seed": 3}
@@ -206,7 +206,7 @@ def shell():
 
 
 def test_a_run_that_is_started_in_a_cell_has_the_memory_of_an_answer_under_way(runs, shell, monkeypatch):
-    monkeypatch.setattr(bases, "_loaded", {})
+    monkeypatch.setattr(loaded, "_loaded", {})
     driven = Driven(runs[0].path.parent)
     driven.fill("tuned model", "one")
     driven.fill("max new tokens", 1500)
@@ -214,12 +214,12 @@ def test_a_run_that_is_started_in_a_cell_has_the_memory_of_an_answer_under_way(r
     driven.press("Send")
     turn = driven.panel._tabs[2]._turns[-1]
     driven.until(lambda: turn.comparison and turn.answer("tuned"))
-    base = weakref.ref(*bases._loaded.values())
+    base = weakref.ref(*loaded._loaded.values())
     with pytest.raises(SettingsError):
         shell.find_cell_magic("finetune")("NAME", "rank = 0")
     assert base()  # nothing came of it, so the answer goes on
     monkeypatch.setattr(launch, "finetune", lambda *_, **__: runs[0])
-    monkeypatch.setattr(bases.models, "device", lambda: "cuda:0")  # only there it lets go of bases
+    monkeypatch.setattr(loaded.models, "device", lambda: "cuda:0")  # only there it lets go of bases
     shell.find_cell_magic("finetune")("NAME", "")
     assert base() is None
     assert (turn.ended, turn.remark) == (True, "stopped")
@@ -229,22 +229,22 @@ def test_an_answer_that_is_interrupted_in_a_cell_keeps_no_base(runs, shell, monk
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bases, "_loaded", {})
+    monkeypatch.setattr(loaded, "_loaded", {})
     monkeypatch.setattr(decoding._ModuleSteps, "forward", interrupted)
     shell.run_cell(f"%%ask --run one --runs-dir {runs[0].path.parent}\n{QUESTIONS[0]}")
-    base = weakref.ref(*bases._loaded.values())
-    monkeypatch.setattr(bases.models, "device", lambda: "cuda:0")
-    bases.release()
+    base = weakref.ref(*loaded._loaded.values())
+    monkeypatch.setattr(loaded.models, "device", lambda: "cuda:0")
+    loaded.release()
     assert base() is None
 
 
 def test_a_base_that_a_run_would_have_go_counts_as_free(runs, monkeypatch):
-    monkeypatch.setattr(bases, "_loaded", {})
+    monkeypatch.setattr(loaded, "_loaded", {})
     monkeypatch.setattr(torch.cuda, "memory_allocated", iter((0, 2 << 30)).__next__)  # before it is loaded, and after
     monkeypatch.setattr(preflight, "device", lambda: preflight.Device("cpu", (0, 0), 3.0))
     settings = dataclasses.replace(runs[0].settings, subset=4)
     *_, before = survey(settings)
-    bases.loaded_base(settings.model)
+    loaded.loaded_base(settings.model)
     *_, after = survey(settings)
     assert (before.expected.free, after.expected.free) == (3.0, 5.0)
 

@@ -13,11 +13,11 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bizassist_nb.core.errors import DataError, ModelError
 from bizassist_nb.data.chat import conversation, question, row_messages
 from bizassist_nb.data.rows import Row, read_table, split
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, lengths
-from bizassist_nb.errors import DataError, ModelError
-from bizassist_nb.models import load_tokenizer
+from bizassist_nb.models.base import load_tokenizer
 
 SYSTEM = "You are an assistant."
 NO_LIMIT = 1_000_000

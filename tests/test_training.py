@@ -14,16 +14,16 @@ from live_kernel import wait_until
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bizassist_nb import Settings, finetune
+from bizassist_nb.core.errors import RunError
 from bizassist_nb.data.rows import Row, split
-from bizassist_nb.errors import RunError
-from bizassist_nb.export.card import card
-from bizassist_nb.journal import Journal
-from bizassist_nb.report import diverged, run_html, run_text
-from bizassist_nb.runs import ENDED, Run
+from bizassist_nb.results.model_card import card
+from bizassist_nb.results.summary import diverged, run_html, run_text
+from bizassist_nb.results.verdict import Score
+from bizassist_nb.runs.journal import Journal
+from bizassist_nb.runs.run import ENDED, Run
 from bizassist_nb.training import launch, worker
 from bizassist_nb.training.checkpoints import CHECKSUMS, checkpoints
 from bizassist_nb.training.evaluation import evaluate
-from bizassist_nb.verdict import Score
 
 
 def quick(tiny, tmp_path, **changes):
@@ -175,7 +175,7 @@ def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_start(tmp_path, monkeypatch):
     from bizassist_nb.training import trainer
-    from bizassist_nb.training.outbox import Outbox
+    from bizassist_nb.training.spool import Outbox
 
     def begin() -> int:
         return trainer.train(trainer.Training(run, journal, None, None, None, None, [[]]), None)
@@ -194,7 +194,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
 
 
 def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_path):
-    from bizassist_nb.training.outbox import Outbox
+    from bizassist_nb.training.spool import Outbox
     from bizassist_nb.training.worker import _watch
 
     (tmp_path / "settings.toml").write_text(Settings(evaluate_every=5).to_toml())
@@ -328,7 +328,7 @@ def test_only_an_adapter_that_was_broken_in_training_has_diverged(who, tmp_path)
 
 
 def test_float16_may_overflow_while_its_scaling_settles_but_not_for_ever(tmp_path):
-    from bizassist_nb.training.outbox import Outbox
+    from bizassist_nb.training.spool import Outbox
     from bizassist_nb.training.trainer import RunCallback
 
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
@@ -410,7 +410,7 @@ def test_the_best_adapter_is_kept_and_saved_if_asked(worsening):
 def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monkeypatch):
     """Unsloth's answers come from a process of their own; here that one is killed, as for want of memory."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys\nif 'bizassist_nb.training.answering' in sys.orig_argv:\n    os._exit(9)\n"
+        "import os, sys\nif 'bizassist_nb.training.fixed_prompts' in sys.orig_argv:\n    os._exit(9)\n"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     run = finetune(quick(tiny, tmp_path, engine="unsloth"), "silent")

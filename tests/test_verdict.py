@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bizassist_nb.verdict import Score, assess, judge, mean_loss
+from bizassist_nb.results.verdict import Score, assess, judge, mean_loss
 
 
 def scored(nats, tokens=None) -> list[Score]:

@@ -12,9 +12,9 @@ from scipy.stats import binom
 from bizassist_nb import votes as voting
 from bizassist_nb.__main__ import main
 from bizassist_nb.assistant.comparison import Comparison
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
-from bizassist_nb.votes import (
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.votes import (
     Ballot,
     Tally,
     Vote,
@@ -122,8 +122,8 @@ def test_a_vote_is_on_one_run_as_it_was_trained(run):
 
 def test_votes_are_kept_when_the_process_is_killed(run):
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom bizassist_nb.runs import Run\n"
-        "from bizassist_nb.votes import Ballot\nfrom bizassist_nb.assistant.comparison import Comparison\n"
+        "import os, sys\nfrom pathlib import Path\nfrom bizassist_nb.runs.run import Run\n"
+        "from bizassist_nb.runs.votes import Ballot\nfrom bizassist_nb.assistant.comparison import Comparison\n"
         "run = Run(Path(sys.argv[1]))\n"
         "for i in range(3):\n    Ballot(run, Comparison(f'Q{i}', {'base': 'a', 'tuned': 'b'})).cast('left')\n"
         "os.kill(os.getpid(), 9)"

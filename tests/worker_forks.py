@@ -59,8 +59,8 @@ def ipython_profile(folder: Path) -> dict[str, str]:
 
 
 def _popen(command, *, stdin, stdout, stderr, start_new_session, env):
-    from bizassist_nb.runs import WORKER
-    from bizassist_nb.settings import Settings
+    from bizassist_nb.core.settings import Settings
+    from bizassist_nb.runs.run import WORKER
 
     settings = Settings.from_toml((Path(command[-1]) / "settings.toml").read_text("utf-8"))
     as_imported = os.environ.get("PYTHONPATH", "") == _PYTHONPATH

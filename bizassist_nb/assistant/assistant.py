@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from bizassist_nb.assistant.bases import MOST_ADAPTERS, LoadedBase, loaded_base
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
 from bizassist_nb.assistant.conversation import Conversation
+from bizassist_nb.assistant.loaded import MOST_ADAPTERS, LoadedBase, loaded_base
+from bizassist_nb.core.errors import BizassistError
+from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.chat import conversation as messages
-from bizassist_nb.errors import BizassistError
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
+from bizassist_nb.runs.run import Run
 
 if TYPE_CHECKING:
     from bizassist_nb.assistant.decoding import Sampling

@@ -4,9 +4,9 @@ import dataclasses
 import re
 from typing import Any, Final
 
-from bizassist_nb import render
 from bizassist_nb.assistant.differences import marked
-from bizassist_nb.errors import printable
+from bizassist_nb.core import rendering
+from bizassist_nb.core.errors import printable
 
 BASE: Final = "base"
 TUNED: Final = "tuned"
@@ -70,8 +70,8 @@ class Comparison:
         return "\n\n".join(
             [
                 _block(self.question),
-                *(f"**{render.plain_markdown(head)}**\n\n{_block(text)}" for head, text in answers),
-                *([render.plain_markdown(self.note)] if self.note else []),
+                *(f"**{rendering.plain_markdown(head)}**\n\n{_block(text)}" for head, text in answers),
+                *([rendering.plain_markdown(self.note)] if self.note else []),
             ]
         )
 
@@ -92,26 +92,26 @@ class Comparisons(tuple[Comparison, ...]):
 
     def _repr_html_(self) -> str:
         heads = [self[0].head(name) for name in self[0].answers] if self else []
-        return render.grid(["question", *heads], [_cells(each) for each in self])
+        return rendering.grid(["question", *heads], [_cells(each) for each in self])
 
 
 def comparison_html(comparison: Comparison, *, finished: bool) -> str:
     """Answers in adjacent columns: the text as it comes; once finished rendered, with the differing words marked."""
-    note = f"<i>{render.plain(comparison.note)}</i>" if comparison.note else ""
-    body = render.columns(comparison.heads, _bodies(comparison, finished=finished))
-    return f"<b>{render.plain(comparison.question)}</b>{body}{note}"
+    note = f"<i>{rendering.plain(comparison.note)}</i>" if comparison.note else ""
+    body = rendering.columns(comparison.heads, _bodies(comparison, finished=finished))
+    return f"<b>{rendering.plain(comparison.question)}</b>{body}{note}"
 
 
 def _cells(comparison: Comparison) -> list[str]:
     """Question and answers with what there is to say of each."""
-    asked = f"<b>{render.plain(comparison.question)}</b>"
-    note = f"<br><i>{render.plain(comparison.note)}</i>" if comparison.note else ""
+    asked = f"<b>{rendering.plain(comparison.question)}</b>"
+    note = f"<br><i>{rendering.plain(comparison.note)}</i>" if comparison.note else ""
     bodies = zip(comparison.answers, _bodies(comparison, finished=True), strict=True)
     return [asked + note, *(f"{body}<i>cut short</i>" if name in comparison.cut else body for name, body in bodies)]
 
 
 def _bodies(comparison: Comparison, *, finished: bool) -> list[str]:
-    shape = render.markdown if finished else render.plain
+    shape = rendering.markdown if finished else rendering.plain
     bodies = [shape(text) for text in comparison.answers.values()]
     if not finished or len(bodies) < 2:
         return bodies

@@ -21,8 +21,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from bizassist_nb.assistant import fused
-from bizassist_nb.assistant.prefix import Prefix
+from bizassist_nb.assistant.cuda import decode_graph
+from bizassist_nb.assistant.prefix_cache import Prefix
 from bizassist_nb.data.tokens import ChatTokenizer
 
 
@@ -115,7 +115,7 @@ def _steps(
     known = prefix.begin(prompts, strengths, cache) if prefix else 0
     steps = _ModuleSteps(model, strengths, cache, mask)
     logits = steps.forward(ids[:, known:])
-    if not fused.fits(model, len(prompts)):
+    if not decode_graph.fits(model, len(prompts)):
         if prefix:
             steps.remember_in(prefix, prompts)
         try:
@@ -123,13 +123,13 @@ def _steps(
         finally:
             steps.remember()
         return
-    graph = fused.take(model, list(strengths), len(prompts), ids.shape[1] + max_new_tokens)
+    graph = decode_graph.take(model, list(strengths), len(prompts), ids.shape[1] + max_new_tokens)
     try:
         graph.begin(cache, mask, _scales(model, strengths))
         del cache, steps  # copied: their memory is free for the answer
         yield logits, _GraphSteps(graph)
     finally:
-        fused.give_back(model, graph)
+        decode_graph.give_back(model, graph)
 
 
 class _ModuleSteps:
@@ -198,7 +198,7 @@ def quicken(model: Any) -> None:
 class _GraphSteps:
     """Steps by replaying a CUDA graph; its rows stay, those that are over are computed and not looked at."""
 
-    def __init__(self, graph: fused.FusedSteps):
+    def __init__(self, graph: decode_graph.FusedSteps):
         self._graph = graph
         self._living = list(range(graph.rows))
 

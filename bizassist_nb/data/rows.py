@@ -17,8 +17,8 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Any, Final
 
-from bizassist_nb.errors import DataError, brief, printable
-from bizassist_nb.settings import ROLES, user_path
+from bizassist_nb.core.errors import DataError, brief, printable
+from bizassist_nb.core.settings import ROLES, user_path
 
 DOLLY: Final = "databricks/databricks-dolly-15k"
 DOLLY_FILE: Final = "databricks-dolly-15k.jsonl"

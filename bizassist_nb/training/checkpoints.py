@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from safetensors import SafetensorError
 
+from bizassist_nb.core.errors import brief
+from bizassist_nb.core.files import discard, put_in_place, recover
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.errors import brief
-from bizassist_nb.whole import discard, put_in_place, recover
 
 CHECKSUMS: Final = "checksums.json"
 """Name of the file with the SHA-256 of every other file of a checkpoint, written when all of them are there."""

@@ -5,10 +5,10 @@ import importlib.metadata
 import importlib.util
 from typing import Any, Final
 
-from bizassist_nb import models
-from bizassist_nb.errors import EngineError
-from bizassist_nb.settings import Settings
-from bizassist_nb.training.ranks import this_rank
+from bizassist_nb.core.errors import EngineError
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.models import base as models
+from bizassist_nb.training.distributed.rank import this_rank
 
 _UNSLOTH_ON_CPU: Final = "2026.10.9"
 """The first release whose CPU backend was tested; earlier ones refuse to be imported without a GPU."""
@@ -27,7 +27,7 @@ class Engine:
     end_to_end: bool = False
     """Whether rows go through laid end to end, without padding."""
     graphs: bool = False
-    """Whether the GPU can replay whole passes as CUDA graphs (`bizassist_nb.training.graphs`)."""
+    """Whether the GPU can replay whole passes as CUDA graphs (`bizassist_nb.training.cuda_graphs`)."""
 
 
 def choose(engine: str, *, processes: int = 1, sharded: bool = False) -> Engine:

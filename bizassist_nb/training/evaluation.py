@@ -5,15 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, Final
 
-from bizassist_nb.assistant.bases import adapter_folder, loaded_base
+from bizassist_nb.assistant.loaded import adapter_folder, loaded_base
+from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import Row, Table, read_table, split
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
-from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
-from bizassist_nb.training.ranks import scorers
-from bizassist_nb.verdict import Score, assess, judge
-from bizassist_nb.whole import write_json
+from bizassist_nb.results.verdict import Score, assess, judge
+from bizassist_nb.runs.run import Run
+from bizassist_nb.training.distributed.rank import scorers
 
 _BATCH_LOGITS: Final = 4096 * 32768
 """Logits, padding included, that are computed at once: 4,096 tokens of Mistral's vocabulary, 0.5 GB in float32."""
@@ -116,7 +116,7 @@ class Exam:
         tuned: tuple[list[Score], list[Score]],
         answers: dict[str, Any] | None,
     ) -> dict[str, Any]:
-        """What evaluation.json holds (see `bizassist_nb.verdict.assess`), from (held-out, general) scores of each."""
+        """What evaluation.json holds (see `results.verdict.assess`), from (held-out, general) scores of each."""
         held_out, general = (
             judge(b, t, seed=self._seed, questions=asked)
             for b, t, asked in zip(base, tuned, self._questions, strict=True)
@@ -138,8 +138,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     _, _, rows = rows_of(run)
 
     from bizassist_nb.assistant.decoding import scaled
-    from bizassist_nb.export.card import write_card
-    from bizassist_nb.training.answering import answer_run
+    from bizassist_nb.results.model_card import write_card
+    from bizassist_nb.training.fixed_prompts import answer_run
 
     loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
-from bizassist_nb.errors import RunError, brief
-from bizassist_nb.journal import Journal, is_locked, kept_folder, take_lock, write_worker
-from bizassist_nb.runs import ENDED, SEVERAL, WORKER, Run, check_name
-from bizassist_nb.settings import Settings
-from bizassist_nb.training.several import processes
-from bizassist_nb.whole import write_whole
+from bizassist_nb.core.errors import RunError, brief
+from bizassist_nb.core.files import write_whole
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.runs.journal import Journal, is_locked, kept_folder, take_lock, write_worker
+from bizassist_nb.runs.run import ENDED, SEVERAL, WORKER, Run, check_name
+from bizassist_nb.training.distributed.launcher import processes
 
 _POLL = 0.25
 """Seconds between looks at a run that is being followed."""

@@ -17,17 +17,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
 
-from bizassist_nb import models
+from bizassist_nb.core.errors import RunError, brief
+from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
-from bizassist_nb.errors import RunError, brief
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
-from bizassist_nb.training import engines, preflight, sharding
+from bizassist_nb.models import base as models
+from bizassist_nb.runs.run import Run
+from bizassist_nb.training import engines, preflight
+from bizassist_nb.training.cuda_graphs import CaptureError, Graphs
+from bizassist_nb.training.distributed import fsdp
+from bizassist_nb.training.distributed.rank import NoRoomError, this_rank
 from bizassist_nb.training.engines import Engine
-from bizassist_nb.training.graphs import CaptureError, Graphs
-from bizassist_nb.training.outbox import Outbox
 from bizassist_nb.training.preflight import Fit
-from bizassist_nb.training.ranks import NoRoomError, this_rank
+from bizassist_nb.training.spool import Outbox
 
 if TYPE_CHECKING:
     from bizassist_nb.training.worker import Stop
@@ -195,7 +196,7 @@ def build_trainer(training: Training, fit: Fit) -> SFTTrainer:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if this_rank().sharded:
-        trainer.model_wrapped = sharding.in_step(trainer.accelerator, model)
+        trainer.model_wrapped = fsdp.in_step(trainer.accelerator, model)
     model.train()
     return trainer
 

@@ -2,7 +2,7 @@
 
 SIGTERM stops it: in training after the current step, with a checkpoint and the adapter saved; before that at once.
 
-On several GPUs each has such a process (`bizassist_nb.training.several` launches them). The first does all of what is
+On several GPUs each has such a process (`training.distributed.launcher` launches them). The first does all of what is
 said here; the others load the same, train along, and leave. Where the base is sharded over them, they do all of it, but
 write nothing.
 """
@@ -25,24 +25,25 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from bizassist_nb import models
+from bizassist_nb.core.errors import BizassistError, DataError, RunError, brief, without_secrets
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
-from bizassist_nb.degeneration import counted
-from bizassist_nb.doctor import STACK, versions
-from bizassist_nb.errors import BizassistError, DataError, RunError, brief, without_secrets
-from bizassist_nb.export.card import write_card
-from bizassist_nb.plots import save_loss_png
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
-from bizassist_nb.training import engines, preflight, sharding
-from bizassist_nb.training.answering import answer, answer_apart, max_new_tokens
+from bizassist_nb.models import base as models
+from bizassist_nb.results.degeneration import counted
+from bizassist_nb.results.loss_plot import save_loss_png
+from bizassist_nb.results.model_card import write_card
+from bizassist_nb.results.verdict import Score, mean_loss
+from bizassist_nb.runs.run import Run
+from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
+from bizassist_nb.training.distributed import fsdp
+from bizassist_nb.training.distributed.rank import FIT, Silent, end_with_launcher, leave_reason, scorers, this_rank
+from bizassist_nb.training.doctor import STACK, versions
 from bizassist_nb.training.evaluation import Exam, rows_of
-from bizassist_nb.training.outbox import Outbox
-from bizassist_nb.training.ranks import FIT, Silent, end_with_launcher, leave_reason, scorers, this_rank
-from bizassist_nb.verdict import Score, mean_loss
-from bizassist_nb.whole import write_json
+from bizassist_nb.training.fixed_prompts import answer, answer_apart, max_new_tokens
+from bizassist_nb.training.spool import Outbox
 
 _LISTED: Final = 50
 """Rejected rows that are written out one by one; all are counted."""
@@ -237,8 +238,8 @@ def _load(journal: Outbox, engine: engines.Engine, base: models.Base, settings: 
         journal.write("parameters", trainable=trainable, total=total)
         print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
         if this_rank().sharded:
-            sharding.shard(model)
-            held, whole = sharding.held(model)
+            fsdp.shard(model)
+            held, whole = fsdp.held(model)
             journal.write("sharded", held=held, whole=whole)
         return model
 

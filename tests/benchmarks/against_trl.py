@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bizassist_nb import Settings, finetune, models
+from bizassist_nb import Settings, finetune
 from bizassist_nb.data.rows import read_table, split
+from bizassist_nb.models import base as models
 
 PLAIN = """
 import json, sys, time, torch

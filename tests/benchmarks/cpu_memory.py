@@ -10,9 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bizassist_nb import Settings, models
+from bizassist_nb import Settings
 from bizassist_nb.data.tokens import Example
-from bizassist_nb.runs import Run
+from bizassist_nb.models import base as models
+from bizassist_nb.runs.run import Run
 from bizassist_nb.training import engines, preflight
 
 SHAPES = [(64,) * 4, (128,) * 4, (256,) * 4, (384, 100, 100, 100)]
@@ -29,7 +30,7 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
     from bizassist_nb.training import trainer
-    from bizassist_nb.training.outbox import Outbox
+    from bizassist_nb.training.spool import Outbox
     from bizassist_nb.training.worker import Stop
 
     base = models.resolve(folder)

@@ -16,22 +16,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from random_run import large_base, random_run
 
-from bizassist_nb import models
+from bizassist_nb.models import base as models
 
 OURS = """
 import bizassist_nb.export.merge, bitsandbytes, peft, transformers, json, sys, time, pathlib
-from bizassist_nb.runs import Run
+from bizassist_nb.runs.run import Run
 start = time.perf_counter()
 folder = pathlib.Path(sys.argv[2]); folder.mkdir()
 bizassist_nb.export.merge.write(Run(pathlib.Path(sys.argv[1])), "trained", folder)
 print(json.dumps(time.perf_counter() - start))
 """
 PEFT = """
-import bizassist_nb.models, bitsandbytes, peft, transformers, json, sys, time, pathlib, torch
-from bizassist_nb.runs import Run
+import bizassist_nb.models.base, bitsandbytes, peft, transformers, json, sys, time, pathlib, torch
+from bizassist_nb.runs.run import Run
 run = Run(pathlib.Path(sys.argv[1]))
 start = time.perf_counter()
-base = bizassist_nb.models.load_nf4(bizassist_nb.models.resolve(run.environment["model"]).source).dequantize()
+base = bizassist_nb.models.base.load_nf4(bizassist_nb.models.base.resolve(run.environment["model"]).source).dequantize()
 merged = peft.PeftModel.from_pretrained(base, run.adapter).merge_and_unload().to(torch.bfloat16)
 merged.save_pretrained(sys.argv[2])
 transformers.AutoTokenizer.from_pretrained(run.adapter).save_pretrained(sys.argv[2])
@@ -39,7 +39,7 @@ print(json.dumps(time.perf_counter() - start))
 """
 MEMORY = """
 import bizassist_nb.export.merge, bitsandbytes, peft, transformers, json, sys, time, pathlib, re
-from bizassist_nb.runs import Run
+from bizassist_nb.runs.run import Run
 from bizassist_nb.export import merge
 merge._SHARD = int(sys.argv[3])
 def peak():

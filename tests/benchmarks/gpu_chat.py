@@ -15,8 +15,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from bizassist_nb import models
-from bizassist_nb.assistant import decoding, fused
+from bizassist_nb.assistant import decoding
+from bizassist_nb.assistant.cuda import decode_graph
+from bizassist_nb.models import base as models
 
 TOKENS = 128
 QUESTION = (
@@ -61,7 +62,7 @@ def steps(model, prompts, strengths, forced, graph):
     logits = [modules.forward(ids)]
     take = modules
     if graph:
-        taken = fused.FusedSteps(model, ["default"], len(prompts), 512)
+        taken = decode_graph.FusedSteps(model, ["default"], len(prompts), 512)
         taken.begin(cache, mask, decoding._scales(model, {"default": strengths}))
         take = decoding._GraphSteps(taken)
     logits += [take([token] * len(prompts)).clone() for token in forced]
@@ -92,7 +93,7 @@ def breakdown(model, prompt, strengths):
     ids, mask = decoding._left_padded([prompt] * len(strengths), 0, model.device)
     cache = DynamicCache(config=model.config)
     decoding._ModuleSteps(model, {"default": strengths}, cache, mask).forward(ids)
-    taken = fused.FusedSteps(model, ["default"], len(strengths), 512)
+    taken = decode_graph.FusedSteps(model, ["default"], len(strengths), 512)
     taken.begin(cache, mask, decoding._scales(model, {"default": strengths}))
     taken([1000] * len(strengths))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -119,7 +120,7 @@ def load_float32(folder):
 
 def main(folder):
     model = adapted(models.load_nf4(folder))
-    assert fused.fits(model, 4)
+    assert decode_graph.fits(model, 4)
     prompt = AutoTokenizer.from_pretrained(folder)(QUESTION)["input_ids"]
     cold = decode(model, [prompt] * 2, [0.0, 1.0])[1]
     found = {

@@ -202,7 +202,7 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
         import unsloth  # noqa: F401 - before everything it patches
 
     from bizassist_nb import Settings
-    from bizassist_nb.runs import Run
+    from bizassist_nb.runs.run import Run
     from bizassist_nb.training import worker
 
     used = ALL * changes.get("batch_size", 4)
@@ -259,8 +259,9 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
 
-    from bizassist_nb import Settings, models
+    from bizassist_nb import Settings
     from bizassist_nb.data.rows import read_table, split
+    from bizassist_nb.models import base as models
 
     settings = Settings(model=model_folder, data=rows, subset=ALL * batch, held_out=HELD_OUT)
     chat = models.load_tokenizer(model_folder)
@@ -362,11 +363,12 @@ def memory(
     """
     import torch
 
-    from bizassist_nb import Settings, models
+    from bizassist_nb import Settings
     from bizassist_nb.data.tokens import Example
-    from bizassist_nb.runs import Run
+    from bizassist_nb.models import base as models
+    from bizassist_nb.runs.run import Run
     from bizassist_nb.training import engines, preflight, trainer
-    from bizassist_nb.training.outbox import Outbox
+    from bizassist_nb.training.spool import Outbox
 
     settings = Settings(model=folder, rank=rank, engine=engine_name, warmup_steps=0)
     engine = dataclasses.replace(engines.choose(engine_name), graphs=graphs)
@@ -521,7 +523,7 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16)
     import t4
 
     from bizassist_nb import Settings
-    from bizassist_nb.runs import Run
+    from bizassist_nb.runs.run import Run
 
     text = " ".join(row["response"] for row in json.loads(Path(rows).read_text())[:400])
     longest = Path("/tmp/gpu_train/long.json")

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from bizassist_nb.data.rows import read_table
-from bizassist_nb.verdict import Score, judge
+from bizassist_nb.results.verdict import Score, judge
 
 LETTERS_A_TOKEN = 4.5
 DRAWS = int(sys.argv[1]) if len(sys.argv) > 1 else 500

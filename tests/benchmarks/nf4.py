@@ -10,7 +10,7 @@ import torch
 from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import quantize_4bit
 
-from bizassist_nb.assistant import nf4
+from bizassist_nb.assistant.cuda import nf4
 
 LAYERS = 32
 SHAPES = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]

@@ -8,7 +8,7 @@ import machine
 import pytest
 from front_ends import Book, chromium, serving
 
-from bizassist_nb.runs import list_runs
+from bizassist_nb.runs.run import list_runs
 
 
 @pytest.fixture(scope="module")  # and not longer: as long as it runs, nothing else in the process can use asyncio

@@ -2,12 +2,12 @@
 
 from random_run import environment
 
-from bizassist_nb.journal import Journal
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings
-from bizassist_nb.verdict import Score, assess, judge
-from bizassist_nb.votes import Vote, append
-from bizassist_nb.whole import write_json
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.results.verdict import Score, assess, judge
+from bizassist_nb.runs.journal import Journal
+from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.votes import Vote, append
 
 _RUN = "window.hacked=(window.hacked||0)+1"
 _AWAY = "http://evil.invalid/x"

@@ -16,7 +16,7 @@ import pytest
 from hostile import HOSTILE
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.notebook.panel import Panel
-from bizassist_nb.notebook.panel.turns import Pane, Turn
+from bizassist_nb.notebook.panel.transcript import Pane, Turn
 panel = Panel()
 panes = [Pane("base"), Pane("tuned")]
 for pane in panes:
@@ -53,11 +53,11 @@ sys.path[:0] = [{folder!r}, {tests!r}]
 import ipywidgets
 from hostile import HOSTILE, hostile_run
 from IPython.display import HTML, display
-from bizassist_nb.comparing import RunComparison
+from bizassist_nb.results.run_comparison import RunComparison
 from bizassist_nb.notebook.panel.train import _outcome
 from bizassist_nb.notebook.tables import runs_table
-from bizassist_nb.render import table
-from bizassist_nb.report import run_html
+from bizassist_nb.core.rendering import table
+from bizassist_nb.results.summary import run_html
 place = Path(tempfile.mkdtemp())
 shown = [text for text in HOSTILE if len(text) < 1000]
 runs = [hostile_run(place / str(i), text) for i, text in enumerate(shown)]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from bizassist_nb import Settings, finetune
-from bizassist_nb.runs import WORKER, Run
+from bizassist_nb.runs.run import WORKER, Run
 
 CONFIG = """
 distributed_type: FSDP

@@ -56,11 +56,11 @@ def prepared(base, work):
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    from bizassist_nb import models
+    from bizassist_nb.core.files import write_json
+    from bizassist_nb.core.settings import Settings
     from bizassist_nb.export.weights import Weights
-    from bizassist_nb.journal import Journal
-    from bizassist_nb.settings import Settings
-    from bizassist_nb.whole import write_json
+    from bizassist_nb.models import base as models
+    from bizassist_nb.runs.journal import Journal
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     if not tokenizer.chat_template:
@@ -119,7 +119,7 @@ def measured(work_on):
 
 def step_merge(run, _work):
     """`Run.merge()` as a user calls it: written, loaded again and compared."""
-    from bizassist_nb.errors import BizassistError
+    from bizassist_nb.core.errors import BizassistError
 
     said = []
 
@@ -139,9 +139,9 @@ def step_gate(run, _work):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    from bizassist_nb import models
     from bizassist_nb.export import parity
     from bizassist_nb.export.weights import Weights
+    from bizassist_nb.models import base as models
 
     folder, conversations = run.path / "merged", parity.conversations(run)
     source = Weights(models.resolve(run.environment["model"]).source, nf4=True)
@@ -195,7 +195,7 @@ def step_apart(run, work):
     """The largest difference of what GPU and CPU wrote, in units of 2**-8 of each weight."""
     from safetensors import safe_open
 
-    from bizassist_nb import models
+    from bizassist_nb.models import base as models
 
     worst = 0.0
     for path in sorted((work / "cpu").glob("model*.safetensors")):
@@ -256,7 +256,7 @@ def main(base_or_run, work):
 
 
 if sys.argv[1] == "--step":
-    from bizassist_nb.runs import Run
+    from bizassist_nb.runs.run import Run
 
     print(json.dumps(globals()[f"step_{sys.argv[2]}"](Run(Path(sys.argv[3])), Path(sys.argv[4]))))
 else:

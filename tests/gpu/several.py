@@ -12,7 +12,7 @@ import statistics
 import sys
 
 from bizassist_nb import Settings, finetune
-from bizassist_nb.runs import Run
+from bizassist_nb.runs.run import Run
 
 WARM, ROWS = 5, 240
 

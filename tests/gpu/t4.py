@@ -18,7 +18,7 @@ def pretend(aware: bool = True, as_fast: bool = False) -> None:
 
     With `as_fast` it sees this GPU's compute capability, so steps are cut for its speed, and only memory is a T4's.
     """
-    from bizassist_nb import models
+    from bizassist_nb.models import base as models
     from bizassist_nb.training import preflight
 
     total = torch.cuda.get_device_properties(0).total_memory

@@ -10,16 +10,16 @@ from typing import Any, Final, Protocol
 import ipywidgets as w
 from IPython.display import display
 
-from bizassist_nb import report
-from bizassist_nb.errors import BizassistError
+from bizassist_nb.core.errors import BizassistError
 from bizassist_nb.notebook.panel.chat import Chat
 from bizassist_nb.notebook.panel.export import Export
 from bizassist_nb.notebook.panel.preview import Preview
-from bizassist_nb.notebook.panel.pump import Pump, clicked, in_colab
 from bizassist_nb.notebook.panel.runs import Runs
 from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.notebook.panel.train import Train
-from bizassist_nb.runs import Run
+from bizassist_nb.notebook.panel.update_loop import Pump, clicked, in_colab
+from bizassist_nb.results import summary
+from bizassist_nb.runs.run import Run
 
 TABS: Final = (Train, Preview, Chat, Runs, Export)
 _FALLBACK: Final = "The bizassist panel is live only while its kernel runs: run %bizassist to bring it back."
@@ -123,15 +123,15 @@ class Kept:
         plot = run.path / "loss.png"
         png = {"image/png": base64.b64encode(plot.read_bytes()).decode()} if plot.is_file() else {"text/html": ""}
         self._data = [
-            {**png, "text/plain": report.headline(run)},
-            {"text/html": _kept_html(run), "text/plain": report.run_text(run)},
+            {**png, "text/plain": summary.headline(run)},
+            {"text/html": _kept_html(run), "text/plain": summary.run_text(run)},
         ]
         for data, name in zip(self._data, self._ids, strict=True):
             display(data, raw=True, display_id=name, update=True)
 
 
 def _kept_html(run: Run) -> str:
-    return f'<div class="bn-kept">{report.run_html(run)}</div>'
+    return f'<div class="bn-kept">{summary.run_html(run)}</div>'
 
 
 def _css() -> str:

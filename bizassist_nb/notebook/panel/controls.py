@@ -9,7 +9,7 @@ from typing import Any, Final
 import ipywidgets as w
 import tomli_w
 
-from bizassist_nb.settings import Settings
+from bizassist_nb.core.settings import Settings
 
 _VERSION: Final = int(w.__version__.partition(".")[0])
 

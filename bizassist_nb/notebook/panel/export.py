@@ -14,13 +14,13 @@ from typing import IO, Final, get_args
 
 import ipywidgets as w
 
-from bizassist_nb.assistant.bases import release
-from bizassist_nb.comparing import duration
-from bizassist_nb.export.card import parity_words
+from bizassist_nb.assistant.loaded import release
 from bizassist_nb.notebook.panel.controls import tip
-from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.runs import Run
+from bizassist_nb.notebook.panel.update_loop import Pump, clicked
+from bizassist_nb.results.model_card import parity_words
+from bizassist_nb.results.run_comparison import duration
+from bizassist_nb.runs.run import Run
 
 _WORDS: Final = {
     "adapter": "the adapter's folder, with a model card",

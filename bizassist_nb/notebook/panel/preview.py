@@ -5,12 +5,12 @@ from typing import Final
 
 import ipywidgets as w
 
-from bizassist_nb import render
+from bizassist_nb.core import rendering
 from bizassist_nb.data.rows import Row
 from bizassist_nb.notebook.panel.controls import tip
-from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.survey import Survey, tokens
+from bizassist_nb.notebook.panel.update_loop import Pump, clicked
+from bizassist_nb.training.forecast import Survey, tokens
 
 _PAGE: Final = 6
 """Rows shown at once."""
@@ -52,7 +52,7 @@ class Preview:
             words = (
                 f"⚠ {problem}" if problem else "Reading the rows …" if self._state.settings else "No valid settings."
             )
-            self._table.value, self._tokens.value, self._shown = render.plain(words), "", ()
+            self._table.value, self._tokens.value, self._shown = rendering.plain(words), "", ()
             return
         self._place.max = len(found.training)
         shown = (id(found.training), found.settings, self._place.value)
@@ -74,7 +74,7 @@ def _page(found: Survey, place: int) -> str:
         for i, row in enumerate(found.training[first : first + _PAGE], first)
     ]
     head = ["row", "of the data", "instruction", "context", "response"]
-    return f"<p>{html.escape(found.source)}: {len(found.training):,} rows drawn</p>" + render.table(rows, head)
+    return f"<p>{html.escape(found.source)}: {len(found.training):,} rows drawn</p>" + rendering.table(rows, head)
 
 
 def _row(found: Survey, row: Row) -> str:

@@ -4,12 +4,12 @@ from typing import Any, Final
 
 import ipywidgets as w
 
-from bizassist_nb import render
-from bizassist_nb.comparing import RunComparison, runs_section
+from bizassist_nb.core import rendering
 from bizassist_nb.notebook.panel.controls import tip
-from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State, over
-from bizassist_nb.runs import Run
+from bizassist_nb.notebook.panel.update_loop import Pump, clicked
+from bizassist_nb.results.run_comparison import RunComparison, runs_section
+from bizassist_nb.runs.run import Run
 
 _NONE: Final = '<p class="bn-muted">No run yet: train one on the Train tab.</p>'
 
@@ -51,7 +51,7 @@ class Runs:
             return
         self._shown = seen
         section = runs_section(runs)
-        self._table.value = render.body(section) if runs else _NONE
+        self._table.value = rendering.body(section) if runs else _NONE
         names = [run.name for run in sound]
         if list(self._choice.options) != names:
             chosen = [name for name in self._choice.value if name in names]

@@ -3,10 +3,10 @@
 import time
 from typing import Final
 
-from bizassist_nb.errors import RunError
-from bizassist_nb.runs import ENDED, Run, list_runs
-from bizassist_nb.settings import Settings
-from bizassist_nb.survey import Watch
+from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.runs.run import ENDED, Run, list_runs
+from bizassist_nb.training.forecast import Watch
 
 _RUNS_EVERY: Final = 1.0
 """Seconds between looks at which runs there are."""

@@ -9,17 +9,18 @@ from typing import Any, Final
 import ipywidgets as w
 import tomli_w
 
-from bizassist_nb import render, report
-from bizassist_nb.assistant.bases import release
-from bizassist_nb.comparing import duration
-from bizassist_nb.errors import BizassistError, SettingsError
+from bizassist_nb.assistant.loaded import release
+from bizassist_nb.core import rendering
+from bizassist_nb.core.errors import BizassistError, SettingsError
+from bizassist_nb.core.settings import Settings
 from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
-from bizassist_nb.notebook.panel.pump import Pump, clicked
 from bizassist_nb.notebook.panel.state import State, over
-from bizassist_nb.runs import Run, check_name
-from bizassist_nb.scorecard import rising
-from bizassist_nb.settings import Settings
-from bizassist_nb.survey import Survey, past_speed
+from bizassist_nb.notebook.panel.update_loop import Pump, clicked
+from bizassist_nb.results import summary
+from bizassist_nb.results.run_comparison import duration
+from bizassist_nb.results.verdict_card import rising
+from bizassist_nb.runs.run import Run, check_name
+from bizassist_nb.training.forecast import Survey, past_speed
 from bizassist_nb.training.launch import start
 from bizassist_nb.training.preflight import Estimate
 
@@ -294,13 +295,13 @@ class RunView:
             self._plotted = (run, points, now)
         told = (run, ended, run.status if ended else None, [run.last(kind) for kind in _FACTS])
         if told != self._told:  # seldom: what was unfolded in it is folded up again by a change
-            self._tail.value = _outcome(run) if ended else render.table(report.facts(run))
+            self._tail.value = _outcome(run) if ended else rendering.table(summary.facts(run))
             self._told = told
 
     def _progress(self, run: Run) -> str:
-        now, state = report.progress(run), run.last("state")
+        now, state = summary.progress(run), run.last("state")
         stopping = self._stopping is run
-        doing = "stopping: it finishes its step and saves" if stopping else report.headline(run).partition(": ")[2]
+        doing = "stopping: it finishes its step and saves" if stopping else summary.headline(run).partition(": ")[2]
         doing = doing.partition(" · ")[0]
         since = f", for {duration(time.time() - state['time'])}" if state and run.status != "training" else ""
         head = f"<p><b>{html.escape(run.name)}</b>: {html.escape(doing)}{since}</p>"
@@ -319,14 +320,14 @@ class RunView:
 
 
 def _plot(run: Run) -> str:
-    from bizassist_nb.plots import loss_svg  # matplotlib, which is not needed before there is a curve
+    from bizassist_nb.results.loss_plot import loss_svg  # matplotlib, which is not needed before there is a curve
 
     return loss_svg(run)
 
 
 def _outcome(run: Run) -> str:
     """How it ended; for a failure with the last lines of its log, whatever the reason."""
-    told = report.run_html(run)
+    told = summary.run_html(run)
     if run.status in ("failed", "lost") and (lines := run.log(12)):
         log = html.escape("\n".join(lines))
         told += f"<details><summary>the last lines of its log</summary><pre>{log}</pre></details>"
@@ -342,7 +343,7 @@ def _why_not(valid: bool, live: Run | None) -> str:
 def _why_not_resumed(run: Run | None, live: Run | None) -> str | None:
     if live is not None or run is None or run.status not in ("stopped", "lost", "failed"):
         return "no stopped run is chosen"
-    return report.how_to_go_on(run) if report.diverged(run) else None
+    return summary.how_to_go_on(run) if summary.diverged(run) else None
 
 
 def _bar(share: float) -> str:

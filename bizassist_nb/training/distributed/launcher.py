@@ -1,9 +1,9 @@
 """One run in several processes: the same worker, started once a GPU by `accelerate launch`.
 
-Run as `python -m bizassist_nb.training.several RUN_DIRECTORY` it is the process that a run's lock names. It starts
-the ranks (`bizassist_nb.training.ranks`), passes a stop on to the first of them, and writes down why the run failed
-where one of them died. The lock is its standard input: of its descriptors the one that torch's launcher hands down, so
-that it is held for as long as any rank lives.
+Run as `python -m bizassist_nb.training.distributed.launcher RUN_DIRECTORY` it is the process that a run's lock names.
+It starts the ranks (`training.distributed.rank`), passes a stop on to the first of them, and writes down why the run
+failed where one of them died. The lock is its standard input: of its descriptors the one that torch's launcher hands
+down, so that it is held for as long as any rank lives.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 
-from bizassist_nb.errors import BizassistError, SettingsError, without_secrets
-from bizassist_nb.runs import WORKER, Run
-from bizassist_nb.settings import Settings, user_path
+from bizassist_nb.core.errors import BizassistError, SettingsError, without_secrets
+from bizassist_nb.core.settings import Settings, user_path
+from bizassist_nb.runs.run import WORKER, Run
 from bizassist_nb.training import engines
-from bizassist_nb.training.outbox import Outbox
-from bizassist_nb.training.ranks import FIT, LAUNCHER
+from bizassist_nb.training.distributed.rank import FIT, LAUNCHER
+from bizassist_nb.training.spool import Outbox
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -8,16 +8,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb import models
-from bizassist_nb.assistant import bases
+from bizassist_nb.assistant import loaded
+from bizassist_nb.core.errors import DataError
+from bizassist_nb.core.settings import Settings, user_path
 from bizassist_nb.data.chat import row_messages
 from bizassist_nb.data.rows import Rejected, Row, Table, read_table, split
 from bizassist_nb.data.tokens import ChatTokenizer, Example
-from bizassist_nb.errors import DataError
-from bizassist_nb.runs import Run
-from bizassist_nb.settings import Settings, user_path
-from bizassist_nb.training import engines, preflight, several
-from bizassist_nb.training.ranks import Rank
+from bizassist_nb.models import base as models
+from bizassist_nb.runs.run import Run
+from bizassist_nb.training import engines, preflight
+from bizassist_nb.training.distributed import launcher
+from bizassist_nb.training.distributed.rank import Rank
 
 _SLICE: Final = 50
 """Rows tokenised between two looks at whether the survey is still wanted: some 50 ms."""
@@ -91,12 +92,12 @@ def survey(settings: Settings) -> Iterator[Survey]:
         SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
         ModelError: if the model or its tokenizer cannot be had.
     """
-    processes = several.processes(settings)
+    processes = launcher.processes(settings)
     count, sharded = processes.count, processes.sharded
     engine = engines.choose(settings.engine, processes=count, sharded=sharded)
     table = _table(settings.data, tuple(sorted(settings.columns.items())), _state_of(settings.data))
     training, _ = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
-    base = models.resolve(settings.model, bases.held())  # which is given back before a run is started
+    base = models.resolve(settings.model, loaded.held())  # which is given back before a run is started
     chat = _tokenizer(base.source)
     found = Survey(settings, base, chat, table.source, training, table.rejected)
     lengths = _lengths(base.source, table.fingerprint, settings.system_prompt)
@@ -110,7 +111,7 @@ def survey(settings: Settings) -> Iterator[Survey]:
     steps = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
     shares = [Rank(count=count).longest(step) for step in steps]
     on = preflight.device()
-    on = dataclasses.replace(on, free=on.free + bases.held(), sharing=count if sharded else 1)
+    on = dataclasses.replace(on, free=on.free + loaded.held(), sharing=count if sharded else 1)
     yield dataclasses.replace(found, expected=preflight.estimate(settings.share(count), engine, base, shares, on))
 
 

@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 from typing import IO, Any, Final, Literal, cast
 
-from bizassist_nb import render
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
+from bizassist_nb.core import rendering
+from bizassist_nb.core.errors import BizassistError, brief, printable
+from bizassist_nb.core.files import write_whole
+from bizassist_nb.core.rendering import Section
 from bizassist_nb.data.chat import Message, conversation
-from bizassist_nb.errors import BizassistError, brief, printable
-from bizassist_nb.render import Section
-from bizassist_nb.runs import Run
-from bizassist_nb.shapes import VOTE, misfit
-from bizassist_nb.whole import write_whole
+from bizassist_nb.runs.records import VOTE, misfit
+from bizassist_nb.runs.run import Run
 
 Choice = Literal["left", "right", "tie", "bad"]
 CHOICES: Final[dict[Choice, str]] = {
@@ -163,8 +163,8 @@ class Ballot:
 
     def html(self) -> str:
         """Both answers side by side, without names until it has been cast."""
-        body = render.columns(self._heads(), [render.markdown(text) for text in self._texts()])
-        return f"<b>{render.plain(self.comparison.question)}</b>{body}<i>{render.plain(self._foot())}</i>"
+        body = rendering.columns(self._heads(), [rendering.markdown(text) for text in self._texts()])
+        return f"<b>{rendering.plain(self.comparison.question)}</b>{body}<i>{rendering.plain(self._foot())}</i>"
 
     def _heads(self) -> list[str]:
         sides = ["left", "right"]
@@ -189,7 +189,7 @@ class Ballot:
 
 def blind_html(comparison: Comparison, order: tuple[str, str]) -> str:
     """Two answers as they grow, in that order and without names."""
-    return render.columns(["left", "right"], [render.plain(comparison.answers[who]) for who in order])
+    return rendering.columns(["left", "right"], [rendering.plain(comparison.answers[who]) for who in order])
 
 
 def choice_of(key: str) -> Choice | None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bizassist_nb.errors import RunError
+from bizassist_nb.core.errors import RunError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bizassist_nb.runs import Run
-from bizassist_nb.whole import write_whole
+from bizassist_nb.core.files import write_whole
+from bizassist_nb.runs.run import Run
 
 # Okabe and Ito's colours, told apart by colour-blind people too; line styles differ besides.
 _GREY, _BLUE, _ORANGE = "#999999", "#0072B2", "#D55E00"

@@ -6,12 +6,13 @@ import re
 import time
 from typing import Any, Final
 
-from bizassist_nb import render, votes
-from bizassist_nb.comparing import duration
+from bizassist_nb.core import rendering
+from bizassist_nb.core.errors import printable
 from bizassist_nb.data.tokens import MaskedText
-from bizassist_nb.errors import printable
-from bizassist_nb.runs import ENDED, Run
-from bizassist_nb.scorecard import rising, sections
+from bizassist_nb.results.run_comparison import duration
+from bizassist_nb.results.verdict_card import rising, sections
+from bizassist_nb.runs import votes
+from bizassist_nb.runs.run import ENDED, Run
 
 _RECENT: Final = 20
 """Steps over which speed is taken."""
@@ -172,7 +173,7 @@ def run_text(run: Run, typed: str = _CELL) -> str:
     lines = [headline(run), *(f"  {label}: {text}" for label, text in facts(run))]
     lines += [f"  row {number} is not used: {reason}" for number, reason in rejected(run)]
     shown = [section for section in _verdict(run) if not section.folded]
-    lines += [f"  {line}" for line in render.sections_text(shown).splitlines()]
+    lines += [f"  {line}" for line in rendering.sections_text(shown).splitlines()]
     if hint := how_to_go_on(run, typed):
         lines.append(f"  {hint}")
     return printable("\n".join(lines))
@@ -185,25 +186,25 @@ def run_html(run: Run) -> str:
     parts = [f"<p><b>{html.escape(headline(run))}</b></p>"]
     if now := progress(run):
         parts.append(_bar(now.share))
-    parts.append(render.sections_html(_verdict(run)))
+    parts.append(rendering.sections_html(_verdict(run)))
     if hint := how_to_go_on(run):
         parts.append(f"<p>{html.escape(hint)}</p>")
     if error := run.error:
         parts.append(f"<pre>{html.escape(error)}</pre>")
-    parts.append(render.table([*facts(run), ("settings", "; ".join(f"{k} = {v}" for k, v in settings_rows(run)))]))
+    parts.append(rendering.table([*facts(run), ("settings", "; ".join(f"{k} = {v}" for k, v in settings_rows(run)))]))
     if masked := masked_row(run):
         number, text = masked
         parts.append(f"<details><summary>row {number} as the model reads it; what is learned is marked</summary>")
         parts.append(f"{text._repr_html_()}</details>")
     if bad := rejected(run):
-        parts.append(f"<details><summary>rows that cannot be used</summary>{render.table(bad)}</details>")
+        parts.append(f"<details><summary>rows that cannot be used</summary>{rendering.table(bad)}</details>")
     return "".join(parts)
 
 
-def _verdict(run: Run) -> list[render.Section]:
+def _verdict(run: Run) -> list[rendering.Section]:
     """The verdict card and the votes; before there is a verdict, what training says about held-out loss."""
     words = rising(run)
-    early = [render.Section("Held-out loss", (words,), (), ())] if words else []
+    early = [rendering.Section("Held-out loss", (words,), (), ())] if words else []
     return [*(sections(run) or early), *votes.sections(run)]
 
 

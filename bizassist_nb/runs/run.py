@@ -9,7 +9,7 @@ runs/NAME/  settings.toml     as asked for
             merged/           16-bit model, once asked for and compared
             evaluation.json   losses of base and tuned, row by row, counts of their answers' faults, and the verdict
             answers.json      the answers of base and tuned to the fixed prompts
-            votes.jsonl       blind votes, one a line (see `bizassist_nb.votes`)
+            votes.jsonl       blind votes, one a line (see `bizassist_nb.runs.votes`)
             loss.png  README.md  worker.log  worker.lock
 """
 
@@ -26,10 +26,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
-from bizassist_nb import shapes
-from bizassist_nb.errors import RunError, SettingsError, brief
-from bizassist_nb.journal import EVENTS, is_locked, kept_folder
-from bizassist_nb.settings import Settings, user_path
+from bizassist_nb.core.errors import RunError, SettingsError, brief
+from bizassist_nb.core.settings import Settings, user_path
+from bizassist_nb.runs import records
+from bizassist_nb.runs.journal import EVENTS, is_locked, kept_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ _TAIL: Final = 64 * 1024
 """Bytes of a log, from its end, that are looked at."""
 WORKER: Final = "bizassist_nb.training.worker"
 """The module that a worker is started as, followed by its run's directory."""
-SEVERAL: Final = "bizassist_nb.training.several"
+SEVERAL: Final = "bizassist_nb.training.distributed.launcher"
 """The module that launches the workers of a run in several processes; it is the one that is stopped and killed."""
 
 _ROOM: Final = 1_000_000
@@ -111,7 +111,7 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """Versions, device, resolved model and engine, data fingerprint; empty until the worker has written it."""
-        return cast("dict[str, Any]", self._json("environment.json", shapes.ENVIRONMENT) or {})
+        return cast("dict[str, Any]", self._json("environment.json", records.ENVIRONMENT) or {})
 
     @property
     def model(self) -> str:
@@ -120,13 +120,13 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        """Held-out scores of base and tuned and the verdict (see `bizassist_nb.verdict`); None before both exist."""
-        return cast("dict[str, Any] | None", self._json("evaluation.json", shapes.EVALUATION))
+        """Held-out scores of base and tuned and the verdict (see `results.verdict`); None before both exist."""
+        return cast("dict[str, Any] | None", self._json("evaluation.json", records.EVALUATION))
 
     @property
     def answers(self) -> list[dict[str, Any]]:
-        """The fixed prompts with the answers of base and tuned (see `bizassist_nb.degeneration`); empty before."""
-        return cast("list[dict[str, Any]]", self._json("answers.json", shapes.ANSWERS) or [])
+        """The fixed prompts with the answers of base and tuned (see `results.degeneration`); empty before."""
+        return cast("list[dict[str, Any]]", self._json("answers.json", records.ANSWERS) or [])
 
     def _json(self, name: str, shape: Any) -> Any:
         """What a JSON file of the run holds, read when it has changed; None without one."""
@@ -344,7 +344,7 @@ class Run:
 
     def plot(self) -> "Figure":
         """The loss curve as a matplotlib Figure."""
-        from bizassist_nb.plots import loss_figure
+        from bizassist_nb.results.loss_plot import loss_figure
 
         return loss_figure(self)
 
@@ -367,10 +367,10 @@ class Run:
 
         `base` is for "merged", `repo` and `private` are for "hub"; `show` is told what is being done.
         """
-        from bizassist_nb.export.card import complete_adapter
         from bizassist_nb.export.gguf import convert
         from bizassist_nb.export.hub import upload
         from bizassist_nb.export.merge import merge
+        from bizassist_nb.results.model_card import complete_adapter
 
         if to != "hub" and (repo or private):
             raise RunError(f"a repository is for an export to the hub, not to {to}")
@@ -387,7 +387,7 @@ class Run:
         return f"<Run {self.name}: {self.status}>"
 
     def _repr_html_(self) -> str:
-        from bizassist_nb.report import run_html
+        from bizassist_nb.results.summary import run_html
 
         return run_html(self)
 
@@ -457,7 +457,7 @@ def _age(path: Path) -> float | None:
 
 def _read_json(path: Path, shape: Any) -> Any:
     value = json.loads(path.read_text("utf-8"))
-    if wrong := shapes.misfit(value, shape):
+    if wrong := records.misfit(value, shape):
         raise ValueError(wrong)
     return value
 
@@ -475,6 +475,6 @@ def _parse_event(line: bytes) -> dict[str, Any] | None:
         event = json.loads(line)
     except (ValueError, RecursionError):  # also the half of a character that a cut leaves
         return None
-    if shapes.misfit(event, {"event": str, "time": float}):
+    if records.misfit(event, {"event": str, "time": float}):
         return None
-    return None if shapes.misfit(event, shapes.EVENTS.get(event["event"], {})) else event
+    return None if records.misfit(event, records.EVENTS.get(event["event"], {})) else event

@@ -1,8 +1,8 @@
 """The fixed prompts, answered by base and tuned, and looked at for signs of a breakdown.
 
-Run as `python -m bizassist_nb.training.answering RUN_DIRECTORY` it is a process of its own: where Unsloth has patched
-the worker's libraries, base and tuned cannot answer there in one batch (its decoding wants one adapter strength for all
-rows), and what is to be judged is what the user's chat will say, which comes from plain transformers.
+Run as `python -m bizassist_nb.training.fixed_prompts RUN_DIRECTORY` it is a process of its own: where Unsloth has
+patched the worker's libraries, base and tuned cannot answer there in one batch (its decoding wants one adapter strength
+for all rows), and what is to be judged is what the user's chat will say, which comes from plain transformers.
 """
 
 import gc
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb import models
+from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.files import write_json
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.degeneration import counted, prompts, signs
-from bizassist_nb.errors import RunError
-from bizassist_nb.runs import Run
-from bizassist_nb.whole import write_json
+from bizassist_nb.models import base as models
+from bizassist_nb.results.degeneration import counted, prompts, signs
+from bizassist_nb.runs.run import Run
 
 _WHO: Final = ("base", "tuned")
 
@@ -31,7 +31,7 @@ def answer_run(run: Run) -> dict[str, Any]:
     Raises:
         ModelError: if the run has no adapter, or a model cannot be loaded.
     """
-    from bizassist_nb.assistant.bases import loaded_base
+    from bizassist_nb.assistant.loaded import loaded_base
 
     loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
@@ -52,7 +52,7 @@ def answer_apart(run: Run) -> dict[str, Any]:
     gc.collect()  # a trainer and its callbacks refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    command = [sys.executable, "-m", "bizassist_nb.training.answering", str(run.path)]
+    command = [sys.executable, "-m", "bizassist_nb.training.fixed_prompts", str(run.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:  # noqa: S603 - no shell, our own module
         status = process.wait()
     if status:

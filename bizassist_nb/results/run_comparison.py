@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bizassist_nb import render
-from bizassist_nb.errors import RunError, printable
-from bizassist_nb.render import Section
-from bizassist_nb.runs import Run, open_run
-from bizassist_nb.verdict import Score, judge
+from bizassist_nb.core import rendering
+from bizassist_nb.core.errors import RunError, printable
+from bizassist_nb.core.rendering import Section
+from bizassist_nb.results.verdict import Score, judge
+from bizassist_nb.runs.run import Run, open_run
 
 if TYPE_CHECKING:
-    from bizassist_nb.plots import LossFigure
+    from bizassist_nb.results.loss_plot import LossFigure
 
 
 class RunComparison:
@@ -27,19 +27,19 @@ class RunComparison:
 
     def plot(self) -> "LossFigure":
         """The loss curves, overlaid, as a matplotlib Figure."""
-        from bizassist_nb.plots import overlaid_figure
+        from bizassist_nb.results.loss_plot import overlaid_figure
 
         return overlaid_figure(self.runs)
 
     def __repr__(self) -> str:
         """The table and the sentences, for a terminal."""
-        return render.sections_text([self._section()])
+        return rendering.sections_text([self._section()])
 
     def _repr_html_(self) -> str:
         png = base64.b64encode(self.plot()._repr_png_()).decode()
         names = html.escape(", ".join(run.name for run in self.runs))
         plot = f'<img alt="loss curves of {names}" src="data:image/png;base64,{png}">'
-        return render.sections_html([self._section()]) + plot
+        return rendering.sections_html([self._section()]) + plot
 
     def _section(self) -> Section:
         section = runs_section(self.runs)
@@ -81,7 +81,7 @@ def runs_section(runs: Iterable[Run]) -> Section:
 def runs_text(runs: Iterable[Run]) -> str:
     """The table of runs for a terminal."""
     section = runs_section(runs)
-    table = render.text_table([section.head, *section.rows]) if section.rows else "no runs yet"
+    table = rendering.text_table([section.head, *section.rows]) if section.rows else "no runs yet"
     return "\n\n".join([table, *map(printable, section.lines)])
 
 

@@ -5,15 +5,15 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb import models
-from bizassist_nb.assistant.bases import adapter_config
+from bizassist_nb.assistant.loaded import adapter_config
+from bizassist_nb.core.errors import ModelError
+from bizassist_nb.core.files import write_json, write_whole
+from bizassist_nb.core.rendering import Section, plain_markdown, sections_markdown
 from bizassist_nb.data.rows import DOLLY, SUFFIXES
-from bizassist_nb.errors import ModelError
-from bizassist_nb.render import Section, plain_markdown, sections_markdown
-from bizassist_nb.report import facts, how_to_go_on, settings_rows
-from bizassist_nb.runs import Run
-from bizassist_nb.scorecard import sections
-from bizassist_nb.whole import write_json, write_whole
+from bizassist_nb.models import base as models
+from bizassist_nb.results.summary import facts, how_to_go_on, settings_rows
+from bizassist_nb.results.verdict_card import sections
+from bizassist_nb.runs.run import Run
 
 _ASK: Final = """
 messages = [

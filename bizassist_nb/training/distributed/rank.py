@@ -12,9 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from bizassist_nb.errors import BizassistError, RunError
+from bizassist_nb.core.errors import BizassistError, RunError
 from bizassist_nb.training.checkpoints import Checkpoint
-from bizassist_nb.training.outbox import Outbox
+from bizassist_nb.training.spool import Outbox
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ class Rank:
     beside: int = 1
     """How many of them are on this machine."""
     sharded: bool = False
-    """Whether the base is spread over them (`bizassist_nb.training.sharding`). Then all have to take part in every
+    """Whether the base is spread over them (`training.distributed.fsdp`). Then all have to take part in every
     forward pass; else the first alone scores and answers."""
 
     @property

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import tomli_w
 
-from bizassist_nb.errors import SettingsError, without_secrets
+from bizassist_nb.core.errors import SettingsError, without_secrets
 
 ROLES: Final = ("instruction", "context", "response", "category")
 """What the columns of a data set are for; `Settings.columns` maps these to the data's own names."""

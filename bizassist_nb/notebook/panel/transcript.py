@@ -5,9 +5,9 @@ from typing import Final
 
 import ipywidgets as w
 
-from bizassist_nb import render
 from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
-from bizassist_nb.votes import Vote
+from bizassist_nb.core import rendering
+from bizassist_nb.runs.votes import Vote
 
 _CURSOR: Final = '<span class="bn-cursor" aria-hidden="true">▍</span>'
 
@@ -55,12 +55,12 @@ class Turn:
 
     def html(self, pane: str, *, named: bool) -> str:
         """The turn as that one's pane shows it; `named` says whether the pane's head has a name."""
-        asked = f'<div class="bn-asked">{render.plain(self.question)}</div>{self.whose(pane, named=named)}'
+        asked = f'<div class="bn-asked">{rendering.plain(self.question)}</div>{self.whose(pane, named=named)}'
         who = self.who(pane)
         answer = self.answer(who)
         if answer is None:
             return f'{asked}<div class="bn-muted">not asked</div>'
-        body = render.markdown(answer) if self.ended else render.plain(answer)
+        body = rendering.markdown(answer) if self.ended else rendering.plain(answer)
         cut = self.comparison is not None and who in self.comparison.cut
         remarks = ["cut short at max new tokens" if self.ended and cut else self.remark]
         if self.comparison and self.comparison.note:

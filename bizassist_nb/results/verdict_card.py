@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-from bizassist_nb.degeneration import SIGNS
-from bizassist_nb.render import Section
-from bizassist_nb.runs import ENDED, Run
+from bizassist_nb.core.rendering import Section
+from bizassist_nb.results.degeneration import SIGNS
+from bizassist_nb.runs.run import ENDED, Run
 
 _EXTREMES: Final = 5
 """Rows listed as most improved, and as most damaged."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb.errors import RunError
-from bizassist_nb.settings import cache
+from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.settings import cache
 
 EVENTS: Final = "events.jsonl"
 """Name of the file with a run's events."""
@@ -51,7 +51,7 @@ def line_of(event: str, fields: Mapping[str, Any]) -> bytes:
 
 
 def kept_folder(run_path: Path) -> Path:
-    """Where this machine keeps what a worker cannot write into that directory (see `bizassist_nb.training.outbox`)."""
+    """Where this machine keeps what a worker cannot write into that directory (see `bizassist_nb.training.spool`)."""
     return cache() / "kept" / hashlib.sha256(str(run_path.absolute()).encode()).hexdigest()[:16]
 
 

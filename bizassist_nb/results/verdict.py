@@ -77,7 +77,7 @@ def judge(
 def assess(held_out: dict[str, Any], general: dict[str, Any], answers: dict[str, Any] | None) -> dict[str, Any]:
     """What evaluation.json holds: the held-out rows' comparison, "general" and "answers" beside it, and the verdict.
 
-    `held_out` and `general` come from `judge`, `answers` from `bizassist_nb.degeneration.counted` (None where there are
+    `held_out` and `general` come from `judge`, `answers` from `results.degeneration.counted` (None where there are
     none). A model whose answers have broken down was hurt, whatever its loss: "verdict" and "sentence" say so.
     "notes" are sentences on what was forgotten, and on the answers.
     """

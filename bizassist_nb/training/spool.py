@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from bizassist_nb.errors import RunError, brief
-from bizassist_nb.journal import EVENTS, Journal, is_locked, kept_folder, line_of, take_lock, write_worker
+from bizassist_nb.core.errors import RunError, brief
+from bizassist_nb.runs.journal import EVENTS, Journal, is_locked, kept_folder, line_of, take_lock, write_worker
 from bizassist_nb.training.checkpoints import Checkpoint, checkpoints, newest_checkpoint, save_checkpoint
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

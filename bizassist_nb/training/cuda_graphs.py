@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from peft.tuners.lora import LoraLayer
 
+from bizassist_nb.core.errors import brief
 from bizassist_nb.data.tokens import IGNORED
-from bizassist_nb.errors import brief
 from bizassist_nb.training.preflight import padded
 
 _CHUNK: Final = 1024

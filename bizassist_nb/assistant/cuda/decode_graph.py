@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from peft.tuners.lora import LoraLayer
 
-from bizassist_nb.assistant import nf4
+from bizassist_nb.assistant.cuda import nf4
 
 _SHAPES: Final = ("llama", "mistral")
 _MOST_ROWS: Final = 8
@@ -134,7 +134,7 @@ class FusedSteps:
         self._length.copy_(length)
 
     def _step(self) -> None:
-        from bizassist_nb.assistant import kernels
+        from bizassist_nb.assistant.cuda import kernels
 
         block = _power_of_2(self._hidden)
         h = torch.nn.functional.embedding(self._tokens, self._embedding)
@@ -149,7 +149,7 @@ class FusedSteps:
         self._length += 1
 
     def _attention(self, number: int, layer: "_Layer", x: torch.Tensor) -> torch.Tensor:
-        from bizassist_nb.assistant import kernels
+        from bizassist_nb.assistant.cuda import kernels
 
         q, k, v = nf4.products(x, layer.qkv.matrices)
         keys, values = self._keys[number], self._values[number]
@@ -174,7 +174,7 @@ class FusedSteps:
         return out.view(self.rows, -1)
 
     def _mlp(self, layer: "_Layer", x: torch.Tensor) -> torch.Tensor:
-        from bizassist_nb.assistant import kernels
+        from bizassist_nb.assistant.cuda import kernels
 
         gate, up = nf4.products(x, layer.gate_up.matrices)
         out = torch.empty_like(gate)
@@ -186,7 +186,7 @@ class FusedSteps:
 
     def _add(self, h: torch.Tensor, x: torch.Tensor, group: "_Group") -> None:
         """h += the group's one matrix, adapter included, of x."""
-        from bizassist_nb.assistant import kernels
+        from bizassist_nb.assistant.cuda import kernels
 
         (y,) = nf4.products(x, group.matrices)
         kernels.add_output[(_cdiv(self._hidden, 32),)](
@@ -196,7 +196,7 @@ class FusedSteps:
 
     def _down(self, x: torch.Tensor, group: "_Group") -> torch.Tensor:
         """x through the A matrices of all adapters, scaled: (rows, matrices * R)."""
-        from bizassist_nb.assistant import kernels
+        from bizassist_nb.assistant.cuda import kernels
 
         if not self._ranks:
             return self._scale

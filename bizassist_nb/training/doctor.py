@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 from typing import Final
 
-from bizassist_nb.errors import BizassistError
+from bizassist_nb.core.errors import BizassistError
 
 STACK: Final = (
     "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo",
@@ -18,7 +18,8 @@ STACK: Final = (
 
 def report() -> list[tuple[str, str]]:
     """(what, finding) line by line; loads torch, but no model."""
-    from bizassist_nb import __version__, models
+    from bizassist_nb import __version__
+    from bizassist_nb.models import base as models
     from bizassist_nb.training import engines
 
     lines = [("bizassist-nb", f"{__version__} on Python {platform.python_version()}, {platform.system()}")]

@@ -10,7 +10,7 @@ from functools import cache
 import nh3
 from markdown_it import MarkdownIt
 
-from bizassist_nb.errors import printable
+from bizassist_nb.core.errors import printable
 
 # No images (fetching one tells its server who reads), no style, no forms.
 _TAGS = {

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from bizassist_nb.core.errors import ModelError, brief
+from bizassist_nb.core.files import put_in_place
+from bizassist_nb.core.settings import cache, user_path
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.errors import ModelError, brief
-from bizassist_nb.settings import cache, user_path
-from bizassist_nb.whole import put_in_place
 
 MISTRAL: Final = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
 """NF4 weights of mistralai/Mistral-7B-Instruct-v0.3: 4.1 GB to download instead of 14.5."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from IPython import get_ipython
 
-from bizassist_nb.errors import BizassistError, without_secrets
+from bizassist_nb.core.errors import BizassistError, without_secrets
 
 _IDLE: Final = 0.2
 """Seconds between turns."""

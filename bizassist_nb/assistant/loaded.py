@@ -8,10 +8,10 @@ import weakref
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from bizassist_nb import models
-from bizassist_nb.errors import ModelError, brief
-from bizassist_nb.runs import Run
-from bizassist_nb.shapes import misfit
+from bizassist_nb.core.errors import ModelError, brief
+from bizassist_nb.models import base as models
+from bizassist_nb.runs.records import misfit
+from bizassist_nb.runs.run import Run
 
 WEIGHTS: Final = "adapter_model.safetensors"
 """Name of the file with an adapter's weights."""
@@ -36,7 +36,7 @@ class LoadedBase:
         import torch
 
         from bizassist_nb.assistant import decoding
-        from bizassist_nb.assistant.prefix import Prefix
+        from bizassist_nb.assistant.prefix_cache import Prefix
 
         self.base = base
         self.chat = models.load_tokenizer(base.source)
@@ -108,9 +108,9 @@ class LoadedBase:
 
     def forget_cache(self) -> None:
         """Let go of what is kept between questions."""
-        from bizassist_nb.assistant import fused
+        from bizassist_nb.assistant.cuda import decode_graph
 
-        fused.forget(self.model)
+        decode_graph.forget(self.model)
         if self.prefix:
             self.prefix.forget()
 

@@ -7,7 +7,7 @@ every rank has a whole base. So checkpoints and adapters are the same files, and
 
 from typing import Any
 
-from bizassist_nb import models
+from bizassist_nb.models import base as models
 
 
 def shard(model: Any) -> None:

@@ -1,0 +1,1 @@
+"""Kernels and graphs by which answers are decoded on a GPU."""

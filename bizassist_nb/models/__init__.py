@@ -1,0 +1,1 @@
+"""Base models and adapters: which, from where, and how they are loaded."""

@@ -1,0 +1,1 @@
+"""What came of a run, in figures, words and pictures."""
