@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from bizassist_nb import __version__
 from bizassist_nb.core.errors import BizassistError, SettingsError, brief, printable
+from bizassist_nb.core.versions import own_version
 from bizassist_nb.core.settings import Settings, reference, user_path
-from bizassist_nb.runs.run import ENDED, Run, list_runs, open_run
+from bizassist_nb.runs.run import ENDED, RunDirectory, list_runs, open_run
 
 DEMO: Final = 'data = "sample"\nsubset = 96\nheld_out = 24\nmax_length = 512\nlearning_rate = 1e-3\n'
 """Settings of the demo: a few minutes on two CPU cores."""
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bizassist", description="Fine-tune a small assistant and see whether it helped."
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=own_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_training(commands)
     _add_asking(commands)
@@ -157,7 +157,7 @@ def _read(name: str) -> str:
         raise SettingsError([f"{name} cannot be read ({brief(error)}); give the path of a TOML file"]) from error
 
 
-def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
+def _train(settings: Settings, name: str | None, *, resume: bool) -> RunDirectory:
     from bizassist_nb.results.summary import headline, run_text
     from bizassist_nb.results.verdict_card import rising
     from bizassist_nb.training.launch import finetune
@@ -166,7 +166,7 @@ def _train(settings: Settings, name: str | None, *, resume: bool) -> Run:
     where = "" if settings.runs_dir == "runs" else f"--runs-dir {shlex.quote(settings.runs_dir)} "
     typed = f"bizassist finetune {where}--name"
 
-    def show(run: Run) -> None:
+    def show(run: RunDirectory) -> None:
         nonlocal shown, said
         line = headline(run)
         if run.status == "training" and (words := rising(run)) != said:

@@ -14,7 +14,7 @@ from live_kernel import wait_until
 from bizassist_nb import Settings, finetune
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.results.run_comparison import duration
+from bizassist_nb.core.rendering import duration
 from bizassist_nb.results.summary import progress, run_text
 from bizassist_nb.runs.journal import EVENTS, Journal, kept_folder
 from bizassist_nb.runs.run import Run

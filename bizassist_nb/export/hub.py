@@ -3,11 +3,11 @@
 import re
 
 from bizassist_nb.core.errors import RunError, brief
-from bizassist_nb.results.model_card import complete_adapter
-from bizassist_nb.runs.run import Run
+from bizassist_nb.export.adapter import complete_adapter
+from bizassist_nb.runs.run import RunDirectory
 
 
-def upload(run: Run, repo: str | None, *, private: bool = False) -> str:
+def upload(run: RunDirectory, repo: str | None, *, private: bool = False) -> str:
     """Upload the run's adapter with its tokenizer and model card to OWNER/NAME; the address of the repository.
 
     All of it becomes one commit. huggingface_hub shows the progress and tries again what fails for a moment; after an

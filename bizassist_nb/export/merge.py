@@ -15,7 +15,7 @@ from bizassist_nb.export.weights import INDEX, Weights, original
 from bizassist_nb.models import base as models
 from bizassist_nb.results.model_card import card
 from bizassist_nb.runs.journal import Journal, is_locked
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 _SHARD: Final = 2_000_000_000
 """Bytes in a file at most. That much memory is needed, and what one tensor takes in float32."""
@@ -23,7 +23,7 @@ _SPARE: Final = 100_000_000
 """Bytes beside the weights: tokenizer, configuration, and some for others on the disk."""
 
 
-def merge(run: Run, base: parity.Base = "trained", *, show: Callable[[str], None] = lambda _: None) -> Path:
+def merge(run: RunDirectory, base: parity.Base = "trained", *, show: Callable[[str], None] = lambda _: None) -> Path:
     """Write `merged/`: the base's weights plus the adapter, as 16-bit safetensors with tokenizer and template.
 
     What was written is loaded again and compared with the tuned assistant (`bizassist_nb.export.parity`); a "merge"
@@ -59,7 +59,7 @@ def merge(run: Run, base: parity.Base = "trained", *, show: Callable[[str], None
     return target
 
 
-def write(run: Run, base: parity.Base, part: Path, show: Callable[[str], None] = lambda _: None) -> int:
+def write(run: RunDirectory, base: parity.Base, part: Path, show: Callable[[str], None] = lambda _: None) -> int:
     """Write the merged model into the empty folder `part`, unchecked; its size in bytes.
 
     Raises:

@@ -24,7 +24,7 @@ from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.export.weights import Weights, original
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 Base = Literal["trained", "original"]
 """What is merged into: the NF4 weights that training saw, or the 16-bit weights they were made from."""
@@ -65,7 +65,7 @@ class _Answered:
     """For each prompt a tensor of shape (tokens of the answer + 1, vocabulary), in float32 on the CPU."""
 
 
-def conversations(run: Run) -> list[list[Message]]:
+def conversations(run: RunDirectory) -> list[list[Message]]:
     """The run's held-out rows, each up to and with the question that is to be answered.
 
     Raises:
@@ -77,7 +77,7 @@ def conversations(run: Run) -> list[list[Message]]:
     return [row_messages(row, settings.system_prompt)[:-1] for row in rows]
 
 
-def compare(run: Run, folder: Path, conversations: Sequence[list[Message]], base: Base = "trained") -> dict[str, Any]:
+def compare(run: RunDirectory, folder: Path, conversations: Sequence[list[Message]], base: Base = "trained") -> dict[str, Any]:
     """Compare the model in `folder` with the run's tuned assistant, on 16 of the conversations.
 
     "passed", and "failures" in words. "difference" (the logits' mean difference as a share of their "spread") with its

@@ -10,7 +10,7 @@ from IPython.core.magic_arguments import MagicArgumentParser
 
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs.run import Run, list_runs, open_run
+from bizassist_nb.runs.run import RunDirectory, list_runs, open_run
 
 
 def _finetune_parser() -> MagicArgumentParser:
@@ -66,12 +66,12 @@ def _ask_parser() -> MagicArgumentParser:
 class BizassistMagics(Magics):
     """The magics; remembers the run and the folder used last."""
 
-    _run: Run | None = None
+    _run: RunDirectory | None = None
     _runs_dir = "runs"
     _panel: Any = None
 
     @cell_magic
-    def finetune(self, line: str, cell: str) -> Run:
+    def finetune(self, line: str, cell: str) -> RunDirectory:
         """Train with a live view; an interrupt stops cleanly with a checkpoint, a second one ends the run at once."""
         from bizassist_nb.assistant.loaded import release
         from bizassist_nb.training.launch import finetune, start
@@ -164,7 +164,7 @@ class BizassistMagics(Magics):
             self._panel = Panel(self._runs_dir)
         return self._panel
 
-    def _chosen(self, options: Any) -> list[Run]:
+    def _chosen(self, options: Any) -> list[RunDirectory]:
         """The runs to ask: those named, else the one trained here last, else the newest with an adapter."""
         folder = options.runs_dir or self._runs_dir
         if options.run:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from bizassist_nb.core import rendering
 from bizassist_nb.results.run_comparison import runs_section, runs_text
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import doctor
 
 
@@ -24,7 +24,7 @@ class Shown:
         return self.text
 
 
-def runs_table(runs: Iterable[Run]) -> Shown:
+def runs_table(runs: Iterable[RunDirectory]) -> Shown:
     """The runs there are."""
     runs = list(runs)
     section = runs_section(runs)

@@ -15,7 +15,7 @@ from IPython.display import clear_output, display
 from bizassist_nb.assistant.comparison import Comparison, comparison_html
 from bizassist_nb.results.loss_plot import loss_png
 from bizassist_nb.results.summary import headline, run_html, run_text
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.runs.votes import blind_html
 
 _PLOT_EVERY: Final = 1.0
@@ -32,10 +32,10 @@ class TrainingView:
         self._live = _LiveHtml("A run in training; this view is live while its kernel runs.")
         self._plot = ""
         self._plotted: tuple[float, int] = (0.0, -1)
-        self.run: Run | None = None
+        self.run: RunDirectory | None = None
         """What was shown last."""
 
-    def __call__(self, run: Run) -> None:
+    def __call__(self, run: RunDirectory) -> None:
         """Bring the view up to date."""
         self.run = run
         shapes = len(run.steps) + len(run.held_out)

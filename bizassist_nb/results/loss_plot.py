@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bizassist_nb.core.files import write_whole
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 # Okabe and Ito's colours, told apart by colour-blind people too; line styles differ besides.
 _GREY, _BLUE, _ORANGE = "#999999", "#0072B2", "#D55E00"
@@ -43,7 +43,7 @@ class LossFigure(Figure):
         return buffer.getvalue()
 
 
-def loss_figure(run: Run) -> LossFigure:
+def loss_figure(run: RunDirectory) -> LossFigure:
     """Training loss, smoothed and as it is, and held-out loss, against the step; white behind, for dark themes too."""
     figure, axes = _empty(3.2)
     steps = run.steps
@@ -67,7 +67,7 @@ def loss_figure(run: Run) -> LossFigure:
     return _with_legend(figure)
 
 
-def overlaid_figure(runs: Sequence[Run]) -> LossFigure:
+def overlaid_figure(runs: Sequence[RunDirectory]) -> LossFigure:
     """Smoothed training loss (lines) and held-out loss (dashed, with marks) of several runs against the step."""
     figure, axes = _empty(3.6)
     names: list[str] = []
@@ -126,7 +126,7 @@ class _Scale:
         return f'<polyline points="{path}" fill="none" {style}/>'
 
 
-def loss_svg(run: Run) -> str:
+def loss_svg(run: RunDirectory) -> str:
     """The same as an SVG element in the colours of the text around it, with a text for those who cannot see it."""
     steps, held_out = run.steps, run.held_out
     end = run.total_steps or 1
@@ -178,7 +178,7 @@ def _svg_frame(scale: _Scale, across: Iterable[float], up: Sequence[float], lege
     )
 
 
-def loss_words(run: Run) -> str:
+def loss_words(run: RunDirectory) -> str:
     """The curve in words."""
     steps, held_out = run.steps, run.held_out
     words = "loss against step"
@@ -203,11 +203,11 @@ def smoothed(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return values
 
 
-def loss_png(run: Run) -> bytes:
+def loss_png(run: RunDirectory) -> bytes:
     """The loss curve as a PNG image."""
     return loss_figure(run)._repr_png_()
 
 
-def save_loss_png(run: Run) -> None:
+def save_loss_png(run: RunDirectory) -> None:
     """Write the run's loss.png."""
     write_whole(run.path / "loss.png", lambda part: part.write_bytes(loss_png(run)))

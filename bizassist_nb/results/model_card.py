@@ -13,7 +13,7 @@ from bizassist_nb.data.rows import DOLLY, SUFFIXES
 from bizassist_nb.models import base as models
 from bizassist_nb.results.summary import facts, how_to_go_on, settings_rows
 from bizassist_nb.results.verdict_card import sections
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 _ASK: Final = """
 messages = [
@@ -45,32 +45,16 @@ model = AutoModelForCausalLM.from_pretrained(here, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(here)"""
 
 
-def write_card(run: Run) -> None:
+def write_card(run: RunDirectory) -> None:
     """Write the run's README.md."""
     write_whole(run.path / "README.md", lambda part: part.write_text(card(run), "utf-8"))
 
 
-def complete_adapter(run: Run) -> Path:
-    """Make the run's adapter fit to be given away: with a model card and the loss curve, and no path of this machine.
-
-    Raises:
-        ModelError: if the run has no adapter.
-    """
-    if run.adapter is None:
-        raise ModelError(f"the run {run.name!r} has no adapter to export (it is {run.status})")
-    config = adapter_config(run.adapter)
-    write_json(run.adapter / "adapter_config.json", config | {"base_model_name_or_path": _base(run)})
-    write_whole(run.adapter / "README.md", lambda part: part.write_text(card(run), "utf-8"))
-    if (run.path / "loss.png").is_file():
-        write_whole(run.adapter / "loss.png", lambda part: part.write_bytes((run.path / "loss.png").read_bytes()))
-    return run.adapter
-
-
-def card(run: Run, parity: dict[str, Any] | None = None) -> str:
+def card(run: RunDirectory, parity: dict[str, Any] | None = None) -> str:
     """The card of the adapter or, with the figures of its comparison, of the merged model: YAML head and Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    base, data = _base(run), run.settings.data
+    base, data = base_name(run), run.settings.data
     head = ModelCardData(
         base_model=base if "/" in base else None,  # the hub takes nothing but its own names here
         library_name="transformers" if parity else "peft",
@@ -82,8 +66,8 @@ def card(run: Run, parity: dict[str, Any] | None = None) -> str:
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
 
 
-def _lines(run: Run, parity: dict[str, Any] | None) -> list[str]:
-    environment, base = run.environment, _base(run)
+def _lines(run: RunDirectory, parity: dict[str, Any] | None) -> list[str]:
+    environment, base = run.environment, base_name(run)
     shown = {"model": base, "data": _data(run), "accelerate_config": Path(run.settings.accelerate_config).name}
     what = "A LoRA adapter for" if parity is None else "A LoRA adapter merged in 16 bits into"
     system = json.dumps(run.settings.system_prompt, ensure_ascii=False)
@@ -134,28 +118,28 @@ def parity_words(parity: dict[str, Any]) -> str:
     )
 
 
-def _versions(run: Run) -> str:
+def _versions(run: RunDirectory) -> str:
     found = run.environment
     return ", ".join(f"{name} {version}" for name, version in {"Python": found["python"], **found["versions"]}.items())
 
 
-def _base(run: Run) -> str:
+def base_name(run: RunDirectory) -> str:
     """The base's hub id; of a folder its name, for its path is nobody's business."""
     name = run.environment["model"]
     return models.HUB_IDS.get(name, name if _on_hub(name) else Path(name).name)
 
 
-def _data(run: Run) -> str:
+def _data(run: RunDirectory) -> str:
     data = run.settings.data
     return Path(data).name if Path(data).suffix.lower() in SUFFIXES else data
 
 
-def _public(run: Run, text: str) -> str:
+def _public(run: RunDirectory, text: str) -> str:
     """A text about the run without the paths of model and data."""
-    return text.replace(run.environment["data"], _data(run)).replace(run.environment["model"], _base(run))
+    return text.replace(run.environment["data"], _data(run)).replace(run.environment["model"], base_name(run))
 
 
-def _public_section(run: Run, section: Section) -> Section:
+def _public_section(run: RunDirectory, section: Section) -> Section:
     """It without the path of the run's folder."""
     return dataclasses.replace(section, lines=tuple(line.replace(f"{run.path}/", "") for line in section.lines))
 

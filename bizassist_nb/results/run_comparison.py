@@ -12,7 +12,7 @@ from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import RunError, printable
 from bizassist_nb.core.rendering import Section
 from bizassist_nb.results.verdict import Score, judge
-from bizassist_nb.runs.run import Run, open_run
+from bizassist_nb.runs.run import RunDirectory, open_run
 
 if TYPE_CHECKING:
     from bizassist_nb.results.loss_plot import LossFigure
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class RunComparison:
     """Runs compared: a table, sentences on which is better, and their loss curves in one plot."""
 
-    def __init__(self, runs: Sequence[Run]):
+    def __init__(self, runs: Sequence[RunDirectory]):
         """`runs` in the order they are to be shown; the first is what the others are held against."""
         self.runs = tuple(runs)
 
@@ -47,21 +47,7 @@ class RunComparison:
         return dataclasses.replace(section, title="Runs compared", lines=lines)
 
 
-def compare(*runs: Run | str) -> RunComparison:
-    """Runs, given themselves or by name, beside one another.
-
-    Raises:
-        RunError: if none is given, or there is none of that name.
-    """
-    if not runs:
-        raise RunError('which runs? compare("first", "second"), or the runs themselves')
-    found = [open_run(run) if isinstance(run, str) else run for run in runs]
-    if damage := next(filter(None, (run.damage for run in found)), None):
-        raise RunError(damage)
-    return RunComparison(found)
-
-
-def runs_section(runs: Iterable[Run]) -> Section:
+def runs_section(runs: Iterable[RunDirectory]) -> Section:
     """A table of runs: what differs in their settings, what came of them, what they took, and when.
 
     Of damaged ones there is only the name, and a line that says what is wrong.
@@ -78,14 +64,14 @@ def runs_section(runs: Iterable[Run]) -> Section:
     return Section("Runs", tuple(damaged.values()), head, tuple(rows))
 
 
-def runs_text(runs: Iterable[Run]) -> str:
+def runs_text(runs: Iterable[RunDirectory]) -> str:
     """The table of runs for a terminal."""
     section = runs_section(runs)
     table = rendering.text_table([section.head, *section.rows]) if section.rows else "no runs yet"
     return "\n\n".join([table, *map(printable, section.lines)])
 
 
-def against(first: Run, other: Run) -> str:
+def against(first: RunDirectory, other: RunDirectory) -> str:
     """Which of two runs predicts the held-out answers better, in a sentence; both must have been scored on the same."""
     names = f"{other.name} against {first.name}"
     if not first.evaluation or not other.evaluation:
@@ -104,19 +90,11 @@ def against(first: Run, other: Run) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """A time in words; none where a clock was set back in it."""
-    seconds = max(0.0, seconds)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _scores(rows: Iterable[dict[str, Any]]) -> list[Score]:
     return [Score(row["row"], row["tuned"] * row["tokens"], row["tokens"], row["category"]) for row in rows]
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
+def _differing(runs: Sequence[RunDirectory]) -> list[str]:
     """Names of the settings in which the runs differ, but for those that have a column of their own."""
     settings = [dataclasses.asdict(run.settings) for run in runs]
     shown = ("model", "data", "runs_dir")
@@ -127,7 +105,7 @@ def _differing(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _row(run: Run, differing: Sequence[str]) -> tuple[str, ...]:
+def _row(run: RunDirectory, differing: Sequence[str]) -> tuple[str, ...]:
     settings, scores, steps = run.settings, run.evaluation, run.steps
     seconds = math.fsum(step.seconds for step in steps)
     memory = run.last("memory")

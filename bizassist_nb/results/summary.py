@@ -9,10 +9,10 @@ from typing import Any, Final
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import printable
 from bizassist_nb.data.tokens import MaskedText
-from bizassist_nb.results.run_comparison import duration
+from bizassist_nb.core.rendering import duration
 from bizassist_nb.results.verdict_card import rising, sections
 from bizassist_nb.runs import votes
-from bizassist_nb.runs.run import ENDED, Run
+from bizassist_nb.runs.run import ENDED, RunDirectory
 
 _RECENT: Final = 20
 """Steps over which speed is taken."""
@@ -37,7 +37,7 @@ class Progress:
         return self.step / self.total
 
 
-def progress(run: Run) -> Progress | None:
+def progress(run: RunDirectory) -> Progress | None:
     """How far training is, its speed over the last steps; None before the first step."""
     steps, total = run.steps, run.total_steps
     if not steps or not total:
@@ -53,7 +53,7 @@ def progress(run: Run) -> Progress | None:
     )
 
 
-def headline(run: Run) -> str:
+def headline(run: RunDirectory) -> str:
     """Name, status and where it stands, in one line."""
     status, now = run.status, progress(run)
     line = f"{run.name}: {_status_words(run)}"
@@ -66,7 +66,7 @@ def headline(run: Run) -> str:
     return line if status in ENDED or not now.seconds_left else f"{line} · {duration(now.seconds_left)} left"
 
 
-def facts(run: Run) -> list[tuple[str, str]]:
+def facts(run: RunDirectory) -> list[tuple[str, str]]:
     """(what, how it was resolved) for everything decided so far, as label and text."""
     found: list[tuple[str, str]] = []
     if model := run.last("model"):
@@ -96,7 +96,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _troubles(run: Run) -> list[tuple[str, str]]:
+def _troubles(run: RunDirectory) -> list[tuple[str, str]]:
     """What could not be read or written on the way, and what was done about it."""
     found = []
     for event in run.events:
@@ -112,13 +112,13 @@ def _troubles(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def rejected(run: Run) -> list[tuple[str, str]]:
+def rejected(run: RunDirectory) -> list[tuple[str, str]]:
     """(row number, reason) of the rows that could not be used."""
     data = run.last("data")
     return [(str(bad["number"]), bad["reason"]) for bad in data["rejected_rows"]] if data else []
 
 
-def masked_row(run: Run) -> tuple[int, MaskedText] | None:
+def masked_row(run: RunDirectory) -> tuple[int, MaskedText] | None:
     """(number, text) of a training row of median length, with what is learned marked."""
     data = run.last("data")
     if not data:
@@ -126,7 +126,7 @@ def masked_row(run: Run) -> tuple[int, MaskedText] | None:
     return data["shown"]["number"], MaskedText(tuple((text, learned) for text, learned in data["shown"]["runs"]))
 
 
-def settings_rows(run: Run) -> list[tuple[str, str]]:
+def settings_rows(run: RunDirectory) -> list[tuple[str, str]]:
     """(name, value) of the settings a person looks for first, then of all that differ from their defaults."""
     settings = run.settings
     names = [
@@ -145,13 +145,13 @@ def settings_rows(run: Run) -> list[tuple[str, str]]:
     return [(name, str(getattr(settings, name))) for name in names]
 
 
-def diverged(run: Run) -> bool:
+def diverged(run: RunDirectory) -> bool:
     """Whether it failed because of a loss that is no longer a number: resumed, it takes the same steps to the same."""
     error = run.last("error") if run.status == "failed" else None
     return error is not None and bool(_DIVERGED.search(error["message"]))
 
 
-def how_to_go_on(run: Run, typed: str = _CELL) -> str | None:
+def how_to_go_on(run: RunDirectory, typed: str = _CELL) -> str | None:
     """What to do next, where that is not plain; `typed` is what stands before a run's name where it is typed."""
     if run.status not in ("stopped", "lost", "failed"):
         return None
@@ -166,7 +166,7 @@ def how_to_go_on(run: Run, typed: str = _CELL) -> str | None:
     return f"the checkpoint at step {saved['step']} is kept; go on with: {typed} {run.name} --resume"
 
 
-def run_text(run: Run, typed: str = _CELL) -> str:
+def run_text(run: RunDirectory, typed: str = _CELL) -> str:
     """The run as plain text; `typed` as for `how_to_go_on`."""
     if damage := run.damage:
         return printable(f"{headline(run)}\n  {damage}")
@@ -179,7 +179,7 @@ def run_text(run: Run, typed: str = _CELL) -> str:
     return printable("\n".join(lines))
 
 
-def run_html(run: Run) -> str:
+def run_html(run: RunDirectory) -> str:
     """The run for a notebook, static: it needs neither kernel nor widgets to be seen again."""
     if damage := run.damage:
         return f"<p><b>{html.escape(headline(run))}</b></p><p>⚠ {html.escape(damage)}</p>"
@@ -201,14 +201,14 @@ def run_html(run: Run) -> str:
     return "".join(parts)
 
 
-def _verdict(run: Run) -> list[rendering.Section]:
+def _verdict(run: RunDirectory) -> list[rendering.Section]:
     """The verdict card and the votes; before there is a verdict, what training says about held-out loss."""
     words = rising(run)
     early = [rendering.Section("Held-out loss", (words,), (), ())] if words else []
     return [*(sections(run) or early), *votes.sections(run)]
 
 
-def _status_words(run: Run) -> str:
+def _status_words(run: RunDirectory) -> str:
     scored = (run.last("state") or {}).get("who", "base")
     return {
         "starting": "starting",

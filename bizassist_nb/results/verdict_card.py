@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from bizassist_nb.core.rendering import Section
 from bizassist_nb.results.degeneration import SIGNS
-from bizassist_nb.runs.run import ENDED, Run
+from bizassist_nb.runs.run import ENDED, RunDirectory
 
 _EXTREMES: Final = 5
 """Rows listed as most improved, and as most damaged."""
@@ -13,7 +13,7 @@ _EXCERPT: Final = 160
 """Characters of a question that are shown."""
 
 
-def sections(run: Run) -> list[Section]:
+def sections(run: RunDirectory) -> list[Section]:
     """The card, most important first; empty before there are scores. Only the first is shown unfolded."""
     found = run.evaluation
     if found is None:
@@ -30,7 +30,7 @@ def sections(run: Run) -> list[Section]:
     ]
 
 
-def rising(run: Run) -> str | None:
+def rising(run: RunDirectory) -> str | None:
     """That held-out loss rises while training, or that the run has saved an earlier adapter for it; None otherwise."""
     if kept := run.last("kept"):
         return f"The adapter saved is that of step {kept['step']}, the best on the held-out rows."
@@ -49,7 +49,7 @@ def rising(run: Run) -> str | None:
     return f"Held-out loss is above the base's ({base:.3f}, now {loss:.3f})." if loss > base else None
 
 
-def _summary(run: Run, found: dict[str, Any]) -> Section:
+def _summary(run: RunDirectory, found: dict[str, Any]) -> Section:
     lines = [found["sentence"], *found["notes"]]
     if words := rising(run):
         lines.append(words)
@@ -118,7 +118,7 @@ def _rows(title: str, found: Sequence[dict[str, Any]]) -> list[Section]:
     return [Section(title, (), head, rows, folded=True, private=True)] if rows else []
 
 
-def _answers(run: Run, counts: dict[str, Any] | None) -> list[Section]:
+def _answers(run: RunDirectory, counts: dict[str, Any] | None) -> list[Section]:
     if counts is None:
         return []
     rows = tuple((one["prompt"], *(_answer(one[who]) for who in ("base", "tuned"))) for one in run.answers)

@@ -24,15 +24,12 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 from bizassist_nb.core.errors import RunError, SettingsError, brief
 from bizassist_nb.core.settings import Settings, user_path
 from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import EVENTS, is_locked, kept_folder
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Status = Literal[
     "starting", "loading", "scoring", "training", "answering", "saving", "finished", "stopped", "failed", "lost",
@@ -73,8 +70,8 @@ class Step:
 _STEP_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Step))
 
 
-class Run:
-    """A run, read from its directory; what is shown is what is on disk now.
+class RunDirectory:
+    """A run as its directory has it; what is shown is what is on disk now.
 
     Raises:
         RunError: where the directory holds no run.
@@ -342,54 +339,9 @@ class Run:
                 return workers
         return []
 
-    def plot(self) -> "Figure":
-        """The loss curve as a matplotlib Figure."""
-        from bizassist_nb.results.loss_plot import loss_figure
-
-        return loss_figure(self)
-
-    def merge(self, base: Literal["trained", "original"] = "trained") -> Path:
-        """Merge the adapter into the weights it was trained on, or the 16-bit originals; the folder of the model."""
-        from bizassist_nb.export.merge import merge
-
-        return merge(self, base)
-
-    def export(
-        self,
-        to: Literal["merged", "adapter", "hub", "gguf"],
-        *,
-        base: Literal["trained", "original"] = "trained",
-        repo: str | None = None,
-        private: bool = False,
-        show: Callable[[str], None] = lambda _: None,
-    ) -> Path | str:
-        """Write the merged model, as GGUF too, or complete the adapter's folder (its path), or upload it (its address).
-
-        `base` is for "merged", `repo` and `private` are for "hub"; `show` is told what is being done.
-        """
-        from bizassist_nb.export.gguf import convert
-        from bizassist_nb.export.hub import upload
-        from bizassist_nb.export.merge import merge
-        from bizassist_nb.results.model_card import complete_adapter
-
-        if to != "hub" and (repo or private):
-            raise RunError(f"a repository is for an export to the hub, not to {to}")
-        if to != "merged" and base != "trained":
-            raise RunError(f"another base is for an export to merged, not to {to}")
-        if to == "merged":
-            return merge(self, base, show=show)
-        if to == "gguf":
-            return convert(self, show=show)
-        return complete_adapter(self) if to == "adapter" else upload(self, repo, private=private)
-
     def __repr__(self) -> str:
         """Name and status."""
         return f"<Run {self.name}: {self.status}>"
-
-    def _repr_html_(self) -> str:
-        from bizassist_nb.results.summary import run_html
-
-        return run_html(self)
 
 
 def check_name(name: str) -> str:
@@ -406,7 +358,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def open_run(name: str, runs_dir: str | Path = "runs") -> Run:
+def open_run(name: str, runs_dir: str | Path = "runs") -> RunDirectory:
     """The run of that name.
 
     Raises:
@@ -416,10 +368,10 @@ def open_run(name: str, runs_dir: str | Path = "runs") -> Run:
     if _age(path) is None:
         known = ", ".join(run.name for run in list_runs(runs_dir)) or "none yet"
         raise RunError(f"there is no run {name!r} in {Path(runs_dir).absolute()}; the runs there: {known}")
-    return Run(path)
+    return RunDirectory(path)
 
 
-def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
+def list_runs(runs_dir: str | Path = "runs") -> list[RunDirectory]:
     """All runs in that folder, oldest first, damaged ones too; none if there is no such folder.
 
     Raises:
@@ -433,7 +385,7 @@ def list_runs(runs_dir: str | Path = "runs") -> list[Run]:
     except (OSError, ValueError) as error:
         raise RunError(f"the folder of runs {folder} cannot be read ({brief(error)}); name another") from error
     made = {path: age for path in paths if (age := _age(path)) is not None}
-    return [Run(path) for path in sorted(made, key=lambda path: _first_time(path) or made[path])]
+    return [RunDirectory(path) for path in sorted(made, key=lambda path: _first_time(path) or made[path])]
 
 
 def _first_time(path: Path) -> float | None:

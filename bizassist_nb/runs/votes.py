@@ -18,7 +18,7 @@ from bizassist_nb.core.files import write_whole
 from bizassist_nb.core.rendering import Section
 from bizassist_nb.data.chat import Message, conversation
 from bizassist_nb.runs.records import VOTE, misfit
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 Choice = Literal["left", "right", "tie", "bad"]
 CHOICES: Final[dict[Choice, str]] = {
@@ -118,7 +118,7 @@ class Ballot:
         VoteError: if the comparison lacks one of the two answers, or its run, or is not of the run as it was trained.
     """
 
-    def __init__(self, run: Run | None, comparison: Comparison, order: tuple[str, str] | None = None):
+    def __init__(self, run: RunDirectory | None, comparison: Comparison, order: tuple[str, str] | None = None):
         """`order` is who stands on the left and who on the right, where that has been drawn already."""
         if run is None or not {BASE, TUNED} <= comparison.answers.keys():
             raise VoteError("a blind vote needs a base and a tuned answer; train a run first, and ask both")
@@ -204,7 +204,7 @@ def draw_order() -> tuple[str, str]:
     return left, right
 
 
-def append(run: Run, vote: Vote) -> None:
+def append(run: RunDirectory, vote: Vote) -> None:
     """Write the vote at the end of the run's votes.jsonl, and have it on the disk before returning."""
     line = json.dumps(dataclasses.asdict(vote), ensure_ascii=False)
     with (run.path / "votes.jsonl").open("ab+") as file:
@@ -214,12 +214,12 @@ def append(run: Run, vote: Vote) -> None:
         os.fsync(file.fileno())
 
 
-def votes(run: Run) -> list[Vote]:
+def votes(run: RunDirectory) -> list[Vote]:
     """The run's votes, oldest first; lines that cannot be read, as a crash leaves them, are passed over."""
     return [vote for vote in _lines(run) if vote is not None]
 
 
-def tally(run: Run) -> Tally:
+def tally(run: RunDirectory) -> Tally:
     """The run's votes, counted."""
     found = _lines(run)
     winners = [vote.winner for vote in found if vote is not None]
@@ -227,13 +227,13 @@ def tally(run: Run) -> Tally:
     return Tally(wins, losses, ties, bad, unread=found.count(None))
 
 
-def sections(run: Run) -> list[Section]:
+def sections(run: RunDirectory) -> list[Section]:
     """The tally for the run's report; empty before the first vote."""
     found = tally(run)
     return [Section("Blind votes", (found.sentence,), (), ())] if found != Tally(0, 0, 0, 0) else []
 
 
-def preference_pairs(run: Run) -> list[dict[str, list[Message]]]:
+def preference_pairs(run: RunDirectory) -> list[dict[str, list[Message]]]:
     """The decided votes as TRL's DPO trainer takes them: "prompt", "chosen" and "rejected", each a list of messages."""
     system = run.settings.system_prompt
     pairs = []
@@ -250,7 +250,7 @@ def preference_pairs(run: Run) -> list[dict[str, list[Message]]]:
     return pairs
 
 
-def export_preferences(run: Run, path: Path) -> int:
+def export_preferences(run: RunDirectory, path: Path) -> int:
     """Write the preference pairs as JSON lines; how many there are.
 
     Raises:
@@ -277,7 +277,7 @@ def _ends_torn(file: IO[bytes]) -> bool:
     return file.read(1) != b"\n"
 
 
-def _lines(run: Run) -> list[Vote | None]:
+def _lines(run: RunDirectory) -> list[Vote | None]:
     """The votes, and None for each line that is none."""
     try:
         lines = (run.path / "votes.jsonl").read_bytes().splitlines()

@@ -10,19 +10,14 @@ from typing import Final
 
 from bizassist_nb.core.errors import BizassistError
 
-STACK: Final = (
-    "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "unsloth", "unsloth_zoo",
-)  # fmt: skip
-"""What training stands on, by the names of distributions."""
-
 
 def report() -> list[tuple[str, str]]:
     """(what, finding) line by line; loads torch, but no model."""
-    from bizassist_nb import __version__
+    from bizassist_nb.core.versions import STACK, own_version, versions
     from bizassist_nb.models import base as models
     from bizassist_nb.training import engines
 
-    lines = [("bizassist-nb", f"{__version__} on Python {platform.python_version()}, {platform.system()}")]
+    lines = [("bizassist-nb", f"{own_version()} on Python {platform.python_version()}, {platform.system()}")]
     packages = (*STACK, "ipywidgets")
     found = versions(packages)
     lines += [(package, found.get(package, "not installed")) for package in packages]
@@ -37,15 +32,6 @@ def report() -> list[tuple[str, str]]:
     lines.append(("dolly", os.environ.get("BIZASSIST_DOLLY") or "from the hub (BIZASSIST_DOLLY is not set)"))
     lines.append(("free disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"))
     return lines
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Those of the packages that are installed, with their versions."""
-    found = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def as_text(lines: list[tuple[str, str]]) -> str:

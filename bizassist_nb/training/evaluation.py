@@ -12,7 +12,7 @@ from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import Row, Table, read_table, split
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.results.verdict import Score, assess, judge
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training.distributed.rank import scorers
 
 _BATCH_LOGITS: Final = 4096 * 32768
@@ -69,7 +69,7 @@ def score(
     return [everyone[index] for index in range(len(examples))]
 
 
-def rows_of(run: Run) -> tuple[Table, list[Row], list[Row]]:
+def rows_of(run: RunDirectory) -> tuple[Table, list[Row], list[Row]]:
     """(its data, training rows, held-out rows) of a run.
 
     Raises:
@@ -124,7 +124,7 @@ class Exam:
         return assess(held_out, general, answers)
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def evaluate(run: RunDirectory) -> dict[str, Any]:
     """Score base and tuned anew and have both answer the fixed prompts, all with plain transformers; evaluation.json,
     answers.json and the run's model card are written anew, too.
 

@@ -20,12 +20,12 @@ from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.models import base as models
 from bizassist_nb.results.degeneration import counted, prompts, signs
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 _WHO: Final = ("base", "tuned")
 
 
-def answer_run(run: Run) -> dict[str, Any]:
+def answer_run(run: RunDirectory) -> dict[str, Any]:
     """Have a run's base and tuned answer, with the models of this process, and write answers.json; the signs, counted.
 
     Raises:
@@ -41,7 +41,7 @@ def answer_run(run: Run) -> dict[str, Any]:
     return counted(answers, max_new_tokens())
 
 
-def answer_apart(run: Run) -> dict[str, Any]:
+def answer_apart(run: RunDirectory) -> dict[str, Any]:
     """The same in a fresh process, once this one has let go of its model.
 
     Raises:
@@ -64,7 +64,7 @@ def answer_apart(run: Run) -> dict[str, Any]:
 
 
 def answer(
-    run: Run, model: Any, chat: ChatTokenizer, adapter: str, between: Callable[[], None] = lambda: None
+    run: RunDirectory, model: Any, chat: ChatTokenizer, adapter: str, between: Callable[[], None] = lambda: None
 ) -> list[dict[str, Any]]:
     """Answer greedily, all prompts as base and as tuned in one batch; what answers.json holds.
 
@@ -122,4 +122,4 @@ def _end_with_the_worker() -> None:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with_the_worker, daemon=True).start()
-    answer_run(Run(Path(sys.argv[1])))
+    answer_run(RunDirectory(Path(sys.argv[1])))

@@ -15,7 +15,7 @@ from bizassist_nb.data.chat import row_messages
 from bizassist_nb.data.rows import Rejected, Row, Table, read_table, split
 from bizassist_nb.data.tokens import ChatTokenizer, Example
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.distributed import launcher
 from bizassist_nb.training.distributed.rank import Rank
@@ -136,7 +136,7 @@ class Speed:
     run: str
 
 
-def past_speed(runs: Sequence[Run], model: str) -> Speed | None:
+def past_speed(runs: Sequence[RunDirectory], model: str) -> Speed | None:
     """The speed of the newest of the runs (oldest first) that trained that model; None if none did."""
     for run in reversed(runs):
         if run.model == model and (steps := run.steps):

@@ -17,7 +17,7 @@ from bizassist_nb.core.errors import RunError, brief
 from bizassist_nb.core.files import write_whole
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.runs.journal import Journal, is_locked, kept_folder, take_lock, write_worker
-from bizassist_nb.runs.run import ENDED, SEVERAL, WORKER, Run, check_name
+from bizassist_nb.runs.run import ENDED, SEVERAL, WORKER, RunDirectory, check_name
 from bizassist_nb.training.distributed.launcher import processes
 
 _POLL = 0.25
@@ -27,8 +27,8 @@ _BEGUN = ".settings.toml.part"
 
 
 def finetune(
-    settings: Settings, name: str | None = None, *, resume: bool = False, show: Callable[[Run], None] = lambda _: None
-) -> Run:
+    settings: Settings, name: str | None = None, *, resume: bool = False, show: Callable[[RunDirectory], None] = lambda _: None
+) -> RunDirectory:
     """Train a run to its end in a process of its own, calling `show` all the while, and give it back.
 
     Resuming a run whose worker lives, as it does when its kernel was restarted, is following it to its end.
@@ -53,7 +53,7 @@ def finetune(
     return run
 
 
-def start(settings: Settings, name: str | None = None, *, resume: bool = False) -> Run:
+def start(settings: Settings, name: str | None = None, *, resume: bool = False) -> RunDirectory:
     """Start training in the background. A name is made up if none is given; `resume` goes on with the run of that name.
 
     Raises:
@@ -73,7 +73,7 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
         ) from error
 
 
-def _started(run: Run) -> Run:
+def _started(run: RunDirectory) -> RunDirectory:
     module = SEVERAL if processes(run.settings).count > 1 else WORKER
     lock = take_lock(run.path, patience=20 if run.status in ENDED else 0.2)
     # A stop that arrives while the worker is still importing must wait until it listens; masks are inherited.
@@ -97,10 +97,10 @@ def _started(run: Run) -> Run:
     return run
 
 
-def _running(settings: Settings, name: str) -> Run | None:
+def _running(settings: Settings, name: str) -> RunDirectory | None:
     """The run of that name if it is being trained."""
     path = settings.run_path(check_name(name))
-    return _resumed(path, settings) if is_locked(path) and Run(path).status not in ENDED else None
+    return _resumed(path, settings) if is_locked(path) and RunDirectory(path).status not in ENDED else None
 
 
 class _Interrupts:
@@ -108,7 +108,7 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self.count = 0
-        self._run: Run | None = None
+        self._run: RunDirectory | None = None
 
     def __enter__(self) -> Self:
         # Other threads get no interrupts, and may not set a handler.
@@ -121,7 +121,7 @@ class _Interrupts:
         if self._ours:
             signal.signal(signal.SIGINT, self._before)
 
-    def go_to(self, run: Run) -> None:
+    def go_to(self, run: RunDirectory) -> None:
         """From now on this is the run they are for; one that came before it was there goes to it, too."""
         self._run = run
         if self.count:
@@ -132,13 +132,13 @@ class _Interrupts:
         if self._run:
             self._send(self._run)
 
-    def _send(self, run: Run) -> None:
+    def _send(self, run: RunDirectory) -> None:
         (run.stop if self.count == 1 else run.kill)()
 
 
-def _created(path: Path, settings: Settings) -> Run:
+def _created(path: Path, settings: Settings) -> RunDirectory:
     if (path / "settings.toml").is_file():
-        run = Run(path)
+        run = RunDirectory(path)
         if run.status not in ENDED or run.steps:
             raise RunError(
                 f"there is a run {path.name!r} already ({run.status}, {len(run.steps)} steps); "
@@ -150,13 +150,13 @@ def _created(path: Path, settings: Settings) -> Run:
     shutil.rmtree(kept_folder(path), ignore_errors=True)  # of a run of that name that was deleted
     path.mkdir(parents=True, exist_ok=True)
     write_whole(path / "settings.toml", lambda part: part.write_text(settings.to_toml(), "utf-8"))
-    return Run(path)
+    return RunDirectory(path)
 
 
-def _resumed(path: Path, settings: Settings) -> Run:
+def _resumed(path: Path, settings: Settings) -> RunDirectory:
     if not (path / "settings.toml").is_file():
         raise RunError(f"there is no run {path.name!r} in {path.parent.absolute()} to resume")
-    run = Run(path)
+    run = RunDirectory(path)
     if run.status == "finished":
         raise RunError(f"the run {path.name!r} has finished; there is nothing to resume")
     ours, asked = run.settings.changed(), settings.changed()

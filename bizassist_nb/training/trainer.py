@@ -21,7 +21,7 @@ from bizassist_nb.core.errors import RunError, brief
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.cuda_graphs import CaptureError, Graphs
 from bizassist_nb.training.distributed import fsdp
@@ -63,7 +63,7 @@ def warmup(settings: Settings, steps: int) -> int:
 class Training:
     """What a run's training takes."""
 
-    run: Run
+    run: RunDirectory
     journal: Outbox
     stop: "Stop"
     engine: Engine

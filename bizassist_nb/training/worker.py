@@ -35,12 +35,12 @@ from bizassist_nb.results.degeneration import counted
 from bizassist_nb.results.loss_plot import save_loss_png
 from bizassist_nb.results.model_card import write_card
 from bizassist_nb.results.verdict import Score, mean_loss
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.distributed import fsdp
 from bizassist_nb.training.distributed.rank import FIT, Silent, end_with_launcher, leave_reason, scorers, this_rank
-from bizassist_nb.training.doctor import STACK, versions
+from bizassist_nb.core.versions import STACK, versions
 from bizassist_nb.training.evaluation import Exam, rows_of
 from bizassist_nb.training.fixed_prompts import answer, answer_apart, max_new_tokens
 from bizassist_nb.training.spool import Outbox
@@ -94,7 +94,7 @@ class Heedless(Stop):
 
 def main(directory: str) -> int:
     """Train the run in that directory; 0 if it finished or was stopped, 1 if it failed (its events say why)."""
-    run, rank = Run(Path(directory)), this_rank()
+    run, rank = RunDirectory(Path(directory)), this_rank()
     if rank.count > 1:
         end_with_launcher()
     stop = Stop() if rank.first else Heedless()
@@ -130,7 +130,7 @@ def _fail(journal: Outbox, error: Exception, *, expected: bool) -> int:
     return 1
 
 
-def follow(run: Run, journal: Outbox, stop: Stop) -> None:
+def follow(run: RunDirectory, journal: Outbox, stop: Stop) -> None:
     """What every rank but the first does that has a whole base: load the same, train along, and leave."""
     this_rank().join()
     engine = _engine(run, journal)
@@ -145,7 +145,7 @@ def follow(run: Run, journal: Outbox, stop: Stop) -> None:
     train(Training(run, journal, stop, engine, model, chat, steps), fit)
 
 
-def work(run: Run, journal: Outbox, stop: Stop) -> None:
+def work(run: RunDirectory, journal: Outbox, stop: Stop) -> None:
     """The whole run, top to bottom."""
     settings = run.settings
     journal.write("state", state="loading")
@@ -203,11 +203,11 @@ def work(run: Run, journal: Outbox, stop: Stop) -> None:
         best.forget()  # not before: resumed from here without it, the run would end with another adapter
 
 
-def _write_result(run: Run, journal: Outbox, result: dict[str, Any]) -> None:
+def _write_result(run: RunDirectory, journal: Outbox, result: dict[str, Any]) -> None:
     journal.insist("the verdict", lambda: write_json(run.path / "evaluation.json", result))
 
 
-def _engine(run: Run, journal: Outbox) -> engines.Engine:
+def _engine(run: RunDirectory, journal: Outbox) -> engines.Engine:
     """What trains, imported where it has to be the first; a resumed run keeps its own."""
     rank = this_rank()
     asked = run.environment.get("engine", run.settings.engine)
@@ -218,7 +218,7 @@ def _engine(run: Run, journal: Outbox) -> engines.Engine:
     return engine
 
 
-def _prepare(run: Run, journal: Outbox, base: models.Base) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
+def _prepare(run: RunDirectory, journal: Outbox, base: models.Base) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
     """(data, tokenizer, examples of each step, what base and tuned are scored on)."""
     from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
 
@@ -247,7 +247,7 @@ def _load(journal: Outbox, engine: engines.Engine, base: models.Base, settings: 
 
 
 def _train(
-    run: Run,
+    run: RunDirectory,
     journal: Outbox,
     stop: Stop,
     engine: engines.Engine,
@@ -274,11 +274,11 @@ def _train(
     return done
 
 
-def _save_adapter(run: Run, journal: Outbox, model: Any, chat: ChatTokenizer) -> None:
+def _save_adapter(run: RunDirectory, journal: Outbox, model: Any, chat: ChatTokenizer) -> None:
     journal.insist("the adapter", lambda: save_adapter(run.path / "adapter", model, chat))
 
 
-def _forget_scores(run: Run, steps: int) -> None:
+def _forget_scores(run: RunDirectory, steps: int) -> None:
     """Delete what was said of an adapter that is about to be trained further; one that is done keeps it."""
     checkpoint = newest_checkpoint(run.path)
     if checkpoint is None or checkpoint.step < steps:
@@ -310,7 +310,7 @@ def _preflight(
     return preflight.Fit(**fit)
 
 
-def _take_best(run: Run, journal: Outbox, best: Best, model: Any, chat: ChatTokenizer, stop: Stop) -> None:
+def _take_best(run: RunDirectory, journal: Outbox, best: Best, model: Any, chat: ChatTokenizer, stop: Stop) -> None:
     stop.patient = True
     best.restore(model)
     _save_adapter(run, journal, model, chat)
@@ -319,7 +319,7 @@ def _take_best(run: Run, journal: Outbox, best: Best, model: Any, chat: ChatToke
     stop.check()
 
 
-def _answers_from_apart(run: Run, journal: Outbox) -> dict[str, Any] | None:
+def _answers_from_apart(run: RunDirectory, journal: Outbox) -> dict[str, Any] | None:
     try:
         return answer_apart(run)
     except RunError as error:  # the run is good without answers; its report says that they are missing, and why
@@ -453,7 +453,7 @@ def _score(journal: Outbox, who: str, step: int, model: Any, exam: Exam, between
     return scores
 
 
-def _write_environment(run: Run, engine: str, base: models.Base, table: Table) -> None:
+def _write_environment(run: RunDirectory, engine: str, base: models.Base, table: Table) -> None:
     import torch
 
     device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"

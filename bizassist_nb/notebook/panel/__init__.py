@@ -19,7 +19,7 @@ from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.notebook.panel.train import Train
 from bizassist_nb.notebook.panel.update_loop import Pump, clicked, in_colab
 from bizassist_nb.results import summary
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 TABS: Final = (Train, Preview, Chat, Runs, Export)
 _FALLBACK: Final = "The bizassist panel is live only while its kernel runs: run %bizassist to bring it back."
@@ -114,7 +114,7 @@ class Kept:
         for data, name in zip(self._data, self._ids, strict=True):
             display(data, raw=True, display_id=name)
 
-    def keep(self, run: Run) -> None:
+    def keep(self, run: RunDirectory) -> None:
         """Put this run, which has ended, in them, if it is not there already."""
         of = (run.path, run.status, len(run.events))
         if of == self._of:
@@ -130,7 +130,7 @@ class Kept:
             display(data, raw=True, display_id=name, update=True)
 
 
-def _kept_html(run: Run) -> str:
+def _kept_html(run: RunDirectory) -> str:
     return f'<div class="bn-kept">{summary.run_html(run)}</div>'
 
 

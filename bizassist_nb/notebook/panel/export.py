@@ -19,8 +19,8 @@ from bizassist_nb.notebook.panel.controls import tip
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import Pump, clicked
 from bizassist_nb.results.model_card import parity_words
-from bizassist_nb.results.run_comparison import duration
-from bizassist_nb.runs.run import Run
+from bizassist_nb.core.rendering import duration
+from bizassist_nb.runs.run import RunDirectory
 
 _WORDS: Final = {
     "adapter": "the adapter's folder, with a model card",
@@ -45,7 +45,7 @@ class Export:
         self._job: Job | None = None
         self._run = w.Dropdown(description="run", **tip("the run whose tuned model is exported"))
         self._to = w.Dropdown(
-            options=[(_WORDS[to], to) for to in get_args(Run.export.__annotations__["to"])],
+            options=[(_WORDS[to], to) for to in get_args(RunDirectory.export.__annotations__["to"])],
             value="adapter",
             description="export to",
             **tip("what is made of it"),
@@ -101,7 +101,7 @@ class Export:
 class Job:
     """One `bizassist export`, from its start to its result."""
 
-    def __init__(self, run: Run, to: str, options: list[str]):
+    def __init__(self, run: RunDirectory, to: str, options: list[str]):
         """Start it."""
         self._run, self._to, self._cancelled = run, to, False
         self._began = time.monotonic()

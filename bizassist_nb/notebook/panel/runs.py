@@ -9,7 +9,7 @@ from bizassist_nb.notebook.panel.controls import tip
 from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.notebook.panel.update_loop import Pump, clicked
 from bizassist_nb.results.run_comparison import RunComparison, runs_section
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.run import RunDirectory
 
 _NONE: Final = '<p class="bn-muted">No run yet: train one on the Train tab.</p>'
 
@@ -65,7 +65,7 @@ class Runs:
         self._comparison.value = RunComparison(chosen)._repr_html_()
 
 
-def _moved(run: Run) -> tuple[Any, ...]:
+def _moved(run: RunDirectory) -> tuple[Any, ...]:
     """What changes when the run's line in the table does, but for its steps: those are counted when it is over."""
     evaluation = run.path / "evaluation.json"
     written = evaluation.stat().st_mtime_ns if evaluation.is_file() else 0

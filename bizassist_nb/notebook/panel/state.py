@@ -5,7 +5,7 @@ from typing import Final
 
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs.run import ENDED, Run, list_runs
+from bizassist_nb.runs.run import ENDED, RunDirectory, list_runs
 from bizassist_nb.training.forecast import Watch
 
 _RUNS_EVERY: Final = 1.0
@@ -22,14 +22,14 @@ class State:
         self.unsettled = False
         """Whether the settings were changed a moment ago."""
         self.watch = Watch()
-        self.runs: dict[str, Run] = {}
+        self.runs: dict[str, RunDirectory] = {}
         """By name, oldest first; those that can be read."""
-        self.damaged: list[Run] = []
+        self.damaged: list[RunDirectory] = []
         """Those that cannot."""
         self.problem = ""
         """Why there are none, if the folder cannot be read."""
-        self.followed: Run | None = None
-        self.live: Run | None = None
+        self.followed: RunDirectory | None = None
+        self.live: RunDirectory | None = None
         """The run whose worker is at work, if any is."""
         self.working = False
         """Whether a tab's next turn has more to do at once."""
@@ -62,7 +62,7 @@ class State:
         if self.followed and self.followed.name not in self.runs:
             self.followed = None
 
-    def follow(self, run: Run) -> None:
+    def follow(self, run: RunDirectory) -> None:
         """Show this run from now on."""
         self.runs[run.name] = self.runs.pop(run.name, run)
         self.followed = self.live = self.runs[run.name]
@@ -78,6 +78,6 @@ class State:
         return [name for name, run in reversed(self.runs.items()) if run.adapter]
 
 
-def over(run: Run) -> bool:
+def over(run: RunDirectory) -> bool:
     """Whether it has ended and its worker is gone: only then can it be resumed."""
     return run.status in ENDED and not run.alive

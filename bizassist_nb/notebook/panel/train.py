@@ -17,9 +17,9 @@ from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
 from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.notebook.panel.update_loop import Pump, clicked
 from bizassist_nb.results import summary
-from bizassist_nb.results.run_comparison import duration
+from bizassist_nb.core.rendering import duration
 from bizassist_nb.results.verdict_card import rising
-from bizassist_nb.runs.run import Run, check_name
+from bizassist_nb.runs.run import RunDirectory, check_name
 from bizassist_nb.training.forecast import Survey, past_speed
 from bizassist_nb.training.launch import start
 from bizassist_nb.training.preflight import Estimate
@@ -172,13 +172,13 @@ class RunView:
         clicked(self._start, pump, self._on_start)
         clicked(self._resume, pump, self._on_resume)
         self._stop.on_click(lambda _: self._on_stop())  # only a signal, so at once, whatever the kernel is busy with
-        self._stopping: Run | None = None
+        self._stopping: RunDirectory | None = None
         self._choice = w.Dropdown(description="run", **tip("the run that is shown here"))
         buttons = w.Box([self._start, self._stop, self._resume, self._choice])
         buttons.add_class("bn-buttons")
         self._head, self._plot, self._tail = w.HTML(), w.HTML(), w.HTML()
         self.view = w.VBox([w.HTML("<h3>Training</h3>"), self._before, buttons, self._head, self._plot, self._tail])
-        self._plotted: tuple[Run | None, int, float] = (None, -1, 0.0)
+        self._plotted: tuple[RunDirectory | None, int, float] = (None, -1, 0.0)
         self._told: tuple[object, ...] = ()
         self._chosen: str | None = None
 
@@ -280,7 +280,7 @@ class RunView:
 
     # The run.
 
-    def _show(self, run: Run | None) -> None:
+    def _show(self, run: RunDirectory | None) -> None:
         if run is None:
             self._head.value = '<p class="bn-muted">No run yet. Choose the settings, then press Start.</p>'
             self._plot.value = self._tail.value = ""
@@ -298,7 +298,7 @@ class RunView:
             self._tail.value = _outcome(run) if ended else rendering.table(summary.facts(run))
             self._told = told
 
-    def _progress(self, run: Run) -> str:
+    def _progress(self, run: RunDirectory) -> str:
         now, state = summary.progress(run), run.last("state")
         stopping = self._stopping is run
         doing = "stopping: it finishes its step and saves" if stopping else summary.headline(run).partition(": ")[2]
@@ -319,13 +319,13 @@ class RunView:
         return head + _bar(now.share) + _tiles(tiles) + rises
 
 
-def _plot(run: Run) -> str:
+def _plot(run: RunDirectory) -> str:
     from bizassist_nb.results.loss_plot import loss_svg  # matplotlib, which is not needed before there is a curve
 
     return loss_svg(run)
 
 
-def _outcome(run: Run) -> str:
+def _outcome(run: RunDirectory) -> str:
     """How it ended; for a failure with the last lines of its log, whatever the reason."""
     told = summary.run_html(run)
     if run.status in ("failed", "lost") and (lines := run.log(12)):
@@ -334,13 +334,13 @@ def _outcome(run: Run) -> str:
     return told
 
 
-def _why_not(valid: bool, live: Run | None) -> str:
+def _why_not(valid: bool, live: RunDirectory | None) -> str:
     if live:
         return f"{live.name} is being trained; one run at a time"
     return "train with these settings" if valid else "the settings are not valid yet"
 
 
-def _why_not_resumed(run: Run | None, live: Run | None) -> str | None:
+def _why_not_resumed(run: RunDirectory | None, live: RunDirectory | None) -> str | None:
     if live is not None or run is None or run.status not in ("stopped", "lost", "failed"):
         return "no stopped run is chosen"
     return summary.how_to_go_on(run) if summary.diverged(run) else None

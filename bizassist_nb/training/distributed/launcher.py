@@ -22,7 +22,7 @@ import psutil
 
 from bizassist_nb.core.errors import BizassistError, SettingsError, without_secrets
 from bizassist_nb.core.settings import Settings, user_path
-from bizassist_nb.runs.run import WORKER, Run
+from bizassist_nb.runs.run import WORKER, RunDirectory
 from bizassist_nb.training import engines
 from bizassist_nb.training.distributed.rank import FIT, LAUNCHER
 from bizassist_nb.training.spool import Outbox
@@ -39,7 +39,7 @@ def main(directory: str) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    run = Run(Path(directory))
+    run = RunDirectory(Path(directory))
     # Never delivered: the launcher would end the ranks by it. They inherit this, and listen when they are ready to.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     stopping = threading.Event()
@@ -115,7 +115,7 @@ def _told(failure: "ProcessFailure") -> dict[str, Any]:
     return dict(message["extraInfo"]) if isinstance(message, dict) and "expected" in message["extraInfo"] else {}
 
 
-def _fail(run: Run, message: str, expected: bool) -> int:
+def _fail(run: RunDirectory, message: str, expected: bool) -> int:
     journal = Outbox(run.path)
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
