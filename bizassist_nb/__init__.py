@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from bizassist_nb.api import Run as Run
+    from bizassist_nb.api import compare as compare
+    from bizassist_nb.api import finetune as finetune
+    from bizassist_nb.api import open_run as open_run
     from bizassist_nb.assistant.assistant import Assistant as Assistant
     from bizassist_nb.assistant.comparison import Comparison as Comparison
     from bizassist_nb.assistant.conversation import Conversation as Conversation
     from bizassist_nb.core.errors import BizassistError as BizassistError
     from bizassist_nb.core.settings import Settings as Settings
     from bizassist_nb.notebook.panel import Panel as Panel
-    from bizassist_nb.results.run_comparison import compare as compare
-    from bizassist_nb.runs.run import Run as Run
-    from bizassist_nb.runs.run import open_run as open_run
-    from bizassist_nb.training.launch import finetune as finetune
 
 # Loaded when first used: neither `import bizassist_nb` nor `%load_ext` pays for torch.
 _HOMES = {
@@ -28,11 +28,11 @@ _HOMES = {
     "Comparison": "bizassist_nb.assistant.comparison",
     "Conversation": "bizassist_nb.assistant.conversation",
     "Panel": "bizassist_nb.notebook.panel",
-    "Run": "bizassist_nb.runs.run",
+    "Run": "bizassist_nb.api",
     "Settings": "bizassist_nb.core.settings",
-    "compare": "bizassist_nb.results.run_comparison",
-    "finetune": "bizassist_nb.training.launch",
-    "open_run": "bizassist_nb.runs.run",
+    "compare": "bizassist_nb.api",
+    "finetune": "bizassist_nb.api",
+    "open_run": "bizassist_nb.api",
 }
 __all__ = [
     "Assistant", "BizassistError", "Comparison", "Conversation", "Panel", "Run", "Settings", "compare",

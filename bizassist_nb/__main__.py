@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+from bizassist_nb.api import open_run
 from bizassist_nb.core.errors import BizassistError, SettingsError, brief, printable
-from bizassist_nb.core.versions import own_version
 from bizassist_nb.core.settings import Settings, reference, user_path
-from bizassist_nb.runs.run import ENDED, RunDirectory, list_runs, open_run
+from bizassist_nb.core.versions import own_version
+from bizassist_nb.runs.run import ENDED, RunDirectory, list_runs
 
 DEMO: Final = 'data = "sample"\nsubset = 96\nheld_out = 24\nmax_length = 512\nlearning_rate = 1e-3\n'
 """Settings of the demo: a few minutes on two CPU cores."""
@@ -184,7 +185,7 @@ def _train(settings: Settings, name: str | None, *, resume: bool) -> RunDirector
 
 def _ask(options: argparse.Namespace) -> None:
     from bizassist_nb.assistant.assistant import Assistant
-    from bizassist_nb.assistant.comparison import BASE, TUNED
+    from bizassist_nb.core.generation import BASE, TUNED
 
     run = open_run(options.run, options.runs_dir)
     how = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "seed", "strength")}
@@ -202,7 +203,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _votes(options: argparse.Namespace) -> None:
-    from bizassist_nb.runs.votes import export_preferences, tally
+    from bizassist_nb.results.ballot import export_preferences, tally
 
     run = open_run(options.run, options.runs_dir)
     _say(tally(run).sentence)

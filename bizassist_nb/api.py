@@ -47,10 +47,10 @@ class Run(RunDirectory):
 
         `base` is for "merged", `repo` and `private` are for "hub"; `show` is told what is being done.
         """
+        from bizassist_nb.export.adapter import complete_adapter
         from bizassist_nb.export.gguf import convert
         from bizassist_nb.export.hub import upload
         from bizassist_nb.export.merge import merge
-        from bizassist_nb.export.adapter import complete_adapter
 
         if to != "hub" and (repo or private):
             raise RunError(f"a repository is for an export to the hub, not to {to}")

@@ -71,7 +71,7 @@ def dolly() -> str:
 @pytest.fixture(scope="session")
 def embedded() -> Path:
     """Folder of the embedded model."""
-    from bizassist_nb.models.base import embedded_folder
+    from bizassist_nb.models.embedded import embedded_folder
 
     return embedded_folder()
 

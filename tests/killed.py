@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from bizassist_nb.api import Run
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.results import degeneration
-from bizassist_nb.runs.run import Run
 from bizassist_nb.training import launch, worker
 
 FILES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")

@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from bizassist_nb.api import Run
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.models import base as models
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.run import Run
 
 
 def random_run(path: Path, base: Path, **changes) -> Run:

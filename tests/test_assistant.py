@@ -16,6 +16,7 @@ from peft import PeftModel
 from random_run import random_run, save
 from safetensors.torch import load_file
 
+from bizassist_nb.api import Run
 from bizassist_nb.assistant import decoding
 from bizassist_nb.assistant.assistant import Assistant, QuestionError
 from bizassist_nb.assistant.conversation import Conversation
@@ -26,7 +27,6 @@ from bizassist_nb.core.errors import ModelError
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
 
 QUESTIONS = [
     "How should we price a new feature?",

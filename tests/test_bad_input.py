@@ -26,19 +26,22 @@ from traitlets.config import Config
 
 from bizassist_nb import open_run
 from bizassist_nb.__main__ import main
-from bizassist_nb.assistant.loaded import adapter_config, loaded_base
+from bizassist_nb.api import Run, compare
+from bizassist_nb.assistant.loaded import loaded_base
 from bizassist_nb.core.errors import BizassistError, DataError, ModelError, RunError, SettingsError
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.export.merge import Adapter
+from bizassist_nb.models.adapters import adapter_config
 from bizassist_nb.notebook.magics import _ask_parser, _finetune_parser, _parse
 from bizassist_nb.notebook.panel import Panel
 from bizassist_nb.notebook.tables import runs_table
-from bizassist_nb.results.run_comparison import compare, runs_text
+from bizassist_nb.results.ballot import tally
+from bizassist_nb.results.run_comparison import runs_text
 from bizassist_nb.results.summary import run_html, run_text
 from bizassist_nb.results.verdict import Score, assess, judge
-from bizassist_nb.runs.run import Run, check_name, list_runs
-from bizassist_nb.runs.votes import Vote, append, tally, votes
+from bizassist_nb.runs.run import check_name, list_runs
+from bizassist_nb.runs.votes import Vote, append, votes
 
 DEEP = 100_000
 

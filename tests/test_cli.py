@@ -11,8 +11,8 @@ from live_kernel import wait_until
 from random_run import random_run
 
 from bizassist_nb.__main__ import main
+from bizassist_nb.api import Run, open_run
 from bizassist_nb.runs.journal import take_lock
-from bizassist_nb.runs.run import Run, open_run
 from bizassist_nb.training import launch
 
 

@@ -4,6 +4,7 @@ import pytest
 from random_run import environment
 
 from bizassist_nb import compare
+from bizassist_nb.api import Run
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
@@ -11,7 +12,6 @@ from bizassist_nb.results.loss_plot import overlaid_figure
 from bizassist_nb.results.run_comparison import runs_section, runs_text
 from bizassist_nb.results.verdict import Score, assess, judge
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.run import Run
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from random_run import environment, random_run
 from transformers import AutoModelForCausalLM
 
+from bizassist_nb.api import Run
 from bizassist_nb.assistant import loaded
 from bizassist_nb.core.errors import DataError, ModelError, RunError
 from bizassist_nb.core.files import write_json
@@ -16,9 +17,9 @@ from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.data.tokens import IGNORED, Example
 from bizassist_nb.results.verdict import mean_loss
-from bizassist_nb.runs.run import Run
+from bizassist_nb.runs.rows import rows_of
 from bizassist_nb.training import evaluation
-from bizassist_nb.training.evaluation import Exam, evaluate, rows_of, score
+from bizassist_nb.training.evaluation import Exam, evaluate, score
 
 
 @pytest.fixture(scope="module", autouse=True)

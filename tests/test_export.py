@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from bizassist_nb.__main__ import main
+from bizassist_nb.api import Run
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.core.errors import DataError, ModelError, RunError
 from bizassist_nb.export import merge, parity
 from bizassist_nb.export.weights import Weights, original
 from bizassist_nb.models import base as models
 from bizassist_nb.runs.journal import take_lock
-from bizassist_nb.runs.run import Run
 
 QUESTION = "How should we price a new feature?"
 
@@ -319,7 +319,7 @@ from pathlib import Path
 import bitsandbytes, transformers
 import bizassist_nb.export.merge as merge
 from bizassist_nb.export import weights
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 merge._SHARD = int(sys.argv[3])
 def taken():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -359,7 +359,7 @@ import os, signal, sys
 from pathlib import Path
 import safetensors.torch
 import bizassist_nb.export.merge as merge
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 save_file, merge._SHARD = safetensors.torch.save_file, 50_000
 def save(tensors, path, metadata):
     save_file(tensors, path, metadata=metadata)

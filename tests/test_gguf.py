@@ -11,11 +11,11 @@ from random_run import random_run, tiny_model
 from safetensors.torch import load_file
 
 from bizassist_nb.__main__ import main
+from bizassist_nb.api import Run
 from bizassist_nb.core.errors import ModelError, RunError
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.export.gguf import go_template, modelfile
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ import yaml
 from huggingface_hub import ModelCard
 from random_run import random_run
 
+from bizassist_nb.api import Run
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.loaded import LoadedBase
 from bizassist_nb.core.errors import brief
 from bizassist_nb.core.files import write_json
 from bizassist_nb.models import base as models
 from bizassist_nb.results.model_card import card
-from bizassist_nb.runs.run import Run
 
 TOKEN = "hf_markerTokenThatMustNotBeSeen"
 

@@ -6,8 +6,9 @@ import pytest
 from live_kernel import wait_until
 
 from bizassist_nb import Settings, compare
+from bizassist_nb.api import Run
 from bizassist_nb.data.rows import Row, read_table, split
-from bizassist_nb.runs.run import ENDED, Run
+from bizassist_nb.runs.run import ENDED
 from bizassist_nb.training.launch import start
 
 pytestmark = pytest.mark.slow

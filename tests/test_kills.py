@@ -11,8 +11,8 @@ import pytest
 from live_kernel import kernel, wait_until
 
 from bizassist_nb import Settings
+from bizassist_nb.api import Run
 from bizassist_nb.core.errors import RunError
-from bizassist_nb.runs.run import Run
 from bizassist_nb.training import launch
 
 pytestmark = pytest.mark.slow

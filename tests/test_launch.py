@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from bizassist_nb.api import Run
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.runs.journal import take_lock
-from bizassist_nb.runs.run import Run, check_name
+from bizassist_nb.runs.run import check_name, free_name
 from bizassist_nb.training import launch
 
 
@@ -26,9 +27,9 @@ from bizassist_nb.training import launch
 )
 def test_a_name_that_is_made_up_can_be_a_runs(data, name, tmp_path):
     settings = Settings(data=data, runs_dir=str(tmp_path))
-    assert check_name(launch._free_name(settings)) == name
+    assert check_name(free_name(settings)) == name
     (tmp_path / name).mkdir()
-    assert launch._free_name(settings) == name[:-1] + "2"
+    assert free_name(settings) == name[:-1] + "2"
 
 
 def test_the_number_of_an_earlier_worker_is_gone_before_there_is_a_new_one(tmp_path, monkeypatch):

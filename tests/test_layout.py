@@ -1,6 +1,8 @@
 """What may import what, and what loading the package costs."""
 
 import ast
+import functools
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,7 @@ MAY = {
 }
 
 
+@functools.cache
 def modules():
     return sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
@@ -60,12 +63,38 @@ def test_heavy_packages_are_imported_where_they_are_used(name):
     assert found <= MAY.get(name, set())
 
 
+# Rooms from top to bottom; those of one line stand side by side. Each imports only rooms below it.
+ROOMS = [
+    {"__main__", "__init__"}, {"notebook"}, {"api"}, {"training", "export"}, {"results"}, {"assistant"}, {"models"},
+    {"runs"}, {"data"}, {"core"},
+]  # fmt: skip
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def ours(name):
+    """Modules of the package that it imports anywhere: in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "bizassist_nb":
+            folder = node.module.replace(".", "/").removeprefix("bizassist_nb").removeprefix("/")
+            for alias in node.names:
+                paths = (f"{folder}/{alias.name}.py", f"{folder}.py", f"{folder}/__init__.py", "__init__.py")
+                yield next(path for path in map(str.lstrip, paths, "/" * 4) if path in modules())
+
+
+def room(name):
+    return name.partition("/")[0].removesuffix(".py")
+
+
 @pytest.mark.parametrize("name", modules())
-def test_nothing_imports_the_front_ends(name):
-    if name.startswith("notebook/") or name == "__init__.py":
-        return
-    tree = ast.parse((PACKAGE / name).read_text())
-    assert not [module for module in imports(name, ast.walk(tree)) if module.startswith("bizassist_nb.notebook")]
+def test_each_room_imports_only_rooms_below_it(name):
+    for imported in ours(name):
+        assert room(imported) == room(name) or FLOOR[room(imported)] > FLOOR[room(name)], imported
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graphlib.TopologicalSorter(
+        {name: set(ours(name)) - {name} for name in modules()}
+    ).prepare()  # CycleError names them
 
 
 @pytest.mark.parametrize("name", modules())
@@ -88,6 +117,6 @@ def test_public_names_are_there():
 
 def test_settings_page_is_up_to_date():
     root = PACKAGE.parent
-    namespace = {"__name__": "page", "__file__": str(root / "docs" / "core/settings.py")}
-    exec((root / "docs" / "core/settings.py").read_text(), namespace)  # noqa: S102 - our own script
+    namespace = {"__name__": "page", "__file__": str(root / "docs" / "settings.py")}
+    exec((root / "docs" / "settings.py").read_text(), namespace)  # noqa: S102 - our own script
     assert (root / "docs" / "settings.md").read_text("utf-8") == namespace["text"]()

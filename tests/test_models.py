@@ -24,15 +24,8 @@ from transformers import (
 from bizassist_nb.core.errors import ModelError
 from bizassist_nb.data.tokens import Example
 from bizassist_nb.models import base as models
-from bizassist_nb.models.base import (
-    MISTRAL,
-    TARGETS,
-    count_parameters,
-    embedded_folder,
-    load_nf4,
-    load_tokenizer,
-    resolve,
-)
+from bizassist_nb.models.base import MISTRAL, TARGETS, count_parameters, load_nf4, load_tokenizer, resolve
+from bizassist_nb.models.embedded import embedded_folder
 from bizassist_nb.training.evaluation import score
 
 

@@ -10,7 +10,7 @@ from live_kernel import kernel, wait_until
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 
 pytestmark = pytest.mark.notebook
 

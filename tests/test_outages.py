@@ -12,12 +12,12 @@ import pytest
 from live_kernel import wait_until
 
 from bizassist_nb import Settings, finetune
+from bizassist_nb.api import Run
 from bizassist_nb.core.errors import RunError
-from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.core.rendering import duration
+from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.results.summary import progress, run_text
 from bizassist_nb.runs.journal import EVENTS, Journal, kept_folder
-from bizassist_nb.runs.run import Run
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import checkpoints, newest_checkpoint
 from bizassist_nb.training.spool import Outbox
@@ -193,15 +193,15 @@ def test_what_was_kept_for_a_run_that_was_deleted_is_not_the_next_ones(tiny, tmp
     with away(run.path):
         Outbox(run.path).write("old")
     shutil.rmtree(run.path)
-    made = launch._created(run.path, Settings())
+    made = Run.create(run.path, Settings())
     Outbox(made.path).write("new")
     assert [event["event"] for event in made.events] == ["new"]
 
 
 def test_a_run_whose_launcher_was_killed_while_it_made_it_can_be_made(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / launch._BEGUN).write_text("hal")
-    assert launch._created(tmp_path / "run", Settings(rank=8)).settings.rank == 8
+    (tmp_path / "run" / ".settings.toml.part").write_text("hal")
+    assert Run.create(tmp_path / "run", Settings(rank=8)).settings.rank == 8
 
 
 def test_a_clock_that_is_set_back_is_no_matter(tmp_path, monkeypatch):

@@ -3,11 +3,11 @@
 import pytest
 
 from bizassist_nb import Settings
+from bizassist_nb.api import Run
 from bizassist_nb.core.errors import ModelError
 from bizassist_nb.models.base import Base
 from bizassist_nb.results.summary import run_html, run_text
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.run import Run
 from bizassist_nb.training import preflight
 from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.preflight import MISTRAL, Device, Shape

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from bizassist_nb.api import Run
 from bizassist_nb.assistant.comparison import Comparison, Comparisons, comparison_html
 from bizassist_nb.assistant.differences import marked
 from bizassist_nb.core import rendering
@@ -18,7 +19,6 @@ from bizassist_nb.results.degeneration import counted
 from bizassist_nb.results.summary import run_html
 from bizassist_nb.results.verdict import Score, assess, judge
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.run import Run
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=x>&lt;"
 

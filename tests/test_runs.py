@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_run import environment
 
+from bizassist_nb.api import Run, open_run
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal, is_locked, take_lock
-from bizassist_nb.runs.run import Run, check_name, list_runs, open_run
+from bizassist_nb.runs.run import check_name, list_runs
 
 STEP = {"loss": 2.0, "learning_rate": 1e-4, "gradient_norm": 0.5, "tokens": 100, "seconds": 1.0}
 

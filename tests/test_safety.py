@@ -21,6 +21,7 @@ from traitlets.config import Config
 import bizassist_nb
 from bizassist_nb import Assistant, Panel
 from bizassist_nb.__main__ import main
+from bizassist_nb.api import open_run
 from bizassist_nb.assistant.comparison import Comparison, Comparisons
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import BizassistError, RunError, printable
@@ -30,11 +31,10 @@ from bizassist_nb.notebook.panel.train import RunView, _outcome
 from bizassist_nb.notebook.tables import runs_table
 from bizassist_nb.notebook.vote_view import BallotView
 from bizassist_nb.results import loss_plot
+from bizassist_nb.results.ballot import Ballot
 from bizassist_nb.results.model_card import card
 from bizassist_nb.results.run_comparison import RunComparison, runs_text
 from bizassist_nb.results.summary import run_html, run_text
-from bizassist_nb.runs.run import open_run
-from bizassist_nb.runs.votes import Ballot
 from bizassist_nb.training.forecast import survey
 
 sys.path.insert(0, str(Path(__file__).parent / "browser"))

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from bizassist_nb.api import Run
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.results.degeneration import counted
@@ -11,7 +12,6 @@ from bizassist_nb.results.summary import headline, how_to_go_on, run_html, run_t
 from bizassist_nb.results.verdict import Score, assess, judge
 from bizassist_nb.results.verdict_card import rising, sections
 from bizassist_nb.runs.journal import Journal, take_lock
-from bizassist_nb.runs.run import Run
 
 
 @pytest.fixture

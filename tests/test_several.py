@@ -16,10 +16,11 @@ from live_kernel import wait_until
 from safetensors.torch import load_file
 
 from bizassist_nb import Settings, finetune
+from bizassist_nb.api import Run
 from bizassist_nb.core.errors import EngineError, SettingsError
 from bizassist_nb.results.summary import run_text
 from bizassist_nb.runs.journal import is_locked
-from bizassist_nb.runs.run import ENDED, Run
+from bizassist_nb.runs.run import ENDED
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint
 from bizassist_nb.training.distributed.launcher import Processes, processes

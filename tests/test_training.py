@@ -14,13 +14,14 @@ from live_kernel import wait_until
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bizassist_nb import Settings, finetune
+from bizassist_nb.api import Run
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.results.model_card import card
 from bizassist_nb.results.summary import diverged, run_html, run_text
 from bizassist_nb.results.verdict import Score
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.run import ENDED, Run
+from bizassist_nb.runs.run import ENDED
 from bizassist_nb.training import launch, worker
 from bizassist_nb.training.checkpoints import CHECKSUMS, checkpoints
 from bizassist_nb.training.evaluation import evaluate

@@ -11,21 +11,11 @@ from scipy.stats import binom
 
 from bizassist_nb import votes as voting
 from bizassist_nb.__main__ import main
+from bizassist_nb.api import Run
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs.run import Run
-from bizassist_nb.runs.votes import (
-    Ballot,
-    Tally,
-    Vote,
-    VoteError,
-    append,
-    blind_html,
-    choice_of,
-    preference_pairs,
-    tally,
-    votes,
-)
+from bizassist_nb.results.ballot import Ballot, Tally, blind_html, choice_of, preference_pairs, tally
+from bizassist_nb.runs.votes import Vote, VoteError, append, votes
 
 ANSWERS = {"base": "The base's **words**.", "tuned": "Tuned words."}
 BOTH = Comparison("How <b>much</b>?", ANSWERS, ("pricing",), cut=("tuned",))

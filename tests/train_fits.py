@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
+from bizassist_nb.api import Run
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
 from bizassist_nb.training import engines
 from bizassist_nb.training.preflight import Fit
 from bizassist_nb.training.spool import Outbox
-from bizassist_nb.training.worker import Stop
+from bizassist_nb.training.stop import Stop
 
 
 def main(engine_name: str, folder: str, target: str) -> None:

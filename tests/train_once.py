@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from bizassist_nb.api import Run
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.spool import Outbox
-from bizassist_nb.training.worker import Stop
+from bizassist_nb.training.stop import Stop
 
 
 def snapshot(model):

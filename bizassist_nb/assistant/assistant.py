@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
+from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.assistant.loaded import MOST_ADAPTERS, LoadedBase, loaded_base
 from bizassist_nb.core.errors import BizassistError
+from bizassist_nb.core.generation import BASE, TUNED
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.chat import conversation as messages
 from bizassist_nb.runs.run import RunDirectory

@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from typing import Any, Final
+from typing import Any
 
 from bizassist_nb.assistant.differences import marked
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import printable
+from bizassist_nb.core.generation import BASE, TUNED
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -35,6 +35,14 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that is what the error means: torch has a type for it, its libraries have only words."""
+    import torch
+
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
 class BizassistError(Exception):
     """Base of all errors whose message is the whole story: IPython shows it without a traceback."""
 

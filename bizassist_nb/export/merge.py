@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb.assistant.loaded import WEIGHTS, adapter_config
 from bizassist_nb.core.errors import ModelError, RunError, brief
 from bizassist_nb.core.files import new_folder, put_in_place
 from bizassist_nb.export import parity
 from bizassist_nb.export.weights import INDEX, Weights, original
 from bizassist_nb.models import base as models
+from bizassist_nb.models.adapters import WEIGHTS, adapter_config
 from bizassist_nb.results.model_card import card
 from bizassist_nb.runs.journal import Journal, is_locked
 from bizassist_nb.runs.run import RunDirectory

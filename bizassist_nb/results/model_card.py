@@ -5,9 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb.assistant.loaded import adapter_config
-from bizassist_nb.core.errors import ModelError
-from bizassist_nb.core.files import write_json, write_whole
+from bizassist_nb.core.files import write_whole
 from bizassist_nb.core.rendering import Section, plain_markdown, sections_markdown
 from bizassist_nb.data.rows import DOLLY, SUFFIXES
 from bizassist_nb.models import base as models

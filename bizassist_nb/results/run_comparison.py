@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bizassist_nb.core import rendering
-from bizassist_nb.core.errors import RunError, printable
-from bizassist_nb.core.rendering import Section
+from bizassist_nb.core.errors import printable
+from bizassist_nb.core.rendering import Section, duration
 from bizassist_nb.results.verdict import Score, judge
-from bizassist_nb.runs.run import RunDirectory, open_run
+from bizassist_nb.runs.run import RunDirectory
 
 if TYPE_CHECKING:
     from bizassist_nb.results.loss_plot import LossFigure

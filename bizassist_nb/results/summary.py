@@ -8,10 +8,10 @@ from typing import Any, Final
 
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import printable
-from bizassist_nb.data.tokens import MaskedText
 from bizassist_nb.core.rendering import duration
+from bizassist_nb.data.tokens import MaskedText
+from bizassist_nb.results import ballot
 from bizassist_nb.results.verdict_card import rising, sections
-from bizassist_nb.runs import votes
 from bizassist_nb.runs.run import ENDED, RunDirectory
 
 _RECENT: Final = 20
@@ -205,7 +205,7 @@ def _verdict(run: RunDirectory) -> list[rendering.Section]:
     """The verdict card and the votes; before there is a verdict, what training says about held-out loss."""
     words = rising(run)
     early = [rendering.Section("Held-out loss", (words,), (), ())] if words else []
-    return [*(sections(run) or early), *votes.sections(run)]
+    return [*(sections(run) or early), *ballot.sections(run)]
 
 
 def _status_words(run: RunDirectory) -> str:

@@ -22,11 +22,11 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, Self, cast
 
 from bizassist_nb.core.errors import RunError, SettingsError, brief
+from bizassist_nb.core.files import write_whole
 from bizassist_nb.core.settings import Settings, user_path
 from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import EVENTS, is_locked, kept_folder
@@ -47,6 +47,8 @@ SEVERAL: Final = "bizassist_nb.training.distributed.launcher"
 _ROOM: Final = 1_000_000
 """Bytes with less of which free a disk is full."""
 
+_BEGUN: Final = ".settings.toml.part"
+"""All that is in the directory of a run whose launcher was killed while it made it."""
 _NAME: Final = re.compile(r"\w[\w.-]{0,62}\w|\w")
 
 
@@ -91,6 +93,49 @@ class RunDirectory:
         self._newest: dict[str, dict[str, Any]] = {}  # of each kind
         self._steps: list[Step] = []
         self._held_out: dict[int, float] = {}
+
+    @classmethod
+    def create(cls, path: Path, settings: Settings) -> Self:
+        """Make the directory of a new run.
+
+        Raises:
+            RunError: if there is a run already that has taken a step, or something else.
+        """
+        if (path / "settings.toml").is_file():
+            run = cls(path)
+            if run.status not in ENDED or run.steps:
+                raise RunError(
+                    f"there is a run {path.name!r} already ({run.status}, {len(run.steps)} steps); "
+                    "take another name, or go on with it with --resume"
+                )
+            shutil.rmtree(path)  # it ended before its first step: there is nothing in it to keep
+        elif path.exists() and not (path.is_dir() and {inner.name for inner in path.iterdir()} <= {_BEGUN}):
+            raise RunError(f"{path} exists and holds no run; take another name")
+        shutil.rmtree(kept_folder(path), ignore_errors=True)  # of a run of that name that was deleted
+        path.mkdir(parents=True, exist_ok=True)
+        write_whole(path / "settings.toml", lambda part: part.write_text(settings.to_toml(), "utf-8"))
+        return cls(path)
+
+    @classmethod
+    def resume(cls, path: Path, settings: Settings) -> Self:
+        """The run in that directory, to go on with; `settings` are its own, or none but the folder of runs.
+
+        Raises:
+            RunError: if there is none, it has finished, or it was started with other settings.
+        """
+        if not (path / "settings.toml").is_file():
+            raise RunError(f"there is no run {path.name!r} in {path.parent.absolute()} to resume")
+        run = cls(path)
+        if run.status == "finished":
+            raise RunError(f"the run {path.name!r} has finished; there is nothing to resume")
+        ours, asked = run.settings.changed(), settings.changed()
+        differing = sorted(key for key in ours | asked if ours.get(key) != asked.get(key) and key != "runs_dir")
+        if differing and asked.keys() - {"runs_dir"}:
+            raise RunError(
+                f"the run {path.name!r} was started with other settings ({', '.join(differing)}); resume it with none, "
+                "or give a new name to start anew"
+            )
+        return run
 
     @property
     def name(self) -> str:
@@ -356,6 +401,15 @@ def check_name(name: str) -> str:
             "beginning and ending with a letter, digit or '_'"
         )
     return name
+
+
+def free_name(settings: Settings) -> str:
+    """A name, made from the data's, that no run in the folder has."""
+    stem = re.sub(r"[^\w.-]+", "-", Path(settings.data).stem)[:50].strip(".-") or "run"
+    number = 1
+    while settings.run_path(f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
 
 
 def open_run(name: str, runs_dir: str | Path = "runs") -> RunDirectory:

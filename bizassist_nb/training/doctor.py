@@ -1,12 +1,8 @@
 """What this machine has and what follows for fine-tuning on it."""
 
-import contextlib
-import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterable
-from typing import Final
 
 from bizassist_nb.core.errors import BizassistError
 

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any, Final
 
-from bizassist_nb.assistant.loaded import adapter_folder, loaded_base
-from bizassist_nb.core.errors import RunError
+from bizassist_nb.assistant.loaded import loaded_base
+from bizassist_nb.core.errors import out_of_memory
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.data.rows import Row, Table, read_table, split
+from bizassist_nb.data.rows import Row, read_table
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
+from bizassist_nb.models.adapters import adapter_folder
 from bizassist_nb.results.verdict import Score, assess, judge
+from bizassist_nb.runs.rows import rows_of
 from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training.distributed.rank import scorers
 
@@ -46,8 +48,6 @@ def score(
                 with torch.no_grad():
                     found = _nats(model, [examples[index] for index in rows], pad_id)
             except (RuntimeError, MemoryError) as error:
-                from bizassist_nb.training.trainer import out_of_memory  # after unsloth, where that trains
-
                 if len(batch) == 1 or rank.sharded or not out_of_memory(error):
                     raise
             else:
@@ -67,23 +67,6 @@ def score(
             model.reshard()
     everyone = {index: score for theirs in rank.gathered(scores) for index, score in theirs.items()}
     return [everyone[index] for index in range(len(examples))]
-
-
-def rows_of(run: RunDirectory) -> tuple[Table, list[Row], list[Row]]:
-    """(its data, training rows, held-out rows) of a run.
-
-    Raises:
-        DataError: if they cannot be read.
-        RunError: if the data is not what the run began with.
-    """
-    settings = run.settings
-    table = read_table(settings.data, settings.columns)
-    if run.environment.get("fingerprint", table.fingerprint) != table.fingerprint:
-        raise RunError(
-            f"the data of run {run.name!r} has changed since it began ({table.source}); bring the old data back, "
-            "or start a new run"
-        )
-    return table, *split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
 
 
 class Exam:

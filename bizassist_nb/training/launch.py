@@ -1,8 +1,6 @@
 """Starting a worker process for a run, and following it to its end."""
 
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,20 +12,21 @@ from types import FrameType
 from typing import Self
 
 from bizassist_nb.core.errors import RunError, brief
-from bizassist_nb.core.files import write_whole
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs.journal import Journal, is_locked, kept_folder, take_lock, write_worker
-from bizassist_nb.runs.run import ENDED, SEVERAL, WORKER, RunDirectory, check_name
+from bizassist_nb.runs.journal import Journal, is_locked, take_lock, write_worker
+from bizassist_nb.runs.run import ENDED, SEVERAL, WORKER, RunDirectory, check_name, free_name
 from bizassist_nb.training.distributed.launcher import processes
 
 _POLL = 0.25
 """Seconds between looks at a run that is being followed."""
-_BEGUN = ".settings.toml.part"
-"""All that is in the directory of a run whose launcher was killed while it made it."""
 
 
 def finetune(
-    settings: Settings, name: str | None = None, *, resume: bool = False, show: Callable[[RunDirectory], None] = lambda _: None
+    settings: Settings,
+    name: str | None = None,
+    *,
+    resume: bool = False,
+    show: Callable[[RunDirectory], None] = lambda _: None,
 ) -> RunDirectory:
     """Train a run to its end in a process of its own, calling `show` all the while, and give it back.
 
@@ -60,11 +59,11 @@ def start(settings: Settings, name: str | None = None, *, resume: bool = False) 
         RunError: if the name cannot be used: taken, busy, or nothing there to resume.
         SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
     """
-    path = settings.run_path(check_name(name) if name is not None else _free_name(settings))
+    path = settings.run_path(check_name(name) if name is not None else free_name(settings))
     if not resume:
         processes(settings)  # refused before there is a folder, if it cannot be done here
     try:
-        run = _resumed(path, settings) if resume else _created(path, settings)
+        run = RunDirectory.resume(path, settings) if resume else RunDirectory.create(path, settings)
         return _started(run)
     except OSError as error:
         raise RunError(
@@ -100,7 +99,7 @@ def _started(run: RunDirectory) -> RunDirectory:
 def _running(settings: Settings, name: str) -> RunDirectory | None:
     """The run of that name if it is being trained."""
     path = settings.run_path(check_name(name))
-    return _resumed(path, settings) if is_locked(path) and RunDirectory(path).status not in ENDED else None
+    return RunDirectory.resume(path, settings) if is_locked(path) and RunDirectory(path).status not in ENDED else None
 
 
 class _Interrupts:
@@ -134,47 +133,6 @@ class _Interrupts:
 
     def _send(self, run: RunDirectory) -> None:
         (run.stop if self.count == 1 else run.kill)()
-
-
-def _created(path: Path, settings: Settings) -> RunDirectory:
-    if (path / "settings.toml").is_file():
-        run = RunDirectory(path)
-        if run.status not in ENDED or run.steps:
-            raise RunError(
-                f"there is a run {path.name!r} already ({run.status}, {len(run.steps)} steps); "
-                "take another name, or go on with it with --resume"
-            )
-        shutil.rmtree(path)  # it ended before its first step: there is nothing in it to keep
-    elif path.exists() and not (path.is_dir() and {inner.name for inner in path.iterdir()} <= {_BEGUN}):
-        raise RunError(f"{path} exists and holds no run; take another name")
-    shutil.rmtree(kept_folder(path), ignore_errors=True)  # of a run of that name that was deleted
-    path.mkdir(parents=True, exist_ok=True)
-    write_whole(path / "settings.toml", lambda part: part.write_text(settings.to_toml(), "utf-8"))
-    return RunDirectory(path)
-
-
-def _resumed(path: Path, settings: Settings) -> RunDirectory:
-    if not (path / "settings.toml").is_file():
-        raise RunError(f"there is no run {path.name!r} in {path.parent.absolute()} to resume")
-    run = RunDirectory(path)
-    if run.status == "finished":
-        raise RunError(f"the run {path.name!r} has finished; there is nothing to resume")
-    ours, asked = run.settings.changed(), settings.changed()
-    differing = sorted(key for key in ours | asked if ours.get(key) != asked.get(key) and key != "runs_dir")
-    if differing and asked.keys() - {"runs_dir"}:
-        raise RunError(
-            f"the run {path.name!r} was started with other settings ({', '.join(differing)}); resume it with none, "
-            "or give a new name to start anew"
-        )
-    return run
-
-
-def _free_name(settings: Settings) -> str:
-    stem = re.sub(r"[^\w.-]+", "-", Path(settings.data).stem)[:50].strip(".-") or "run"
-    number = 1
-    while settings.run_path(f"{stem}-{number}").exists():
-        number += 1
-    return f"{stem}-{number}"
 
 
 def _environment(run_path: Path, *, one_gpu: bool) -> dict[str, str]:

@@ -9,9 +9,9 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from bizassist_nb.core.rendering import duration
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.models import base as models
-from bizassist_nb.core.rendering import duration
 from bizassist_nb.training.engines import Engine, own_kernels
 
 GIB: Final = 2**30

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bizassist_nb.core.errors import RunError, brief
 from bizassist_nb.runs.journal import EVENTS, Journal, is_locked, kept_folder, line_of, take_lock, write_worker
@@ -180,3 +180,23 @@ class Outbox(Journal):
         except OSError as error:
             return error.errno in _FULL
         return True
+
+
+class Silent(Outbox):
+    """The journal of all ranks but the first, which alone writes."""
+
+    def __init__(self) -> None:
+        """Of nothing."""
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Write nothing."""
+
+    def checkpoint(self, step: int, write: Callable[[Path], object]) -> None:
+        """Save nothing."""
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """None: it is the first that knows."""
+        return None
+
+    def insist(self, what: str, write: Callable[[], object]) -> None:
+        """Write nothing."""

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
 
-from bizassist_nb.core.errors import RunError, brief
+from bizassist_nb.core.errors import RunError, brief, out_of_memory
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.models import base as models
@@ -31,7 +31,7 @@ from bizassist_nb.training.preflight import Fit
 from bizassist_nb.training.spool import Outbox
 
 if TYPE_CHECKING:
-    from bizassist_nb.training.worker import Stop
+    from bizassist_nb.training.stop import Stop
 
 
 _OVERFLOWS: Final = 24
@@ -125,12 +125,6 @@ def train(training: Training, fit: Fit) -> int:
         if not alone:
             raise NoRoomError(dataclasses.asdict(fit))
         journal.write("fit", step=done, **dataclasses.asdict(fit))
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what the error means: torch has a type for it, its libraries have only words."""
-    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _smaller(training: Training, fit: Fit, step: list[Example], problem: str) -> Fit:

@@ -15,19 +15,18 @@ import math
 import os
 import platform
 import resource
-import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
-from bizassist_nb.core.errors import BizassistError, DataError, RunError, brief, without_secrets
+from bizassist_nb.core.errors import BizassistError, DataError, RunError, brief, out_of_memory, without_secrets
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
+from bizassist_nb.core.versions import STACK, versions
 from bizassist_nb.data.rows import Rejected, Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
 from bizassist_nb.models import base as models
@@ -35,61 +34,19 @@ from bizassist_nb.results.degeneration import counted
 from bizassist_nb.results.loss_plot import save_loss_png
 from bizassist_nb.results.model_card import write_card
 from bizassist_nb.results.verdict import Score, mean_loss
+from bizassist_nb.runs.rows import rows_of
 from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.distributed import fsdp
-from bizassist_nb.training.distributed.rank import FIT, Silent, end_with_launcher, leave_reason, scorers, this_rank
-from bizassist_nb.core.versions import STACK, versions
-from bizassist_nb.training.evaluation import Exam, rows_of
+from bizassist_nb.training.distributed.rank import FIT, end_with_launcher, leave_reason, scorers, this_rank
+from bizassist_nb.training.evaluation import Exam
 from bizassist_nb.training.fixed_prompts import answer, answer_apart, max_new_tokens
-from bizassist_nb.training.spool import Outbox
+from bizassist_nb.training.spool import Outbox, Silent
+from bizassist_nb.training.stop import Heedless, Stop, Stopped
 
 _LISTED: Final = 50
 """Rejected rows that are written out one by one; all are counted."""
-
-
-class Stopped(BaseException):
-    """SIGTERM arrived. Not an Exception, so that no library's handler takes it for an error of its own."""
-
-
-class Stop:
-    """Whether a stop was asked for; outside training it raises Stopped at once."""
-
-    def __init__(self) -> None:
-        """Listen for SIGTERM; an interrupt from a terminal is the launcher's to pass on."""
-        self.asked = False
-        self.patient = True  # True while nothing must be cut short: a step, a save, or at first getting this far
-        signal.signal(signal.SIGTERM, self._on_signal)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the launcher blocked it until now
-
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        self.check()
-
-    def check(self) -> None:
-        """Raise Stopped if a stop was asked for and nothing would be lost."""
-        if self.asked and not self.patient:
-            raise Stopped
-
-    def hurry(self) -> None:
-        """Raise Stopped if a stop was asked for, where what has been done is safe already."""
-        if self.asked:
-            raise Stopped
-
-
-class Heedless(Stop):
-    """That of a rank which is not the first: a stop is for that one, which tells the others.
-
-    SIGTERM ends it at once, even while it waits for the first: so its launcher ends it when another has died.
-    """
-
-    def __init__(self) -> None:
-        """Never asked."""
-        self.asked, self.patient = False, True
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def main(directory: str) -> int:
@@ -218,7 +175,9 @@ def _engine(run: RunDirectory, journal: Outbox) -> engines.Engine:
     return engine
 
 
-def _prepare(run: RunDirectory, journal: Outbox, base: models.Base) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
+def _prepare(
+    run: RunDirectory, journal: Outbox, base: models.Base
+) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
     """(data, tokenizer, examples of each step, what base and tuned are scored on)."""
     from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
 
@@ -352,8 +311,6 @@ def _watch(
     Where memory runs out over it, training goes on as it was, without that score: its own step is through. But not if
     the base is sharded: then the others wait for this rank in the middle of a pass.
     """
-    from bizassist_nb.training.trainer import out_of_memory  # after unsloth, which has to be imported first
-
     every, rank = settings.evaluate_every, scorers()
     if isinstance(every, str):
         each = settings.batch_size * rank.count // this_rank().count  # examples of a step for each of those that score
@@ -428,8 +385,6 @@ def _examine(
     journal: Outbox, who: str, step: int, model: Any, exam: Exam, stop: Stop
 ) -> tuple[list[Score], list[Score]]:
     """(held-out scores, general scores)."""
-    from bizassist_nb.training.trainer import out_of_memory  # after unsloth, which has to be imported first
-
     try:
         return _score(journal, who, step, model, exam, stop.check), exam.on_general(model, stop.check)
     except (RuntimeError, MemoryError) as error:

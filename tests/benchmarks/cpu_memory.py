@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 from bizassist_nb import Settings
+from bizassist_nb.api import Run
 from bizassist_nb.data.tokens import Example
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
 from bizassist_nb.training import engines, preflight
 
 SHAPES = [(64,) * 4, (128,) * 4, (256,) * 4, (384, 100, 100, 100)]
@@ -31,7 +31,7 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
         import unsloth  # noqa: F401 - before everything it patches
     from bizassist_nb.training import trainer
     from bizassist_nb.training.spool import Outbox
-    from bizassist_nb.training.worker import Stop
+    from bizassist_nb.training.stop import Stop
 
     base = models.resolve(folder)
     shape, on, draw, stop = preflight.shape(base.source), preflight.device(), random.Random(0), Stop()

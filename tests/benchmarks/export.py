@@ -20,7 +20,7 @@ from bizassist_nb.models import base as models
 
 OURS = """
 import bizassist_nb.export.merge, bitsandbytes, peft, transformers, json, sys, time, pathlib
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 start = time.perf_counter()
 folder = pathlib.Path(sys.argv[2]); folder.mkdir()
 bizassist_nb.export.merge.write(Run(pathlib.Path(sys.argv[1])), "trained", folder)
@@ -28,7 +28,7 @@ print(json.dumps(time.perf_counter() - start))
 """
 PEFT = """
 import bizassist_nb.models.base, bitsandbytes, peft, transformers, json, sys, time, pathlib, torch
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 run = Run(pathlib.Path(sys.argv[1]))
 start = time.perf_counter()
 base = bizassist_nb.models.base.load_nf4(bizassist_nb.models.base.resolve(run.environment["model"]).source).dequantize()
@@ -39,7 +39,7 @@ print(json.dumps(time.perf_counter() - start))
 """
 MEMORY = """
 import bizassist_nb.export.merge, bitsandbytes, peft, transformers, json, sys, time, pathlib, re
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 from bizassist_nb.export import merge
 merge._SHARD = int(sys.argv[3])
 def peak():

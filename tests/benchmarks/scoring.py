@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 
 run = Run(Path(sys.argv[1]))
 data = run.last("data")

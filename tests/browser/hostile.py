@@ -2,11 +2,11 @@
 
 from random_run import environment
 
+from bizassist_nb.api import Run
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.results.verdict import Score, assess, judge
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.run import Run
 from bizassist_nb.runs.votes import Vote, append
 
 _RUN = "window.hacked=(window.hacked||0)+1"

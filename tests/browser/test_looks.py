@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import pytest
 from front_ends import COLAB_PYTHON, OLDER_KERNEL
 from nbconvert import HTMLExporter
 
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 
 PANEL = ["%load_ext bizassist_nb", "%bizassist"]
 COLAB = ["import google.colab\n%load_ext bizassist_nb", "%bizassist"]

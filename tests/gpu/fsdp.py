@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from bizassist_nb import Settings, finetune
-from bizassist_nb.runs.run import WORKER, Run
+from bizassist_nb.api import Run
+from bizassist_nb.runs.run import WORKER
 
 CONFIG = """
 distributed_type: FSDP

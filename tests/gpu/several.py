@@ -12,7 +12,7 @@ import statistics
 import sys
 
 from bizassist_nb import Settings, finetune
-from bizassist_nb.runs.run import Run
+from bizassist_nb.api import Run
 
 WARM, ROWS = 5, 240
 

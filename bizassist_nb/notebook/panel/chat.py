@@ -10,15 +10,16 @@ from typing import Any, Final
 import ipywidgets as w
 
 from bizassist_nb.assistant.assistant import STRONGEST, Assistant
-from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
+from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.assistant.loaded import answerers, loaded_base
 from bizassist_nb.core.errors import BizassistError
+from bizassist_nb.core.generation import BASE, TUNED
 from bizassist_nb.notebook.panel.controls import fold, tip
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.transcript import Pane, Turn
 from bizassist_nb.notebook.panel.update_loop import Pump, clicked
-from bizassist_nb.runs.votes import CHOICES, KEYS_IN_WORDS, Ballot, choice_of, draw_order, tally
+from bizassist_nb.results.ballot import CHOICES, KEYS_IN_WORDS, Ballot, choice_of, draw_order, tally
 
 _SLICE: Final = 0.1
 """Seconds of answering before the panes are written again: smooth to the eye, and the kernel's messages get a turn."""

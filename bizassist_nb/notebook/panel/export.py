@@ -14,12 +14,13 @@ from typing import IO, Final, get_args
 
 import ipywidgets as w
 
+from bizassist_nb.api import Run
 from bizassist_nb.assistant.loaded import release
+from bizassist_nb.core.rendering import duration
 from bizassist_nb.notebook.panel.controls import tip
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import Pump, clicked
 from bizassist_nb.results.model_card import parity_words
-from bizassist_nb.core.rendering import duration
 from bizassist_nb.runs.run import RunDirectory
 
 _WORDS: Final = {
@@ -45,7 +46,7 @@ class Export:
         self._job: Job | None = None
         self._run = w.Dropdown(description="run", **tip("the run whose tuned model is exported"))
         self._to = w.Dropdown(
-            options=[(_WORDS[to], to) for to in get_args(RunDirectory.export.__annotations__["to"])],
+            options=[(_WORDS[to], to) for to in get_args(Run.export.__annotations__["to"])],
             value="adapter",
             description="export to",
             **tip("what is made of it"),

@@ -12,12 +12,12 @@ import tomli_w
 from bizassist_nb.assistant.loaded import release
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import BizassistError, SettingsError
+from bizassist_nb.core.rendering import duration
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
 from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.notebook.panel.update_loop import Pump, clicked
 from bizassist_nb.results import summary
-from bizassist_nb.core.rendering import duration
 from bizassist_nb.results.verdict_card import rising
 from bizassist_nb.runs.run import RunDirectory, check_name
 from bizassist_nb.training.forecast import Survey, past_speed

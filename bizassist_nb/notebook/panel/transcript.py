@@ -5,8 +5,9 @@ from typing import Final
 
 import ipywidgets as w
 
-from bizassist_nb.assistant.comparison import BASE, TUNED, Comparison
+from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.core import rendering
+from bizassist_nb.core.generation import BASE, TUNED
 from bizassist_nb.runs.votes import Vote
 
 _CURSOR: Final = '<span class="bn-cursor" aria-hidden="true">▍</span>'

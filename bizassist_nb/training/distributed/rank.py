@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from bizassist_nb.core.errors import BizassistError, RunError
-from bizassist_nb.training.checkpoints import Checkpoint
-from bizassist_nb.training.spool import Outbox
 
 T = TypeVar("T")
 
@@ -128,26 +126,6 @@ class NoRoomError(RunError):
             f"{fit['reason']}. Over several machines a run does not go on with less by itself: start it under a new "
             f"name, with micro_batch = {fit['micro_batch']} or a lower max_length"
         )
-
-
-class Silent(Outbox):
-    """The journal of all ranks but the first, which alone writes."""
-
-    def __init__(self) -> None:
-        """Of nothing."""
-
-    def write(self, event: str, **fields: Any) -> None:
-        """Write nothing."""
-
-    def checkpoint(self, step: int, write: Callable[[Path], object]) -> None:
-        """Save nothing."""
-
-    def newest_checkpoint(self) -> Checkpoint | None:
-        """None: it is the first that knows."""
-        return None
-
-    def insist(self, what: str, write: Callable[[], object]) -> None:
-        """Write nothing."""
 
 
 @functools.cache
