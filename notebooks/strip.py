@@ -1,6 +1,6 @@
 """Strip from notebooks what differs each time they are run: times, widget state, counts. Outputs stay.
 
-Usage: python strip.py [NOTEBOOK ...]; without names all beside this file. Exit status 1 if it changed one of those named.
+Usage: python strip.py [NOTEBOOK ...]; without names all beside this file. Exit status 1 if one of those named changed.
 """
 
 import sys

@@ -69,6 +69,7 @@ def test_special_tokens_of_the_embedded_model_are_those_of_its_gguf_file(convert
     assert (chat.end_id, chat.pad_id, chat.stop_ids) == (2, 0, {2})
 
 
+@pytest.mark.slow
 def test_the_embedded_model_generates_by_the_same_special_tokens(converted):
     for config in (AutoConfig.from_pretrained(converted), GenerationConfig.from_pretrained(converted)):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
