@@ -27,6 +27,7 @@ from bizassist_nb.core.errors import ModelError
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.models import base as models
+from bizassist_nb.models.embedded import embedded_folder
 
 QUESTIONS = [
     "How should we price a new feature?",
@@ -49,7 +50,7 @@ def prompts(assistant, trained):
 @pytest.fixture(scope="module")
 def alone(trained):
     """Greedy continuations by plain transformers and PEFT, each model loaded alone: {who: [ids]}."""
-    source = models.embedded_folder()
+    source = embedded_folder()
     chat = models.load_tokenizer(source)
     texts = {}
     for who in ("base", "tuned"):
@@ -374,7 +375,7 @@ def test_what_was_read_is_used_again_with_the_same_logits(after, answered):
     elif after == "a closed stream":
         said = answer(prefix, most=5)
     else:
-        said, layer = answer(None, most=8), decoding.fused._decoder(loaded.model).layers[1]
+        said, layer = answer(None, most=8), decoding.decode_graph._decoder(loaded.model).layers[1]
         calls = itertools.count()
 
         def interrupt(*_):

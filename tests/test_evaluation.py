@@ -10,12 +10,12 @@ from random_run import environment, random_run
 from transformers import AutoModelForCausalLM
 
 from bizassist_nb.api import Run
-from bizassist_nb.assistant import loaded
 from bizassist_nb.core.errors import DataError, ModelError, RunError
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.data.tokens import IGNORED, Example
+from bizassist_nb.models.adapters import WEIGHTS
 from bizassist_nb.results.verdict import mean_loss
 from bizassist_nb.runs.rows import rows_of
 from bizassist_nb.training import evaluation
@@ -195,7 +195,7 @@ def test_a_run_that_cannot_be_scored_is_refused_before_its_base_is_loaded(tiny, 
     data.unlink()
     with pytest.raises(DataError, match="there is no file"):
         evaluate(run)
-    (run.adapter / loaded.WEIGHTS).unlink()
+    (run.adapter / WEIGHTS).unlink()
     with pytest.raises(ModelError, match="is missing"):
         evaluate(run)
     (run.adapter / "adapter_config.json").unlink()

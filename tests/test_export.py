@@ -23,6 +23,7 @@ from bizassist_nb.core.errors import DataError, ModelError, RunError
 from bizassist_nb.export import merge, parity
 from bizassist_nb.export.weights import Weights, original
 from bizassist_nb.models import base as models
+from bizassist_nb.models.embedded import embedded_folder
 from bizassist_nb.runs.journal import take_lock
 
 QUESTION = "How should we price a new feature?"
@@ -73,7 +74,7 @@ def test_merged_model_answers_as_the_tuned_assistant(trained, merged):
 
 
 def test_merged_weights_are_peft_s_to_rounding(trained, merged):
-    base = PeftModel.from_pretrained(models.load_nf4(models.embedded_folder()).dequantize(), trained.adapter)
+    base = PeftModel.from_pretrained(models.load_nf4(embedded_folder()).dequantize(), trained.adapter)
     reference = base.merge_and_unload().state_dict()
     for name, tensor in AutoModelForCausalLM.from_pretrained(merged).named_parameters():
         close(tensor, reference[name])

@@ -22,6 +22,7 @@ from bizassist_nb.assistant.loaded import LoadedBase
 from bizassist_nb.core.errors import brief
 from bizassist_nb.core.files import write_json
 from bizassist_nb.models import base as models
+from bizassist_nb.models.embedded import embedded_folder
 from bizassist_nb.results.model_card import card
 
 TOKEN = "hf_markerTokenThatMustNotBeSeen"
@@ -73,7 +74,7 @@ def test_the_card_s_own_code_loads_the_adapter_and_answers_as_the_tuned_assistan
     folder = shutil.copytree(trained.export("adapter"), tmp_path / "given")
     text = (folder / "README.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(models.embedded_folder()))
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(embedded_folder()))
     for gpu, cpu in (("torch.bfloat16", "torch.float32"), ('"auto"', '"cpu", dtype=torch.float32'), ("=256", "=12")):
         assert gpu in code
         code = code.replace(gpu, cpu)

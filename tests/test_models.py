@@ -24,6 +24,7 @@ from transformers import (
 from bizassist_nb.core.errors import ModelError
 from bizassist_nb.data.tokens import Example
 from bizassist_nb.models import base as models
+from bizassist_nb.models import embedded as making
 from bizassist_nb.models.base import MISTRAL, TARGETS, count_parameters, load_nf4, load_tokenizer, resolve
 from bizassist_nb.models.embedded import embedded_folder
 from bizassist_nb.training.evaluation import score
@@ -75,6 +76,7 @@ def test_the_embedded_model_generates_by_the_same_special_tokens(converted):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
 
 
+@pytest.mark.slow
 def test_conversion_leaves_only_the_finished_folder_and_gives_the_same_each_time(converted, embedded):
     assert {path.name for path in converted.parent.iterdir()} == {converted.name, ".lock"}
     names = {path.name for path in converted.iterdir()}
@@ -96,12 +98,12 @@ def test_the_embedded_model_answers(embedded, chat):
 KILLED = """
 import os, signal
 from pathlib import Path
-from bizassist_nb.models import base as models
+from bizassist_nb.models import embedded
 def convert(gguf, target):
     (target / "config.json").write_text("{")
     os.kill(os.getpid(), signal.SIGKILL)
-models._convert_gguf = convert
-models.embedded_folder()
+embedded._convert_gguf = convert
+embedded.embedded_folder()
 """
 
 
@@ -112,7 +114,7 @@ def test_a_conversion_that_is_killed_leaves_no_half_of_a_model(tmp_path, monkeyp
     assert {path.name for path in cache.iterdir()} == {".part", ".lock"}
     # The next one is not misled by what is left, and finishes.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "_convert_gguf", lambda gguf, target: (target / "config.json").write_text(gguf.name))
+    monkeypatch.setattr(making, "_convert_gguf", lambda gguf, target: (target / "config.json").write_text(gguf.name))
     folder = embedded_folder()
     assert {path.name for path in cache.iterdir()} == {folder.name, ".lock"}
     assert (folder / "config.json").read_text() == "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -124,11 +126,11 @@ def test_a_conversion_that_fails_leaves_nothing_and_is_done_again(tmp_path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "_convert_gguf", fail)
+    monkeypatch.setattr(making, "_convert_gguf", fail)
     with pytest.raises(ModelError, match=r"No space left.*takes 0.3 GB there"):
         embedded_folder()
     assert [path.name for path in (tmp_path / "bizassist_nb" / "2").iterdir()] == [".lock"]
-    monkeypatch.setattr(models, "_convert_gguf", lambda _, target: (target / "config.json").touch())
+    monkeypatch.setattr(making, "_convert_gguf", lambda _, target: (target / "config.json").touch())
     assert (embedded_folder() / "config.json").exists()
 
 

@@ -9,12 +9,12 @@ import sys
 import pytest
 from scipy.stats import binom
 
-from bizassist_nb import votes as voting
 from bizassist_nb.__main__ import main
 from bizassist_nb.api import Run
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.results.ballot import Ballot, Tally, blind_html, choice_of, preference_pairs, tally
+from bizassist_nb.runs import votes as voting
 from bizassist_nb.runs.votes import Vote, VoteError, append, votes
 
 ANSWERS = {"base": "The base's **words**.", "tuned": "Tuned words."}
@@ -112,8 +112,8 @@ def test_a_vote_is_on_one_run_as_it_was_trained(run):
 
 def test_votes_are_kept_when_the_process_is_killed(run):
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom bizassist_nb.runs.run import Run\n"
-        "from bizassist_nb.runs.votes import Ballot\nfrom bizassist_nb.assistant.comparison import Comparison\n"
+        "import os, sys\nfrom pathlib import Path\nfrom bizassist_nb.api import Run\n"
+        "from bizassist_nb.results.ballot import Ballot\nfrom bizassist_nb.assistant.comparison import Comparison\n"
         "run = Run(Path(sys.argv[1]))\n"
         "for i in range(3):\n    Ballot(run, Comparison(f'Q{i}', {'base': 'a', 'tuned': 'b'})).cast('left')\n"
         "os.kill(os.getpid(), 9)"

@@ -15,6 +15,7 @@ from pathlib import Path
 from bizassist_nb import Settings, finetune
 from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.models import base as models
+from bizassist_nb.models.embedded import embedded_folder
 
 PLAIN = """
 import json, sys, time, torch
@@ -62,7 +63,7 @@ def ours(count: int, folder: Path) -> tuple[list[float], list[float]]:
 
 
 def plain(rows: Path, folder: Path) -> tuple[list[float], list[float]]:
-    command = [sys.executable, "-c", PLAIN, str(models.embedded_folder()), str(rows), str(folder)]
+    command = [sys.executable, "-c", PLAIN, str(embedded_folder()), str(rows), str(folder)]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
     found = json.loads(out.splitlines()[-1])
@@ -70,7 +71,7 @@ def plain(rows: Path, folder: Path) -> tuple[list[float], list[float]]:
 
 
 def main(count: int) -> None:
-    chat = models.load_tokenizer(models.embedded_folder())
+    chat = models.load_tokenizer(embedded_folder())
     training, _ = split(read_table("sample").rows, subset=count, held_out=2, seed=42)
     examples, _ = chat.examples(training, system_prompt=Settings().system_prompt, max_length=2048)
     with tempfile.TemporaryDirectory() as name:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from random_run import large_base, random_run
 
-from bizassist_nb.models import base as models
+from bizassist_nb.models.embedded import embedded_folder
 
 OURS = """
 import bizassist_nb.export.merge, bitsandbytes, peft, transformers, json, sys, time, pathlib
@@ -85,7 +85,7 @@ def main(run: Path, gigabytes: float) -> None:
         }
         shard = 200_000_000
         layers = round((gigabytes * 1e9 - 4 * 49152 * 1536) / (2 * (2.5 + 9) * 1536**2))
-        size = large_base(work / "base", models.embedded_folder(), layers=layers, hidden=1536, shard=shard)
+        size = large_base(work / "base", embedded_folder(), layers=layers, hidden=1536, shard=shard)
         memory = python(MEMORY, random_run(work / "large", work / "base").path, work / "written", shard)
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}
     print(json.dumps({"against_peft": found, "large": {"bytes": size, "shard": shard, **memory}, "versions": versions}))
