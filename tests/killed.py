@@ -110,13 +110,13 @@ def main(file: str, name: str, kills: int, seed: int) -> None:
     fixed_prompts.max_new_tokens = lambda: 8
     evaluation._BATCH_LOGITS //= 16
     fixed_prompts.prompts = lambda: degeneration.prompts()[:12]
-    whole = evaluation.Exam.__init__
+    whole = evaluation.EvaluationSet.__init__
 
-    def short(exam, *arguments):
-        whole(exam, *arguments)
-        exam.general = exam.general[:4]
+    def short(evaluation_set, *arguments):
+        whole(evaluation_set, *arguments)
+        evaluation_set.general = evaluation_set.general[:4]
 
-    evaluation.Exam.__init__ = short
+    evaluation.EvaluationSet.__init__ = short
     settings = Settings.from_toml(Path(file).read_text())
     count, seconds = operations(settings, f"{name}-whole")
     chance = random.Random(seed)

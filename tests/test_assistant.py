@@ -22,7 +22,7 @@ from bizassist_nb.assistant.assistant import Assistant, QuestionError
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.assistant.decoding import Sampling, scaled
 from bizassist_nb.assistant.loaded import LoadedBase, loaded_base
-from bizassist_nb.assistant.prefix_cache import Prefix
+from bizassist_nb.assistant.prefix_cache import PrefixCache
 from bizassist_nb.core.errors import ModelError
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.rows import read_table
@@ -332,7 +332,7 @@ def test_a_conversation_is_read_from_where_it_goes_on_with_the_same_logits(assis
             for who in ("base", "tuned")
         ]
         whole, width = read(loaded, prompts, strengths, None)
-        found, columns = read(loaded, prompts, strengths, loaded.prefix)
+        found, columns = read(loaded, prompts, strengths, loaded.prefix_cache)
         assert (found - whole).abs().max() < 1e-4
         assert columns < width / 2
     assert len(prompts[0]) != len(prompts[1])
@@ -365,7 +365,7 @@ def answered(small):
 )
 def test_what_was_read_is_used_again_with_the_same_logits(after, answered):
     loaded, strengths, answer = answered
-    prefix = Prefix()
+    prefix = PrefixCache()
     if after in ("a whole answer", "the same question"):
         said = answer(prefix)
     elif after == "one that was over first":
@@ -400,7 +400,7 @@ def test_what_was_read_is_used_again_with_the_same_logits(after, answered):
 @pytest.mark.parametrize("other", ["strength", "adapter", "rows", "question", "nothing kept"])
 def test_what_was_read_otherwise_is_not_used(other, answered, small):
     loaded, strengths, answer = answered
-    prefix = Prefix()
+    prefix = PrefixCache()
     prompts = [[*row, 7] for row in answer(prefix)]
     if other == "strength":
         strengths = {name: [0.0, 0.5] for name in strengths}

@@ -495,8 +495,8 @@ def test_files_of_a_run(file, content, words, place, make, refused, capsys):
     assert re.search(r"^good +finished", table, re.MULTILINE)
     assert re.search(r"^bad +damaged", table, re.MULTILINE)
     panel = Panel()
-    panel._pump.turn()
-    assert panel._pump.problem == ""
+    panel._update_loop.turn()
+    assert panel._update_loop.problem == ""
     assert list(panel._state.runs) == ["good"]
     assert f"runs/bad/{file}" in panel._tabs[3]._table.value
 

@@ -19,7 +19,7 @@ from bizassist_nb.models.adapters import WEIGHTS
 from bizassist_nb.results.verdict import mean_loss
 from bizassist_nb.runs.rows import rows_of
 from bizassist_nb.training import evaluation
-from bizassist_nb.training.evaluation import Exam, evaluate, score
+from bizassist_nb.training.evaluation import EvaluationSet, evaluate, score
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,12 +207,12 @@ def test_a_run_that_cannot_be_scored_is_refused_before_its_base_is_loaded(tiny, 
 def test_the_general_rows_are_the_same_whole_ones_for_every_run(small, tiny_chat, max_length):
     rows = read_table("sample").rows[:4]
     held, _ = tiny_chat.examples(rows, system_prompt="Be brief.", max_length=600)
-    exam = Exam(tiny_chat, Settings(max_length=max_length), rows, held)
-    assert len(exam.general) == 50
-    assert not any(example.truncated for example in exam.general)
-    assert set(Counter(example.category for example in exam.general).values()) == {5}
-    scores = exam.on_held_out(small), exam.on_general(small)
+    evaluation_set = EvaluationSet(tiny_chat, Settings(max_length=max_length), rows, held)
+    assert len(evaluation_set.general) == 50
+    assert not any(example.truncated for example in evaluation_set.general)
+    assert set(Counter(example.category for example in evaluation_set.general).values()) == {5}
+    scores = evaluation_set.on_held_out(small), evaluation_set.on_general(small)
     assert [one.row for one in scores[0]] == [row.number for row in rows]
-    found = exam.result(scores, scores, None)
+    found = evaluation_set.result(scores, scores, None)
     assert [row["question"] for row in found["rows"]] == [row.instruction for row in rows]
     assert "Nadia" in found["general"]["rows"][0]["question"]

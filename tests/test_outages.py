@@ -17,10 +17,10 @@ from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.rendering import duration
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.results.summary import progress, run_text
-from bizassist_nb.runs.journal import EVENTS, Journal, kept_folder
+from bizassist_nb.runs.journal import EVENTS, Journal, spool_folder
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import checkpoints, newest_checkpoint
-from bizassist_nb.training.spool import Outbox
+from bizassist_nb.training.spool import SpoolingJournal
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +84,9 @@ def test_a_run_goes_on_while_its_directory_cannot_be_written_and_then_on_another
         panel.looked = 0.0
         panel.look()
         assert panel.followed is panel.live is panel.runs["run"]
-        wait_until(lambda: checkpoints(kept_folder(run.path)) != [])
+        wait_until(lambda: checkpoints(spool_folder(run.path)) != [])
     wait_until(lambda: run.last("back") is not None)
-    wait_until(lambda: not kept_folder(run.path).exists())
+    wait_until(lambda: not spool_folder(run.path).exists())
     with limited(worker, resource.RLIMIT_FSIZE, 100):  # as on a full disk, log and events included
         works()
     wait_until(lambda: sum(event["event"] == "back" for event in run.events) == 2)
@@ -156,7 +156,7 @@ def new_run(folder) -> Run:
 
 def test_where_there_is_no_room_at_all_training_goes_on_and_says_what_was_not_saved(tmp_path):
     run = new_run(tmp_path / "run")
-    journal = Outbox(run.path)
+    journal = SpoolingJournal(run.path)
     journal.checkpoint(1, lambda folder: (folder / "weights").write_text("1"))
     journal.checkpoint(2, full)
     assert "the checkpoint of step 2 was not saved (in" in run_text(run)
@@ -169,7 +169,7 @@ def test_where_there_is_no_room_at_all_training_goes_on_and_says_what_was_not_sa
 
 def test_what_a_killed_worker_could_not_write_is_written_by_the_next(tmp_path):
     run = new_run(tmp_path / "run")
-    journal = Outbox(run.path)
+    journal = SpoolingJournal(run.path)
     journal.write("one")
     assert len(run.events) == 1
     with away(run.path):
@@ -177,24 +177,24 @@ def test_what_a_killed_worker_could_not_write_is_written_by_the_next(tmp_path):
         journal.checkpoint(7, lambda folder: (folder / "weights").write_text("7"))
         assert [event["event"] for event in run.events] == ["one", "away", "two", "checkpoint"]
     # Killed here, or right after it has written the events and before it has forgotten them.
-    kept = (kept_folder(run.path) / EVENTS).read_bytes()
+    kept = (spool_folder(run.path) / EVENTS).read_bytes()
     with (run.path / EVENTS).open("ab") as file:
         file.write(kept[: kept.index(b"two") + 2])
-    again = Outbox(run.path)
+    again = SpoolingJournal(run.path)
     again.write("three")
     assert [event["event"] for event in Run(run.path).events] == ["one", "away", "two", "checkpoint", "back", "three"]
     assert [event["event"] for event in run.events] == ["one", "away", "two", "checkpoint", "back", "three"]
     assert newest_checkpoint(run.path).step == 7
-    assert not kept_folder(run.path).exists()
+    assert not spool_folder(run.path).exists()
 
 
 def test_what_was_kept_for_a_run_that_was_deleted_is_not_the_next_ones(tiny, tmp_path, monkeypatch):
     run = new_run(tmp_path / "run")
     with away(run.path):
-        Outbox(run.path).write("old")
+        SpoolingJournal(run.path).write("old")
     shutil.rmtree(run.path)
     made = Run.create(run.path, Settings())
-    Outbox(made.path).write("new")
+    SpoolingJournal(made.path).write("new")
     assert [event["event"] for event in made.events] == ["new"]
 
 

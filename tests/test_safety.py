@@ -35,7 +35,7 @@ from bizassist_nb.results.ballot import Ballot
 from bizassist_nb.results.model_card import card
 from bizassist_nb.results.run_comparison import RunComparison, runs_text
 from bizassist_nb.results.summary import run_html, run_text
-from bizassist_nb.training.forecast import survey
+from bizassist_nb.training.forecast import forecast
 
 sys.path.insert(0, str(Path(__file__).parent / "browser"))
 from hostile import HOSTILE, hostile_run
@@ -133,7 +133,7 @@ def test_no_text_of_a_row_adds_to_the_structure_of_the_preview(tiny, tmp_path):
         clean = (text.encode("utf-8", "replace").decode()).strip() or "x"
         rows = [{"instruction": f"{clean} {i}", "response": clean, "context": clean} for i in range(5)]
         path.write_text(json.dumps(rows), "utf-8")
-        *_, found = survey(Settings(model=str(tiny), data=str(path), subset=3, held_out=2, engine="transformers"))
+        *_, found = forecast(Settings(model=str(tiny), data=str(path), subset=3, held_out=2, engine="transformers"))
         tags = structure(_page(found, 0)), structure(_row(found, found.training[0]))
         return tags[0], {tag for tag, _ in tags[1]}, {name for _, all_ in tags[1] for name, _ in all_}
 

@@ -24,7 +24,7 @@ from bizassist_nb.runs.run import ENDED
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint
 from bizassist_nb.training.distributed.launcher import Processes, processes
-from bizassist_nb.training.forecast import survey
+from bizassist_nb.training.forecast import forecast
 
 TWO = "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\n"
 FSDP = TWO.replace("MULTI_GPU", "FSDP") + "fsdp_config:\n  fsdp_version: 2\n"
@@ -357,9 +357,9 @@ def test_the_table_of_the_page_is_what_its_script_prints():
 def test_before_it_starts_a_run_is_reckoned_for_the_share_of_each_gpu(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     settings = Settings(model=str(tiny), data="sample", subset=16, held_out=2, max_length=256, batch_size=8, gpus=2)
-    *_, found = survey(settings)
+    *_, found = forecast(settings)
     assert found.steps == 2
     assert found.expected.fit.micro_batch == 4
-    *_, alone = survey(dataclasses.replace(settings, gpus=1))
+    *_, alone = forecast(dataclasses.replace(settings, gpus=1))
     assert alone.expected.fit.micro_batch == 8
     assert found.expected.parts["activations"] == pytest.approx(alone.expected.parts["activations"] / 2, rel=0.3)

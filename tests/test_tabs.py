@@ -15,7 +15,7 @@ from bizassist_nb.assistant import decoding, loaded
 from bizassist_nb.core.errors import SettingsError
 from bizassist_nb.runs.journal import Journal
 from bizassist_nb.training import launch, preflight
-from bizassist_nb.training.forecast import survey
+from bizassist_nb.training.forecast import forecast
 
 QUESTIONS = ("How should we price it?", "And what would you do next?")
 DRAWN = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "top_k": 500, "repetition_penalty": 1.1, "seed": 3}
@@ -29,7 +29,7 @@ class Driven:
         self.turn()
 
     def turn(self):
-        self.panel._pump.turn()
+        self.panel._update_loop.turn()
 
     def widgets(self, at=None):
         at = at or self.panel._view
@@ -80,7 +80,7 @@ def driven(runs):
 
 
 def test_what_is_said_before_training_is_what_training_finds(trained):
-    *_, found = survey(trained.settings)
+    *_, found = forecast(trained.settings)
     read = trained.last("data")["training"]
     assert (found.rows, found.tokens, found.truncated) == (read["rows"], read["tokens"], read["truncated"])
     assert found.steps == trained.total_steps
@@ -234,7 +234,7 @@ def test_an_answer_that_is_interrupted_in_a_cell_keeps_no_base(runs, shell, monk
     shell.run_cell(f"%%ask --run one --runs-dir {runs[0].path.parent}\n{QUESTIONS[0]}")
     base = weakref.ref(*loaded._loaded.values())
     monkeypatch.setattr(loaded.models, "device", lambda: "cuda:0")
-    loaded.release()
+    loaded.unload()
     assert base() is None
 
 
@@ -243,9 +243,9 @@ def test_a_base_that_a_run_would_have_go_counts_as_free(runs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", iter((0, 2 << 30)).__next__)  # before it is loaded, and after
     monkeypatch.setattr(preflight, "device", lambda: preflight.Device("cpu", (0, 0), 3.0))
     settings = dataclasses.replace(runs[0].settings, subset=4)
-    *_, before = survey(settings)
+    *_, before = forecast(settings)
     loaded.loaded_base(settings.model)
-    *_, after = survey(settings)
+    *_, after = forecast(settings)
     assert (before.expected.free, after.expected.free) == (3.0, 5.0)
 
 

@@ -176,7 +176,7 @@ def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_start(tmp_path, monkeypatch):
     from bizassist_nb.training import trainer
-    from bizassist_nb.training.spool import Outbox
+    from bizassist_nb.training.spool import SpoolingJournal
 
     def begin() -> int:
         return trainer.train(trainer.Training(run, journal, None, None, None, None, [[]]), None)
@@ -185,7 +185,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
     done = SimpleNamespace(train=lambda **_: None, accelerator=unwrap, state=SimpleNamespace(global_step=1))
     monkeypatch.setattr(trainer, "build_trainer", lambda *_: done)
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
-    run, journal = Run(tmp_path), Outbox(tmp_path)
+    run, journal = Run(tmp_path), SpoolingJournal(tmp_path)
     begin()
     assert run.last("resumed") is None
     journal.write("step", step=1, loss=2.0, learning_rate=1e-4, gradient_norm=0.5, tokens=9, seconds=1.0)
@@ -195,7 +195,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
 
 
 def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_path):
-    from bizassist_nb.training.spool import Outbox
+    from bizassist_nb.training.spool import SpoolingJournal
     from bizassist_nb.training.worker import _watch
 
     (tmp_path / "settings.toml").write_text(Settings(evaluate_every=5).to_toml())
@@ -207,10 +207,10 @@ def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_pat
             raise error
         return [Score(1, 6.0, 3)]
 
-    exam = SimpleNamespace(on_held_out=on_held_out, held_out=[None] * 4)
+    evaluation_set = SimpleNamespace(on_held_out=on_held_out, held_out=[None] * 4)
     best = SimpleNamespace(offer=lambda *found: offered.append(found[:2]))
     stop = SimpleNamespace(hurry=lambda: None)
-    after = _watch(Outbox(tmp_path), run.settings, None, exam, None, 100, best, stop)
+    after = _watch(SpoolingJournal(tmp_path), run.settings, None, evaluation_set, None, 100, best, stop)
     for step in range(1, 15):
         after(step)
     assert (offered, run.held_out) == ([(10, 2.0)], [(10, 2.0)])
@@ -320,21 +320,21 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tin
 def test_only_an_adapter_that_was_broken_in_training_has_diverged(who, tmp_path):
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
     run, journal = Run(tmp_path), Journal(tmp_path)
-    exam = SimpleNamespace(on_held_out=lambda *_: [Score(1, float("nan"), 5)])
+    evaluation_set = SimpleNamespace(on_held_out=lambda *_: [Score(1, float("nan"), 5)])
     with pytest.raises(RunError, match=f"held-out loss of {who}") as caught:
-        worker._score(journal, who, 3, None, exam, lambda: None)
+        worker._score(journal, who, 3, None, evaluation_set, lambda: None)
     journal.write("state", state="failed")
     journal.write("error", message=str(caught.value), expected=True)
     assert diverged(run) == (who == "tuned")
 
 
 def test_float16_may_overflow_while_its_scaling_settles_but_not_for_ever(tmp_path):
-    from bizassist_nb.training.spool import Outbox
+    from bizassist_nb.training.spool import SpoolingJournal
     from bizassist_nb.training.trainer import RunCallback
 
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
     run = Run(tmp_path)
-    callback = RunCallback(Outbox(tmp_path), SimpleNamespace(asked=False), [[]] * 99, 10.0, lambda _: None)
+    callback = RunCallback(SpoolingJournal(tmp_path), SimpleNamespace(asked=False), [[]] * 99, 10.0, lambda _: None)
     callback.on_train_begin(None, None, None)
 
     def step(number, norm, fp16=True):

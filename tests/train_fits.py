@@ -18,7 +18,7 @@ from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.models import base as models
 from bizassist_nb.training import engines
 from bizassist_nb.training.preflight import Fit
-from bizassist_nb.training.spool import Outbox
+from bizassist_nb.training.spool import SpoolingJournal
 from bizassist_nb.training.stop import Stop
 
 
@@ -67,7 +67,7 @@ def main(engine_name: str, folder: str, target: str) -> None:
         fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept, graphs, unpacked)
         found: dict[str, object] = {}
         try:
-            training = trainer.Training(Run(path), Outbox(path), stop, engine, model, chat, steps)
+            training = trainer.Training(Run(path), SpoolingJournal(path), stop, engine, model, chat, steps)
             found["done"] = trainer.train(training, fit)
         except RunError as error:
             found["error"] = str(error)

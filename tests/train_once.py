@@ -14,7 +14,7 @@ from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.models import base as models
 from bizassist_nb.training import engines, preflight
-from bizassist_nb.training.spool import Outbox
+from bizassist_nb.training.spool import SpoolingJournal
 from bizassist_nb.training.stop import Stop
 
 
@@ -49,7 +49,7 @@ def main(engine_name: str, folder: str, run_folder: str) -> None:
     run = Run(path)
     steps = plan(examples, settings)
     fit = preflight.estimate(settings, engine, base, [[len(row.input_ids) for row in step] for step in steps]).fit
-    train(Training(run, Outbox(path), Stop(), engine, model, chat, steps), fit)
+    train(Training(run, SpoolingJournal(path), Stop(), engine, model, chat, steps), fit)
     after = snapshot(model)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     print(

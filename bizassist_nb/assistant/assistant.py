@@ -135,7 +135,7 @@ class Assistant:
                 strengths=strengths,
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
-                prefix=loaded.prefix,
+                prefix=loaded.prefix_cache,
             ):
                 name = rows[number].name
                 answers[name] += text

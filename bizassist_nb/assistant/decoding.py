@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from bizassist_nb.assistant.cuda import decode_graph
-from bizassist_nb.assistant.prefix_cache import Prefix
+from bizassist_nb.assistant.prefix_cache import PrefixCache
 from bizassist_nb.data.tokens import ChatTokenizer
 
 
@@ -48,7 +48,7 @@ def decode(
     pad_id: int,
     max_new_tokens: int,
     sampling: Sampling,
-    prefix: Prefix | None = None,
+    prefix: PrefixCache | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token id) as answers grow: every living row's next token, step by step, end tokens left out.
 
@@ -82,7 +82,7 @@ def texts(
     strengths: Mapping[str, Sequence[float]],
     max_new_tokens: int,
     sampling: Sampling,
-    prefix: Prefix | None = None,
+    prefix: PrefixCache | None = None,
 ) -> Iterator[tuple[int, str]]:
     """`decode` as (row, text), one for every token: "" while a character is not yet whole."""
     streams = [DecodeStream(skip_special_tokens=True) for _ in prompts]
@@ -107,7 +107,7 @@ def _steps(
     strengths: Mapping[str, Sequence[float]],
     pad_id: int,
     max_new_tokens: int,
-    prefix: Prefix | None,
+    prefix: PrefixCache | None,
 ) -> Iterator[tuple[torch.Tensor, "_ModuleSteps | _GraphSteps"]]:
     """The logits (rows, vocabulary) after the prompts, and what computes those after each further token."""
     ids, mask = _left_padded(prompts, pad_id, model.device)
@@ -138,9 +138,9 @@ class _ModuleSteps:
     def __init__(self, model: Any, strengths: Mapping[str, Sequence[float]], cache: DynamicCache, mask: torch.Tensor):
         self._model, self._cache, self._mask = model, cache, mask
         self._strengths = {name: list(values) for name, values in strengths.items()}
-        self._prefix: Prefix | None = None
+        self._prefix: PrefixCache | None = None
 
-    def remember_in(self, prefix: Prefix, prompts: Sequence[Sequence[int]]) -> None:
+    def remember_in(self, prefix: PrefixCache, prompts: Sequence[Sequence[int]]) -> None:
         """Note what is read from now on, after these prompts; `remember` leaves it to `prefix`, once."""
         self._prefix, self._read = prefix, [list(prompt) for prompt in prompts]
 

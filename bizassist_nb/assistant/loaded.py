@@ -24,7 +24,7 @@ class LoadedBase:
         import torch
 
         from bizassist_nb.assistant import decoding
-        from bizassist_nb.assistant.prefix_cache import Prefix
+        from bizassist_nb.assistant.prefix_cache import PrefixCache
 
         self.base = base
         self.chat = models.load_tokenizer(base.source)
@@ -40,7 +40,7 @@ class LoadedBase:
         self.memory = torch.cuda.memory_allocated() - before
         """Bytes of GPU memory that its weights take."""
         decoding.quicken(self.model)
-        self.prefix = Prefix() if self.model.device.type == "cpu" else None
+        self.prefix_cache = PrefixCache() if self.model.device.type == "cpu" else None
         self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
         self._count = itertools.count()
 
@@ -99,8 +99,8 @@ class LoadedBase:
         from bizassist_nb.assistant.cuda import decode_graph
 
         decode_graph.forget(self.model)
-        if self.prefix:
-            self.prefix.forget()
+        if self.prefix_cache:
+            self.prefix_cache.forget()
 
     def use(self, adapters: list[str]) -> None:
         """Have just these adapters take part in the forward pass."""
@@ -116,16 +116,16 @@ class Answerer(Protocol):
         """End the answer that is being written, if one is."""
 
 
-answerers: Final["weakref.WeakSet[Answerer]"] = weakref.WeakSet()
-"""Whoever `release` has to tell, for as long as they live."""
+active_answers: Final["weakref.WeakSet[Answerer]"] = weakref.WeakSet()
+"""Whoever `unload` has to tell, for as long as they live."""
 
 
-def release() -> None:
+def unload() -> None:
     """Let go of the bases in GPU memory, so that a worker finds room; they are loaded anew when next asked.
 
     On any device the answers of all `answerers` end where they are.
     """
-    for answerer in tuple(answerers):
+    for answerer in tuple(active_answers):
         answerer.halt()
     if not (_loaded or _loading.locked()) or models.device() == "cpu":
         return
@@ -139,7 +139,7 @@ def release() -> None:
 
 
 def held() -> float:
-    """GiB of GPU memory, at least, that `release` would give back."""
+    """GiB of GPU memory, at least, that `unload` would give back."""
     return sum(loaded.memory for loaded in tuple(_loaded.values())) / 2**30
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 _Strengths = dict[str, list[float]]
 
 
-class Prefix:
+class PrefixCache:
     """The tokens of every row of the last question and its answers, with their keys and values.
 
     For float32 only: with the rounding of 16 bits an answer would depend on what was asked before it.

@@ -13,7 +13,7 @@ from typing import Any
 from bizassist_nb.core.errors import RunError
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a file beside `path`, then put it in place: readers see the old one or the new one.
 
     It is on the disk before it is in place, so this holds for a machine that loses its power, too.
@@ -47,10 +47,12 @@ def sync_entries(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8", "replace"))
+    write_atomic(
+        path, lambda part: part.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8", "replace")
+    )
 
 
-def put_in_place(part: Path, target: Path) -> None:
+def replace_folder(part: Path, target: Path) -> None:
     """Put a folder that has been filled in the place of `target`, which stays there until then.
 
     Whoever may read other files of this person may read those in it: safetensors gives its own to them alone.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb.core.errors import ModelError, RunError
-from bizassist_nb.core.files import new_folder, put_in_place
+from bizassist_nb.core.files import new_folder, replace_folder
 from bizassist_nb.core.settings import cache
 from bizassist_nb.data.chat import Message
 from bizassist_nb.data.tokens import ChatTokenizer
@@ -63,7 +63,7 @@ def convert(run: RunDirectory, *, show: Callable[[str], None] = lambda _: None) 
         begins = _check_tokens(_fields(converter, file), chat)
         (part / "Modelfile").write_text(modelfile(run, chat, begins=begins), "utf-8")
         Journal(run.path).write("gguf", bytes=file.stat().st_size, seconds=time.monotonic() - started)
-        put_in_place(part, target)
+        replace_folder(part, target)
     return target
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb.core.errors import ModelError, RunError, brief
-from bizassist_nb.core.files import new_folder, put_in_place
+from bizassist_nb.core.files import new_folder, replace_folder
 from bizassist_nb.export import parity
 from bizassist_nb.export.weights import INDEX, Weights, original
 from bizassist_nb.models import base as models
@@ -55,7 +55,7 @@ def merge(run: RunDirectory, base: parity.Base = "trained", *, show: Callable[[s
         if not found["passed"]:
             raise RunError(f"the merged model is not the tuned one and was not kept: {'; '.join(found['failures'])}")
         (part / "README.md").write_text(card(run, found), "utf-8")
-        put_in_place(part, target)
+        replace_folder(part, target)
     return target
 
 

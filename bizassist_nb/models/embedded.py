@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from bizassist_nb.core.errors import ModelError, brief
-from bizassist_nb.core.files import put_in_place
+from bizassist_nb.core.files import replace_folder
 from bizassist_nb.core.settings import cache
 
 
@@ -49,7 +49,7 @@ def _make_embedded(gguf: Path, folder: Path) -> None:
         part.mkdir()
         try:
             _convert_gguf(gguf, part)
-            put_in_place(part, folder)
+            replace_folder(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 

@@ -74,14 +74,14 @@ class BizassistMagics(Magics):
     @cell_magic
     def finetune(self, line: str, cell: str) -> Run:
         """Train with a live view; an interrupt stops cleanly with a checkpoint, a second one ends the run at once."""
-        from bizassist_nb.assistant.loaded import release
+        from bizassist_nb.assistant.loaded import unload
         from bizassist_nb.training.launch import start
 
         options = _parse(_finetune_parser(), line)
         settings = Settings.from_toml(cell, options.set)
         if options.resume and options.name is None:
             raise UsageError("%%finetune --resume: which run? %%finetune NAME --resume")
-        release()
+        unload()
         if options.background:
             self._run = Run(start(settings, options.name, resume=options.resume).path)
             self._runs_dir = settings.runs_dir

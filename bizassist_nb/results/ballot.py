@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import printable
-from bizassist_nb.core.files import write_whole
+from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.generation import BASE, TUNED
 from bizassist_nb.core.rendering import Section
 from bizassist_nb.data.chat import Message, conversation
@@ -228,7 +228,7 @@ def export_preferences(run: RunDirectory, path: Path) -> int:
         raise VoteError(f"the run {run.name!r} has no decided votes to export; vote with %%ask --blind")
     text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
     try:
-        write_whole(path, lambda part: part.write_text(text, "utf-8"))
+        write_atomic(path, lambda part: part.write_text(text, "utf-8"))
     except OSError as error:
         raise VoteError(
             f"{path} cannot be written ({error.strerror}); name a file in a folder that is there"

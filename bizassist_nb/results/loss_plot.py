@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bizassist_nb.core.files import write_whole
+from bizassist_nb.core.files import write_atomic
 from bizassist_nb.runs.run import RunDirectory
 
 # Okabe and Ito's colours, told apart by colour-blind people too; line styles differ besides.
@@ -210,4 +210,4 @@ def loss_png(run: RunDirectory) -> bytes:
 
 def save_loss_png(run: RunDirectory) -> None:
     """Write the run's loss.png."""
-    write_whole(run.path / "loss.png", lambda part: part.write_bytes(loss_png(run)))
+    write_atomic(run.path / "loss.png", lambda part: part.write_bytes(loss_png(run)))

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb.core.files import write_whole
+from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.rendering import Section, plain_markdown, sections_markdown
 from bizassist_nb.data.rows import DOLLY, SUFFIXES
 from bizassist_nb.models import base as models
@@ -45,7 +45,7 @@ tokenizer = AutoTokenizer.from_pretrained(here)"""
 
 def write_card(run: RunDirectory) -> None:
     """Write the run's README.md."""
-    write_whole(run.path / "README.md", lambda part: part.write_text(card(run), "utf-8"))
+    write_atomic(run.path / "README.md", lambda part: part.write_text(card(run), "utf-8"))
 
 
 def card(run: RunDirectory, parity: dict[str, Any] | None = None) -> str:

@@ -50,7 +50,7 @@ def line_of(event: str, fields: Mapping[str, Any]) -> bytes:
     return line.encode("utf-8", "replace") + b"\n"
 
 
-def kept_folder(run_path: Path) -> Path:
+def spool_folder(run_path: Path) -> Path:
     """Where this machine keeps what a worker cannot write into that directory (see `bizassist_nb.training.spool`)."""
     return cache() / "kept" / hashlib.sha256(str(run_path.absolute()).encode()).hexdigest()[:16]
 

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self, cast
 
 from bizassist_nb.core.errors import RunError, SettingsError, brief
-from bizassist_nb.core.files import write_whole
+from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.settings import Settings, user_path
 from bizassist_nb.runs import records
-from bizassist_nb.runs.journal import EVENTS, is_locked, kept_folder
+from bizassist_nb.runs.journal import EVENTS, is_locked, spool_folder
 
 Status = Literal[
     "starting", "loading", "scoring", "training", "answering", "saving", "finished", "stopped", "failed", "lost",
@@ -86,7 +86,7 @@ class RunDirectory:
             raise RunError(f"{path} holds no run (it has no settings.toml)")
         self._files: dict[str, tuple[object, Any]] = {}  # what was read from each, and at which state of it
         self._unread = 0
-        self._kept = kept_folder(path)
+        self._kept = spool_folder(path)
         self._offsets = {path: 0, self._kept: 0}
         self._ahead: set[bytes] = set()  # lines that were read where they are kept, before they were delivered
         self._events: list[dict[str, Any]] = []
@@ -111,9 +111,9 @@ class RunDirectory:
             shutil.rmtree(path)  # it ended before its first step: there is nothing in it to keep
         elif path.exists() and not (path.is_dir() and {inner.name for inner in path.iterdir()} <= {_BEGUN}):
             raise RunError(f"{path} exists and holds no run; take another name")
-        shutil.rmtree(kept_folder(path), ignore_errors=True)  # of a run of that name that was deleted
+        shutil.rmtree(spool_folder(path), ignore_errors=True)  # of a run of that name that was deleted
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "settings.toml", lambda part: part.write_text(settings.to_toml(), "utf-8"))
+        write_atomic(path / "settings.toml", lambda part: part.write_text(settings.to_toml(), "utf-8"))
         return cls(path)
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any, Final
 from safetensors import SafetensorError
 
 from bizassist_nb.core.errors import brief
-from bizassist_nb.core.files import discard, put_in_place, recover
+from bizassist_nb.core.files import discard, recover, replace_folder
 from bizassist_nb.data.tokens import ChatTokenizer
 
 CHECKSUMS: Final = "checksums.json"
@@ -89,7 +89,7 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
         files = [file for file in sorted(part.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
         sums = {str(file.relative_to(part)): _checksum(file) for file in files}
         (part / CHECKSUMS).write_text(json.dumps(sums, indent=1), "utf-8")
-        put_in_place(part, folder / part.name)
+        replace_folder(part, folder / part.name)
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
     older = [checkpoint for checkpoint in checkpoints(run_path) if checkpoint.step <= step][_KEPT:]
@@ -173,6 +173,6 @@ def save_adapter(target: Path, model: Any, chat: ChatTokenizer, notes: dict[str,
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run has its own
         for name, text in (notes or {}).items():
             (part / name).write_text(text, "utf-8")
-        put_in_place(part, target)
+        replace_folder(part, target)
     finally:
         shutil.rmtree(part, ignore_errors=True)

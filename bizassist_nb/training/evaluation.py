@@ -65,11 +65,11 @@ def score(
         model.train(training)
         if rank.sharded:  # else embeddings stay gathered until something is saved, which is in the first rank alone
             model.reshard()
-    everyone = {index: score for theirs in rank.gathered(scores) for index, score in theirs.items()}
+    everyone = {index: score for theirs in rank.all_gather(scores) for index, score in theirs.items()}
     return [everyone[index] for index in range(len(examples))]
 
 
-class Exam:
+class EvaluationSet:
     """What base and tuned are scored on: a run's held-out rows, and general rows of other kinds, which show what was
     forgotten. Those ship with the package and are not cut where training rows are, so all runs have the same.
     """
@@ -127,12 +127,12 @@ def evaluate(run: RunDirectory) -> dict[str, Any]:
     loaded = loaded_base(run.model)
     adapter = loaded.adapter(run)
     held, _ = loaded.chat.examples(rows, system_prompt=settings.system_prompt, max_length=settings.max_length)
-    exam = Exam(loaded.chat, settings, rows, held)
+    evaluation_set = EvaluationSet(loaded.chat, settings, rows, held)
     loaded.use([adapter])
     with scaled(loaded.model, {}):
-        base = exam.on_held_out(loaded.model), exam.on_general(loaded.model)
-    tuned = exam.on_held_out(loaded.model), exam.on_general(loaded.model)
-    result = exam.result(base, tuned, answer_run(run))
+        base = evaluation_set.on_held_out(loaded.model), evaluation_set.on_general(loaded.model)
+    tuned = evaluation_set.on_held_out(loaded.model), evaluation_set.on_general(loaded.model)
+    result = evaluation_set.result(base, tuned, answer_run(run))
     write_json(run.path / "evaluation.json", result)
     write_card(run)
     return result

@@ -27,7 +27,7 @@ _WHOLE: Final = 1 << 40
 
 
 @dataclasses.dataclass(frozen=True)
-class Survey:
+class Forecast:
     """What training would read; counts are over the rows tokenised so far."""
 
     settings: Settings
@@ -83,7 +83,7 @@ class Survey:
         return Example(row.number, ids, labels, cut, row.category)
 
 
-def survey(settings: Settings) -> Iterator[Survey]:
+def forecast(settings: Settings) -> Iterator[Forecast]:
     """What the settings lead to, again after every slice of rows; the last one is finished. May be closed at any time.
 
     Raises:
@@ -99,7 +99,7 @@ def survey(settings: Settings) -> Iterator[Survey]:
     training, _ = split(table.rows, subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
     base = models.resolve(settings.model, loaded.held())  # which is given back before a run is started
     chat = _tokenizer(base.source)
-    found = Survey(settings, base, chat, table.source, training, table.rejected)
+    found = Forecast(settings, base, chat, table.source, training, table.rejected)
     lengths = _lengths(base.source, table.fingerprint, settings.system_prompt)
     while found.counted < len(training):
         found = _counted(found, training[found.counted : found.counted + _SLICE], lengths)
@@ -148,7 +148,7 @@ _Lengths = dict[int, tuple[int, int]]
 """By row number: (tokens of the question, tokens of the whole row)."""
 
 
-def _counted(found: Survey, rows: Sequence[Row], lengths: _Lengths) -> Survey:
+def _counted(found: Forecast, rows: Sequence[Row], lengths: _Lengths) -> Forecast:
     most = found.settings.max_length
     tokens, truncated = found.tokens, found.truncated
     too_long = list(found.too_long)
@@ -199,12 +199,12 @@ def _lengths(_source: str, _fingerprint: str, _system_prompt: str) -> _Lengths:
     return {}
 
 
-class Watch:
+class ForecastThread:
     """Surveys the newest settings it was given on a thread of its own, which writes nothing but `found`."""
 
     def __init__(self) -> None:
         """Nothing to survey yet."""
-        self.found: Survey | None = None
+        self.found: Forecast | None = None
         """What is known about the settings wanted; None as long as nothing is."""
         self.problem: Exception | None = None
         """Why they cannot be surveyed."""
@@ -236,11 +236,11 @@ class Watch:
                     self._changed.wait()
                 wanted = self._wanted
             assert wanted is not None
-            self._survey(wanted)
+            self._forecast(wanted)
 
-    def _survey(self, wanted: Settings) -> None:
+    def _forecast(self, wanted: Settings) -> None:
         try:
-            for found in survey(wanted):
+            for found in forecast(wanted):
                 with self._changed:
                     if self._wanted is not wanted:
                         return

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb.core.errors import RunError, brief
-from bizassist_nb.runs.journal import EVENTS, Journal, is_locked, kept_folder, line_of, take_lock, write_worker
+from bizassist_nb.runs.journal import EVENTS, Journal, is_locked, line_of, spool_folder, take_lock, write_worker
 from bizassist_nb.training.checkpoints import Checkpoint, checkpoints, newest_checkpoint, save_checkpoint
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,7 +27,7 @@ _PATIENCE: Final = 3600.0
 """Seconds for which a worker that has nothing else to do waits for its directory."""
 
 
-class Outbox(Journal):
+class SpoolingJournal(Journal):
     """A journal that keeps what cannot be written yet; checkpoints likewise."""
 
     def __init__(self, run_path: Path, between: Callable[[], None] = lambda: None):
@@ -36,7 +36,7 @@ class Outbox(Journal):
         `between` is called while waiting for the directory; what it raises ends that.
         """
         super().__init__(run_path)
-        self._run_path, self._kept, self._between = run_path, kept_folder(run_path), between
+        self._run_path, self._kept, self._between = run_path, spool_folder(run_path), between
         self._waiting: list[bytes] = []
         with contextlib.suppress(OSError):
             self._waiting = (self._kept / EVENTS).read_bytes().splitlines(keepends=True)
@@ -182,7 +182,7 @@ class Outbox(Journal):
         return True
 
 
-class Silent(Outbox):
+class Silent(SpoolingJournal):
     """The journal of all ranks but the first, which alone writes."""
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ class Stop:
             raise Stopped
 
 
-class Heedless(Stop):
+class FollowerStop(Stop):
     """That of a rank which is not the first: a stop is for that one, which tells the others.
 
     SIGTERM ends it at once, even while it waits for the first: so its launcher ends it when another has died.

@@ -28,7 +28,7 @@ from bizassist_nb.training.distributed import fsdp
 from bizassist_nb.training.distributed.rank import NoRoomError, this_rank
 from bizassist_nb.training.engines import Engine
 from bizassist_nb.training.preflight import Fit
-from bizassist_nb.training.spool import Outbox
+from bizassist_nb.training.spool import SpoolingJournal
 
 if TYPE_CHECKING:
     from bizassist_nb.training.stop import Stop
@@ -64,7 +64,7 @@ class Training:
     """What a run's training takes."""
 
     run: RunDirectory
-    journal: Outbox
+    journal: SpoolingJournal
     stop: "Stop"
     engine: Engine
     model: Any
@@ -86,7 +86,7 @@ def train(training: Training, fit: Fit) -> int:
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
     model, journal, steps = training.model, training.journal, training.steps
-    checkpoint = this_rank().gathered(journal.newest_checkpoint())[0]
+    checkpoint = this_rank().all_gather(journal.newest_checkpoint())[0]
     if checkpoint or training.run.steps:  # without a checkpoint it begins from the start, and its steps count no more
         journal.write("resumed", step=checkpoint.step if checkpoint else 0)
     while True:
@@ -255,7 +255,7 @@ def _arguments(training: Training, fit: Fit) -> SFTConfig:
 class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
     """One whose checkpoints are whole or absent, and go where the journal has a place for them."""
 
-    journal: Outbox
+    journal: SpoolingJournal
     fit: Fit
     checkpointed: list[bool]
     """Of each step whether it goes through with checkpointing."""
@@ -281,7 +281,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        states = this_rank().gathered(self._random_state()) if this_rank().count > 1 else []
+        states = this_rank().all_gather(self._random_state()) if this_rank().count > 1 else []
 
         def write(folder: Path) -> None:
             self.args.output_dir = str(folder.parent)
@@ -328,7 +328,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
 
     def __init__(
         self,
-        journal: Outbox,
+        journal: SpoolingJournal,
         stop: "Stop",
         steps: list[list[Example]],
         checkpoint_minutes: float,
@@ -347,7 +347,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Decide whether to save and whether to go on: the first rank does, for all."""
-        asked, due = this_rank().told([self._stop.asked, time.monotonic() - self._saved >= self._interval])
+        asked, due = this_rank().broadcast([self._stop.asked, time.monotonic() - self._saved >= self._interval])
         if asked:
             control.should_training_stop = True
         if asked or due or state.global_step >= state.max_steps:

@@ -40,10 +40,10 @@ from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.distributed import fsdp
 from bizassist_nb.training.distributed.rank import FIT, end_with_launcher, leave_reason, scorers, this_rank
-from bizassist_nb.training.evaluation import Exam
+from bizassist_nb.training.evaluation import EvaluationSet
 from bizassist_nb.training.fixed_prompts import answer, answer_apart, max_new_tokens
-from bizassist_nb.training.spool import Outbox, Silent
-from bizassist_nb.training.stop import Heedless, Stop, Stopped
+from bizassist_nb.training.spool import Silent, SpoolingJournal
+from bizassist_nb.training.stop import FollowerStop, Stop, Stopped
 
 _LISTED: Final = 50
 """Rejected rows that are written out one by one; all are counted."""
@@ -54,8 +54,8 @@ def main(directory: str) -> int:
     run, rank = RunDirectory(Path(directory)), this_rank()
     if rank.count > 1:
         end_with_launcher()
-    stop = Stop() if rank.first else Heedless()
-    journal = Outbox(run.path, between=stop.hurry) if rank.first else Silent()
+    stop = Stop() if rank.first else FollowerStop()
+    journal = SpoolingJournal(run.path, between=stop.hurry) if rank.first else Silent()
     try:
         if rank.first:
             work(run, journal, stop)
@@ -76,7 +76,7 @@ def main(directory: str) -> int:
     return 0
 
 
-def _fail(journal: Outbox, error: Exception, *, expected: bool) -> int:
+def _fail(journal: SpoolingJournal, error: Exception, *, expected: bool) -> int:
     message = str(error) if expected else without_secrets(f"{type(error).__name__}: {error}")
     if this_rank().count > 1:  # which of the ranks' errors came first, their launcher knows
         leave_reason(message, error)
@@ -87,22 +87,22 @@ def _fail(journal: Outbox, error: Exception, *, expected: bool) -> int:
     return 1
 
 
-def follow(run: RunDirectory, journal: Outbox, stop: Stop) -> None:
+def follow(run: RunDirectory, journal: SpoolingJournal, stop: Stop) -> None:
     """What every rank but the first does that has a whole base: load the same, train along, and leave."""
     this_rank().join()
     engine = _engine(run, journal)
     from bizassist_nb.training.trainer import Training, train  # takes its time, which the first needs, too
 
-    this_rank().meet()  # now the first has written which model it is to be
+    this_rank().barrier()  # now the first has written which model it is to be
     base = models.resolve(run.model)
     _, chat, steps, _ = _prepare(run, journal, base)
     fit = _preflight(journal, run.settings, engine, base, steps)
     model = _load(journal, engine, base, run.settings, fit)
-    this_rank().meet()
+    this_rank().barrier()
     train(Training(run, journal, stop, engine, model, chat, steps), fit)
 
 
-def work(run: RunDirectory, journal: Outbox, stop: Stop) -> None:
+def work(run: RunDirectory, journal: SpoolingJournal, stop: Stop) -> None:
     """The whole run, top to bottom."""
     settings = run.settings
     journal.write("state", state="loading")
@@ -114,33 +114,33 @@ def work(run: RunDirectory, journal: Outbox, stop: Stop) -> None:
         rank.join()
     engine = _engine(run, journal)
     if not rank.first:
-        rank.meet()  # now the first has written which model it is to be
+        rank.barrier()  # now the first has written which model it is to be
     base = models.resolve(run.model)
     journal.write("model", **vars(base))
-    table, chat, steps, exam = _prepare(run, journal, base)
+    table, chat, steps, evaluation_set = _prepare(run, journal, base)
     if rank.first:
         _write_environment(run, engine.name, base, table)
-        rank.meet()
-    best = rank.in_turn(lambda: Best(run.path))
+        rank.barrier()
+    best = rank.one_at_a_time(lambda: Best(run.path))
     fit = _preflight(journal, settings, engine, base, steps)
     model = _load(journal, engine, base, settings, fit)
 
     journal.write("state", state="scoring", who="base")
     with model.disable_adapter():
-        base_scores = _examine(journal, "base", 0, model, exam, stop)
-    done = _train(run, journal, stop, engine, fit, model, chat, steps, exam, best)
+        base_scores = _examine(journal, "base", 0, model, evaluation_set, stop)
+    done = _train(run, journal, stop, engine, fit, model, chat, steps, evaluation_set, best)
     if done < len(steps):
         journal.insist("the model card", lambda: write_card(run))
         journal.write("state", state="stopped")
         return
     stop.patient = False  # what training gave is saved; scoring can be done again on resuming
     journal.write("state", state="scoring", who="tuned")
-    tuned_scores = _examine(journal, "tuned", done, model, exam, stop)
-    [better] = scorers().told([best.loss < mean_loss(tuned_scores[0])])
+    tuned_scores = _examine(journal, "tuned", done, model, evaluation_set, stop)
+    [better] = scorers().broadcast([best.loss < mean_loss(tuned_scores[0])])
     if better and settings.keep == "best":
         _take_best(run, journal, best, model, chat, stop)
-        tuned_scores = _examine(journal, "tuned", best.step, model, exam, stop)
-    _write_result(run, journal, exam.result(base_scores, tuned_scores, None))  # should answering fail
+        tuned_scores = _examine(journal, "tuned", best.step, model, evaluation_set, stop)
+    _write_result(run, journal, evaluation_set.result(base_scores, tuned_scores, None))  # should answering fail
     journal.write("state", state="answering")
     answers: dict[str, Any] | None
     if engine.name == "transformers":
@@ -152,7 +152,7 @@ def work(run: RunDirectory, journal: Outbox, stop: Stop) -> None:
         answers = _answers_from_apart(run, journal)
     stop.patient = True
     journal.write("state", state="saving")
-    _write_result(run, journal, exam.result(base_scores, tuned_scores, answers))
+    _write_result(run, journal, evaluation_set.result(base_scores, tuned_scores, answers))
     journal.insist("the loss plot", lambda: save_loss_png(run))
     journal.insist("the model card", lambda: write_card(run))
     journal.write("state", state="finished")
@@ -160,11 +160,11 @@ def work(run: RunDirectory, journal: Outbox, stop: Stop) -> None:
         best.forget()  # not before: resumed from here without it, the run would end with another adapter
 
 
-def _write_result(run: RunDirectory, journal: Outbox, result: dict[str, Any]) -> None:
+def _write_result(run: RunDirectory, journal: SpoolingJournal, result: dict[str, Any]) -> None:
     journal.insist("the verdict", lambda: write_json(run.path / "evaluation.json", result))
 
 
-def _engine(run: RunDirectory, journal: Outbox) -> engines.Engine:
+def _engine(run: RunDirectory, journal: SpoolingJournal) -> engines.Engine:
     """What trains, imported where it has to be the first; a resumed run keeps its own."""
     rank = this_rank()
     asked = run.environment.get("engine", run.settings.engine)
@@ -176,8 +176,8 @@ def _engine(run: RunDirectory, journal: Outbox) -> engines.Engine:
 
 
 def _prepare(
-    run: RunDirectory, journal: Outbox, base: models.Base
-) -> tuple[Table, ChatTokenizer, list[list[Example]], Exam]:
+    run: RunDirectory, journal: SpoolingJournal, base: models.Base
+) -> tuple[Table, ChatTokenizer, list[list[Example]], EvaluationSet]:
     """(data, tokenizer, examples of each step, what base and tuned are scored on)."""
     from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
 
@@ -187,10 +187,12 @@ def _prepare(
     examples, held = tokenise(journal, chat, settings, table, training, held_out)
     steps = plan(examples, settings)
     journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
-    return table, chat, steps, Exam(chat, settings, held_out, held)
+    return table, chat, steps, EvaluationSet(chat, settings, held_out, held)
 
 
-def _load(journal: Outbox, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit) -> Any:
+def _load(
+    journal: SpoolingJournal, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit
+) -> Any:
     def load() -> Any:
         model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
         trainable, total = models.count_parameters(model)
@@ -202,19 +204,19 @@ def _load(journal: Outbox, engine: engines.Engine, base: models.Base, settings: 
             journal.write("sharded", held=held, whole=whole)
         return model
 
-    return this_rank().in_turn(load)  # so that the RAM of a machine holds one whole base at a time
+    return this_rank().one_at_a_time(load)  # so that the RAM of a machine holds one whole base at a time
 
 
 def _train(
     run: RunDirectory,
-    journal: Outbox,
+    journal: SpoolingJournal,
     stop: Stop,
     engine: engines.Engine,
     fit: preflight.Fit,
     model: Any,
     chat: ChatTokenizer,
     steps: list[list[Example]],
-    exam: Exam,
+    evaluation_set: EvaluationSet,
     best: Best,
 ) -> int:
     """Train and save the adapter; the steps done. From here on nothing is cut short: a stop ends training in order."""
@@ -223,8 +225,8 @@ def _train(
     stop.patient = True
     if this_rank().first:
         _forget_scores(run, len(steps))
-    watch = _watch(journal, run.settings, model, exam, chat, len(steps), best, stop)
-    this_rank().meet()
+    watch = _watch(journal, run.settings, model, evaluation_set, chat, len(steps), best, stop)
+    this_rank().barrier()
     journal.write("state", state="training")
     done = train(Training(run, journal, stop, engine, model, chat, steps, watch), fit)
     journal.write("memory", **_peak_memory())
@@ -233,7 +235,7 @@ def _train(
     return done
 
 
-def _save_adapter(run: RunDirectory, journal: Outbox, model: Any, chat: ChatTokenizer) -> None:
+def _save_adapter(run: RunDirectory, journal: SpoolingJournal, model: Any, chat: ChatTokenizer) -> None:
     journal.insist("the adapter", lambda: save_adapter(run.path / "adapter", model, chat))
 
 
@@ -246,14 +248,14 @@ def _forget_scores(run: RunDirectory, steps: int) -> None:
 
 
 def _preflight(
-    journal: Outbox, settings: Settings, engine: engines.Engine, base: models.Base, steps: list[list[Example]]
+    journal: SpoolingJournal, settings: Settings, engine: engines.Engine, base: models.Base, steps: list[list[Example]]
 ) -> preflight.Fit:
     """How steps are cut up, with events that say so and what the run is expected to need."""
     rank = this_rank()
     # All ranks cut alike: so that the longest share of a step fits, on the device with the least room.
     lengths = [rank.longest([len(example.input_ids) for example in step]) for step in steps]
     on = preflight.device()
-    free = rank.least(on.free / (1 if on.on_gpu else rank.beside))
+    free = rank.all_reduce_min(on.free / (1 if on.on_gpu else rank.beside))
     on = dataclasses.replace(on, free=free, sharing=rank.count if rank.sharded else 1)
     expected = preflight.estimate(settings.share(rank.count), engine, base, lengths, on)
     fields = dataclasses.asdict(expected)
@@ -269,7 +271,9 @@ def _preflight(
     return preflight.Fit(**fit)
 
 
-def _take_best(run: RunDirectory, journal: Outbox, best: Best, model: Any, chat: ChatTokenizer, stop: Stop) -> None:
+def _take_best(
+    run: RunDirectory, journal: SpoolingJournal, best: Best, model: Any, chat: ChatTokenizer, stop: Stop
+) -> None:
     stop.patient = True
     best.restore(model)
     _save_adapter(run, journal, model, chat)
@@ -278,7 +282,7 @@ def _take_best(run: RunDirectory, journal: Outbox, best: Best, model: Any, chat:
     stop.check()
 
 
-def _answers_from_apart(run: RunDirectory, journal: Outbox) -> dict[str, Any] | None:
+def _answers_from_apart(run: RunDirectory, journal: SpoolingJournal) -> dict[str, Any] | None:
     try:
         return answer_apart(run)
     except RunError as error:  # the run is good without answers; its report says that they are missing, and why
@@ -297,10 +301,10 @@ def _peak_memory() -> dict[str, Any]:
 
 
 def _watch(
-    journal: Outbox,
+    journal: SpoolingJournal,
     settings: Settings,
     model: Any,
-    exam: Exam,
+    evaluation_set: EvaluationSet,
     chat: ChatTokenizer,
     steps: int,
     best: Best,
@@ -314,17 +318,17 @@ def _watch(
     every, rank = settings.evaluate_every, scorers()
     if isinstance(every, str):
         each = settings.batch_size * rank.count // this_rank().count  # examples of a step for each of those that score
-        every = max(1, round(3 * len(exam.held_out) / each))
+        every = max(1, round(3 * len(evaluation_set.held_out) / each))
 
     def hurry() -> None:
-        if rank.told([stop.asked])[0]:  # all of them at the same place
+        if rank.broadcast([stop.asked])[0]:  # all of them at the same place
             raise Stopped
 
     def after(step: int) -> None:
         if step % every or steps - step < every / 2:  # the end, where all is scored anyway, is near
             return
         try:
-            scores = _score(journal, "tuned", step, model, exam, hurry)
+            scores = _score(journal, "tuned", step, model, evaluation_set, hurry)
         except Stopped:
             return  # training itself stops in its own, orderly way
         except (RuntimeError, MemoryError) as error:
@@ -348,7 +352,12 @@ def _watch(
 
 
 def tokenise(
-    journal: Outbox, chat: ChatTokenizer, settings: Settings, table: Table, training: list[Row], held_out: list[Row]
+    journal: SpoolingJournal,
+    chat: ChatTokenizer,
+    settings: Settings,
+    table: Table,
+    training: list[Row],
+    held_out: list[Row],
 ) -> tuple[list[Example], list[Example]]:
     """(training examples, held-out examples), with a "data" event that says what became of every row."""
     examples, too_long = chat.examples(
@@ -382,24 +391,33 @@ def _print_rejected(rejected: list[Rejected]) -> None:
 
 
 def _examine(
-    journal: Outbox, who: str, step: int, model: Any, exam: Exam, stop: Stop
+    journal: SpoolingJournal, who: str, step: int, model: Any, evaluation_set: EvaluationSet, stop: Stop
 ) -> tuple[list[Score], list[Score]]:
     """(held-out scores, general scores)."""
     try:
-        return _score(journal, who, step, model, exam, stop.check), exam.on_general(model, stop.check)
+        return _score(journal, who, step, model, evaluation_set, stop.check), evaluation_set.on_general(
+            model, stop.check
+        )
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        longest = max(len(example.input_ids) for example in exam.held_out)
+        longest = max(len(example.input_ids) for example in evaluation_set.held_out)
         raise RunError(
             f"memory ran out while {who} was scored on held-out rows of up to {longest} tokens ({brief(error)}). Free "
             "some, or start under a new name with a lower max_length; what was saved is kept"
         ) from error
 
 
-def _score(journal: Outbox, who: str, step: int, model: Any, exam: Exam, between: Callable[[], None]) -> list[Score]:
+def _score(
+    journal: SpoolingJournal,
+    who: str,
+    step: int,
+    model: Any,
+    evaluation_set: EvaluationSet,
+    between: Callable[[], None],
+) -> list[Score]:
     start = time.monotonic()
-    scores = exam.on_held_out(model, between)
+    scores = evaluation_set.on_held_out(model, between)
     if not math.isfinite(loss := mean_loss(scores)):
         if who == "base":
             raise RunError(f"the held-out loss of base is {loss}: its weights are broken; take another model")

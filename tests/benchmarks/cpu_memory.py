@@ -30,7 +30,7 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
     if engine.name == "unsloth":
         import unsloth  # noqa: F401 - before everything it patches
     from bizassist_nb.training import trainer
-    from bizassist_nb.training.spool import Outbox
+    from bizassist_nb.training.spool import SpoolingJournal
     from bizassist_nb.training.stop import Stop
 
     base = models.resolve(folder)
@@ -46,7 +46,9 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
                 (Path(path) / "settings.toml").write_text(settings.to_toml())
                 fit = preflight.Fit(4, checkpointing, on.precision, "measured")
                 Path("/proc/self/clear_refs").write_text("5")
-                training = trainer.Training(Run(Path(path)), Outbox(Path(path)), stop, engine, model, chat, [step] * 2)
+                training = trainer.Training(
+                    Run(Path(path)), SpoolingJournal(Path(path)), stop, engine, model, chat, [step] * 2
+                )
                 trainer.train(training, fit)
             parts = preflight.peak(shape, settings.rank, engine, on, rows, checkpointing=checkpointing)
             expected, measured = preflight.process_ram(on) + sum(parts.values()), high_water()

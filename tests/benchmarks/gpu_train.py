@@ -89,7 +89,7 @@ def end_turn() -> None:
 # --- our run -------------------------------------------------------------------------------------------------------
 
 
-class Watch:
+class ForecastThread:
     """Where the time of our run goes: of the host by stage, and of the GPU by kernel."""
 
     def __init__(self, out: Path, name: str, frozen: bool):
@@ -211,7 +211,7 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
     path = Path(tempfile.mkdtemp(prefix="gpu_train_"))
     (path / "settings.toml").write_text(settings.to_toml())
     fresh()
-    watch = Watch(out, name, frozen)
+    watch = ForecastThread(out, name, frozen)
     worker.answer_apart = lambda _: None  # answers are not what is measured
     worker.answer, worker.counted = (lambda *_, **__: []), (lambda *_: None)
     with watch.watched():
@@ -368,7 +368,7 @@ def memory(
     from bizassist_nb.models import base as models
     from bizassist_nb.runs.run import Run
     from bizassist_nb.training import engines, preflight, trainer
-    from bizassist_nb.training.spool import Outbox
+    from bizassist_nb.training.spool import SpoolingJournal
 
     settings = Settings(model=folder, rank=rank, engine=engine_name, warmup_steps=0)
     engine = dataclasses.replace(engines.choose(engine_name), graphs=graphs)
@@ -398,7 +398,7 @@ def memory(
             (path / "settings.toml").write_text(settings.to_toml())
             first = len(peaks)
             training = trainer.Training(
-                Run(path), Outbox(path), _stop(), engine, model, models.load_tokenizer(folder),
+                Run(path), SpoolingJournal(path), _stop(), engine, model, models.load_tokenizer(folder),
                 [step(shape) for shape in [group[0], *group]],  # the first twice: Adam's moments come into being in it
             )  # fmt: skip
             trainer.train(training, fit)

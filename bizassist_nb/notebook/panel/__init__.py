@@ -17,7 +17,7 @@ from bizassist_nb.notebook.panel.preview import Preview
 from bizassist_nb.notebook.panel.runs import Runs
 from bizassist_nb.notebook.panel.state import State, over
 from bizassist_nb.notebook.panel.train import Train
-from bizassist_nb.notebook.panel.update_loop import Pump, clicked, in_colab
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop, clicked, in_colab
 from bizassist_nb.results import summary
 from bizassist_nb.runs.run import RunDirectory
 
@@ -41,14 +41,16 @@ class Panel:
     def __init__(self, runs_dir: str = "runs"):
         """Build it; nothing runs before it is shown."""
         self._state = State(runs_dir)
-        self._pump = Pump(self._update, working=lambda: self._state.working, following=lambda: self._state.following)
-        self._tabs: list[Tab] = [tab(self._state, self._pump) for tab in TABS]
+        self._update_loop = UpdateLoop(
+            self._update, working=lambda: self._state.working, following=lambda: self._state.following
+        )
+        self._tabs: list[Tab] = [tab(self._state, self._update_loop) for tab in TABS]
         self._problem = w.HTML()
         tabs = w.Tab([tab.view for tab in self._tabs])
         for i, tab in enumerate(self._tabs):
             tabs.set_title(i, tab.title)
         refresh = w.Button(description="Refresh", icon="refresh", tooltip="bring what is shown up to date")
-        clicked(refresh, self._pump, lambda: None)  # whatever is posted brings the views up to date
+        clicked(refresh, self._update_loop, lambda: None)  # whatever is posted brings the views up to date
         head = w.Box([w.HTML("<h2>bizassist</h2>"), refresh])
         head.add_class("bn-head")
         self._view = w.VBox([w.HTML(f"<style>{_css()}</style>"), head, self._problem, tabs])
@@ -56,7 +58,7 @@ class Panel:
         self._kept = Kept(self._view.model_id)
         if in_colab():  # where no task of the kernel's looks at the controls all the time
             for control in _controls(self._view):
-                control.observe(lambda _: self._pump.post(lambda: None), "value")
+                control.observe(lambda _: self._update_loop.post(lambda: None), "value")
 
     def show(self) -> None:
         """Show it in this cell.
@@ -84,14 +86,14 @@ class Panel:
             raw=True,
         )
         self._kept.show()
-        self._pump.start()
+        self._update_loop.start()
 
     def _ipython_display_(self) -> None:
         self.show()
 
     def _update(self) -> None:
         self._state.look()
-        problem = html.escape(self._pump.problem or self._state.problem)
+        problem = html.escape(self._update_loop.problem or self._state.problem)
         self._problem.value = f'<div class="bn-alert" role="alert">⚠ {problem}</div>' if problem else ""
         for tab in self._tabs:
             tab.update()

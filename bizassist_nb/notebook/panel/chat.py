@@ -12,13 +12,13 @@ import ipywidgets as w
 from bizassist_nb.assistant.assistant import STRONGEST, Assistant
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.assistant.conversation import Conversation
-from bizassist_nb.assistant.loaded import answerers, loaded_base
+from bizassist_nb.assistant.loaded import active_answers, loaded_base
 from bizassist_nb.core.errors import BizassistError
 from bizassist_nb.core.generation import BASE, TUNED
 from bizassist_nb.notebook.panel.controls import fold, tip
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.transcript import Pane, Turn
-from bizassist_nb.notebook.panel.update_loop import Pump, clicked
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop, clicked
 from bizassist_nb.results.ballot import CHOICES, KEYS_IN_WORDS, Ballot, choice_of, draw_order, tally
 
 _SLICE: Final = 0.1
@@ -42,7 +42,7 @@ class Chat:
 
     title = "Chat"
 
-    def __init__(self, state: State, pump: Pump):
+    def __init__(self, state: State, update_loop: UpdateLoop):
         """Build the widgets."""
         self._state = state
         self._turns: list[Turn] = []
@@ -53,7 +53,7 @@ class Chat:
         self._picked: str | None = None
         self._newest: str | None = None
         self._notice = ""
-        answerers.add(self)
+        active_answers.add(self)
 
         self._run = w.Dropdown(
             options=[_NONE], description="tuned model", **tip("the run whose adapter answers on the right")
@@ -62,7 +62,7 @@ class Chat:
         self._panes = {who: Pane(who) for who in (BASE, TUNED)}
         panes = w.Box([pane.view for pane in self._panes.values()])
         panes.add_class("bn-panes")
-        self._suggested = w.Box([self._suggestion(text, pump) for text in SUGGESTED])
+        self._suggested = w.Box([self._suggestion(text, update_loop) for text in SUGGESTED])
         self._suggested.add_class("bn-chips")
         self._question = w.Text(
             description="question",
@@ -70,26 +70,26 @@ class Chat:
             continuous_update=False,  # the whole text in one message, not one a letter
             **tip("Enter sends it"),
         )
-        self._question.observe(lambda _: self._on_late_text(pump), "value")
-        self._question.on_msg(lambda _w, content, _b: self._on_key(content, pump))
+        self._question.observe(lambda _: self._on_late_text(update_loop), "value")
+        self._question.on_msg(lambda _w, content, _b: self._on_key(content, update_loop))
         self._send = w.Button(description="Send", button_style="primary", icon="paper-plane")
         self._stop = w.Button(description="Stop generating", icon="stop")
         self._again = w.Button(description="Regenerate", icon="refresh", tooltip="answer the last question anew")
         self._clear = w.Button(description="Clear", icon="trash", tooltip="forget the conversation")
-        clicked(self._send, pump, lambda: self._take(self._question))
-        clicked(self._stop, pump, self.halt)
-        clicked(self._again, pump, self._regenerate)
-        clicked(self._clear, pump, self._forget)
+        clicked(self._send, update_loop, lambda: self._take(self._question))
+        clicked(self._stop, update_loop, self.halt)
+        clicked(self._again, update_loop, self._regenerate)
+        clicked(self._clear, update_loop, self._forget)
         ask = w.Box([self._question, self._send, self._stop, self._again, self._clear])
         ask.add_class("bn-ask")
         self._long = w.Textarea(description="long question", rows=6, **tip("a question of several lines"))
         send_long = w.Button(description="Send", button_style="primary", icon="paper-plane")
-        clicked(send_long, pump, lambda: self._take(self._long))
+        clicked(send_long, update_loop, lambda: self._take(self._long))
         self._options = Options()
         self._blind = w.Checkbox(
             description="blind", indent=False, **tip("hide whose answer is whose until you have voted")
         )
-        self._ballot = VoteRow(pump, self._vote)
+        self._ballot = VoteRow(update_loop, self._vote)
         folded = [
             fold("A longer question", self._long, send_long),
             fold("Generation settings", self._options.view),
@@ -100,18 +100,18 @@ class Chat:
         run.add_class("bn-row")
         self.view = w.VBox([run, panes, self._ballot.view, self._suggested, ask, self._status, *folded])
 
-    def _suggestion(self, text: str, pump: Pump) -> Any:
+    def _suggestion(self, text: str, update_loop: UpdateLoop) -> Any:
         button = w.Button(description=text, tooltip="ask this")
-        clicked(button, pump, lambda: self._ask(text))
+        clicked(button, update_loop, lambda: self._ask(text))
         return button
 
-    def _on_key(self, content: Any, pump: Pump) -> None:
+    def _on_key(self, content: Any, update_loop: UpdateLoop) -> None:
         if content.get("event") == "submit":
-            pump.post(self._on_enter)
+            update_loop.post(self._on_enter)
 
-    def _on_late_text(self, pump: Pump) -> None:
+    def _on_late_text(self, update_loop: UpdateLoop) -> None:
         if self._question.value.strip() and time.monotonic() < self._awaited:
-            pump.post(self._on_enter)
+            update_loop.post(self._on_enter)
 
     # What the buttons do.
 
@@ -243,17 +243,17 @@ class Chat:
 class VoteRow:
     """Four buttons to vote with, and a field in which one key votes."""
 
-    def __init__(self, pump: Pump, vote: Callable[[str], None]):
+    def __init__(self, update_loop: UpdateLoop, vote: Callable[[str], None]):
         """`vote` is called by the pump."""
         buttons = []
         for choice, words in CHOICES.items():
             button = w.Button(description=words)
-            clicked(button, pump, functools.partial(vote, choice))
+            clicked(button, update_loop, functools.partial(vote, choice))
             buttons.append(button)
         self._key = w.Text(
             description="vote by key", placeholder=KEYS_IN_WORDS, **tip("the first key typed here is your vote")
         )
-        self._key.observe(lambda change: pump.post(lambda: self._typed(change["new"], vote)), "value")
+        self._key.observe(lambda change: update_loop.post(lambda: self._typed(change["new"], vote)), "value")
         self.view = w.Box([*buttons, self._key])
         self.view.add_class("bn-ask")
 

@@ -15,11 +15,11 @@ from typing import IO, Final, get_args
 import ipywidgets as w
 
 from bizassist_nb.api import Run
-from bizassist_nb.assistant.loaded import release
+from bizassist_nb.assistant.loaded import unload
 from bizassist_nb.core.rendering import duration
 from bizassist_nb.notebook.panel.controls import tip
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.notebook.panel.update_loop import Pump, clicked
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop, clicked
 from bizassist_nb.results.model_card import parity_words
 from bizassist_nb.runs.run import RunDirectory
 
@@ -40,7 +40,7 @@ class Export:
 
     title = "Export"
 
-    def __init__(self, state: State, pump: Pump):
+    def __init__(self, state: State, update_loop: UpdateLoop):
         """Build the widgets."""
         self._state = state
         self._job: Job | None = None
@@ -58,8 +58,8 @@ class Export:
         self._private = w.Checkbox(description="private", **tip("make the repository private"))
         self._start = w.Button(description="Export", button_style="primary", icon="download")
         self._cancel = w.Button(description="Cancel", icon="stop", tooltip="end the export; the run stays as it is")
-        clicked(self._start, pump, self._on_start)
-        clicked(self._cancel, pump, self._on_cancel)
+        clicked(self._start, update_loop, self._on_start)
+        clicked(self._cancel, update_loop, self._on_cancel)
         buttons = w.Box([self._start, self._cancel])
         buttons.add_class("bn-buttons")
         self._form = w.VBox([self._run, self._to, self._base, self._repo, self._private])
@@ -84,7 +84,7 @@ class Export:
 
     def _on_start(self) -> None:
         if self._run.value and not (self._job and self._job.going):
-            release()  # the process loads the base itself
+            unload()  # the process loads the base itself
             self._job = Job(self._state.runs[self._run.value], self._to.value, self._options())
 
     def _on_cancel(self) -> None:

@@ -9,8 +9,8 @@ from bizassist_nb.core import rendering
 from bizassist_nb.data.rows import Row
 from bizassist_nb.notebook.panel.controls import tip
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.notebook.panel.update_loop import Pump, clicked
-from bizassist_nb.training.forecast import Survey, tokens
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop, clicked
+from bizassist_nb.training.forecast import Forecast, tokens
 
 _PAGE: Final = 6
 """Rows shown at once."""
@@ -25,7 +25,7 @@ class Preview:
 
     title = "Preview"
 
-    def __init__(self, state: State, pump: Pump):
+    def __init__(self, state: State, update_loop: UpdateLoop):
         """Build the widgets."""
         self._state = state
         self._place = w.BoundedIntText(
@@ -33,8 +33,8 @@ class Preview:
         )
         back = w.Button(description="Previous", icon="chevron-left", tooltip="the row before")
         on = w.Button(description="Next", icon="chevron-right", tooltip="the row after")
-        clicked(back, pump, lambda: self._go(-1))
-        clicked(on, pump, lambda: self._go(1))
+        clicked(back, update_loop, lambda: self._go(-1))
+        clicked(on, update_loop, lambda: self._go(1))
         chooser = w.Box([self._place, back, on])
         chooser.add_class("bn-buttons")
         self._table, self._tokens = w.HTML(), w.HTML()
@@ -63,7 +63,7 @@ class Preview:
             self._shown = shown
 
 
-def _page(found: Survey, place: int) -> str:
+def _page(found: Forecast, place: int) -> str:
     first = place // _PAGE * _PAGE
     rows = [
         [
@@ -77,7 +77,7 @@ def _page(found: Survey, place: int) -> str:
     return f"<p>{html.escape(found.source)}: {len(found.training):,} rows drawn</p>" + rendering.table(rows, head)
 
 
-def _row(found: Survey, row: Row) -> str:
+def _row(found: Forecast, row: Row) -> str:
     example = found.example(row)
     shown = tokens(found.chat, example)
     learned = sum(label >= 0 for label in example.labels)

@@ -7,7 +7,7 @@ import ipywidgets as w
 from bizassist_nb.core import rendering
 from bizassist_nb.notebook.panel.controls import tip
 from bizassist_nb.notebook.panel.state import State, over
-from bizassist_nb.notebook.panel.update_loop import Pump, clicked
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop, clicked
 from bizassist_nb.results.run_comparison import RunComparison, runs_section
 from bizassist_nb.runs.run import RunDirectory
 
@@ -19,7 +19,7 @@ class Runs:
 
     title = "Runs"
 
-    def __init__(self, state: State, pump: Pump):
+    def __init__(self, state: State, update_loop: UpdateLoop):
         """Build the widgets."""
         self._state = state
         self._table = w.HTML()
@@ -31,7 +31,7 @@ class Runs:
         )
         self._choice.add_class("bn-wide")
         self._compare = w.Button(description="Compare", icon="balance-scale")
-        clicked(self._compare, pump, self._on_compare)
+        clicked(self._compare, update_loop, self._on_compare)
         self._comparison = w.HTML()
         row = w.Box([self._choice, self._compare])
         row.add_class("bn-row")

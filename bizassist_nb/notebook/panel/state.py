@@ -6,7 +6,7 @@ from typing import Final
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.runs.run import ENDED, RunDirectory, list_runs
-from bizassist_nb.training.forecast import Watch
+from bizassist_nb.training.forecast import ForecastThread
 
 _RUNS_EVERY: Final = 1.0
 """Seconds between looks at which runs there are."""
@@ -21,7 +21,7 @@ class State:
         """As chosen; None while they are not valid."""
         self.unsettled = False
         """Whether the settings were changed a moment ago."""
-        self.watch = Watch()
+        self.watch = ForecastThread()
         self.runs: dict[str, RunDirectory] = {}
         """By name, oldest first; those that can be read."""
         self.damaged: list[RunDirectory] = []

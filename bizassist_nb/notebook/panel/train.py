@@ -9,18 +9,18 @@ from typing import Any, Final
 import ipywidgets as w
 import tomli_w
 
-from bizassist_nb.assistant.loaded import release
+from bizassist_nb.assistant.loaded import unload
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import BizassistError, SettingsError
 from bizassist_nb.core.rendering import duration
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.notebook.panel.controls import Control, control, fold, tip
 from bizassist_nb.notebook.panel.state import State, over
-from bizassist_nb.notebook.panel.update_loop import Pump, clicked
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop, clicked
 from bizassist_nb.results import summary
 from bizassist_nb.results.verdict_card import rising
 from bizassist_nb.runs.run import RunDirectory, check_name
-from bizassist_nb.training.forecast import Survey, past_speed
+from bizassist_nb.training.forecast import Forecast, past_speed
 from bizassist_nb.training.launch import start
 from bizassist_nb.training.preflight import Estimate
 
@@ -51,10 +51,10 @@ class Train:
 
     title = "Train"
 
-    def __init__(self, state: State, pump: Pump):
+    def __init__(self, state: State, update_loop: UpdateLoop):
         """Build the widgets."""
-        self._settings = SettingsForm(state, pump)
-        self._run = RunView(state, pump, self._settings)
+        self._settings = SettingsForm(state, update_loop)
+        self._run = RunView(state, update_loop, self._settings)
         self.view = w.Box([self._settings.view, self._run.view])
         self.view.add_class("bn-split")
 
@@ -67,7 +67,7 @@ class Train:
 class SettingsForm:
     """A control for every setting, a name for the run, and the same as a cell."""
 
-    def __init__(self, state: State, pump: Pump):
+    def __init__(self, state: State, update_loop: UpdateLoop):
         """Show the defaults, in the state's folder of runs."""
         self._state = state
         self._name = w.Text(
@@ -88,7 +88,7 @@ class SettingsForm:
             description="settings of run", **tip("a run whose settings are to be loaded into the form")
         )
         load = w.Button(description="Load", tooltip="load that run's settings into the form")
-        clicked(load, pump, self._load)
+        clicked(load, update_loop, self._load)
         more = [c.view for name, c in self.controls.items() if name not in _FIRST]
         source = w.Box([self._from, load])
         source.add_class("bn-row")
@@ -161,7 +161,7 @@ class SettingsForm:
 class RunView:
     """What the settings lead to, the buttons, and the run that is followed."""
 
-    def __init__(self, state: State, pump: Pump, form: SettingsForm):
+    def __init__(self, state: State, update_loop: UpdateLoop, form: SettingsForm):
         """Build the widgets."""
         self._state, self._form = state, form
         self._before = w.HTML()
@@ -169,8 +169,8 @@ class RunView:
         self._start = w.Button(description="Start", button_style="primary", icon="play")
         self._stop = w.Button(description="Stop", icon="stop")
         self._resume = w.Button(description="Resume", icon="step-forward")
-        clicked(self._start, pump, self._on_start)
-        clicked(self._resume, pump, self._on_resume)
+        clicked(self._start, update_loop, self._on_start)
+        clicked(self._resume, update_loop, self._on_resume)
         self._stop.on_click(lambda _: self._on_stop())  # only a signal, so at once, whatever the kernel is busy with
         self._stopping: RunDirectory | None = None
         self._choice = w.Dropdown(description="run", **tip("the run that is shown here"))
@@ -222,7 +222,7 @@ class RunView:
             return '<span class="bn-muted">Reading the rows …</span>'
         return self._consequences(watch.found)
 
-    def _consequences(self, found: Survey) -> str:
+    def _consequences(self, found: Forecast) -> str:
         """What is known before training: figures, and the memory and time that they are expected to take."""
         about = "" if found.finished else "≈ "
         figures = [
@@ -246,7 +246,7 @@ class RunView:
             detail = f'<div class="bn-alert" role="alert">⚠ This does not seem to fit: {html.escape(words)}</div>'
         return _tiles([*figures, ("time", time_needed)]) + detail
 
-    def _time(self, found: Survey, expected: Estimate) -> tuple[str, str]:
+    def _time(self, found: Forecast, expected: Estimate) -> tuple[str, str]:
         """How long training will take, and where that is known from."""
         epochs = found.settings.epochs
         if speed := past_speed(list(self._state.runs.values()), found.base.name):
@@ -260,13 +260,13 @@ class RunView:
 
     def _on_start(self) -> None:
         if self._state.settings and self._form.valid:
-            release()
+            unload()
             self._state.follow(start(self._state.settings, self._form.name))
 
     def _on_resume(self) -> None:
         run = self._state.followed
         if run and over(run):
-            release()
+            unload()
             here = str(run.path.parent)  # where it lies now; it may have been trained from another folder
             start(dataclasses.replace(run.settings, runs_dir=here), run.name, resume=True)
 

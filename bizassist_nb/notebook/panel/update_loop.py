@@ -21,7 +21,7 @@ _BUSY: Final = 0.02
 """Seconds between turns while one does work of its own: as long as the kernel takes to look at its messages."""
 
 
-class Pump:
+class UpdateLoop:
     """Does what was posted, then lets every view bring itself up to date, again and again."""
 
     def __init__(self, update: Callable[[], None], *, working: Callable[[], bool], following: Callable[[], bool]):
@@ -102,6 +102,6 @@ def in_colab() -> bool:
     return "google.colab" in sys.modules
 
 
-def clicked(button: Any, pump: Pump, act: Callable[[], None]) -> None:
+def clicked(button: Any, update_loop: UpdateLoop, act: Callable[[], None]) -> None:
     """Have the pump do `act` when the button is clicked."""
-    button.on_click(lambda _: pump.post(act))
+    button.on_click(lambda _: update_loop.post(act))

@@ -25,7 +25,7 @@ from bizassist_nb.core.settings import Settings, user_path
 from bizassist_nb.runs.run import WORKER, RunDirectory
 from bizassist_nb.training import engines
 from bizassist_nb.training.distributed.rank import FIT, LAUNCHER
-from bizassist_nb.training.spool import Outbox
+from bizassist_nb.training.spool import SpoolingJournal
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -58,7 +58,7 @@ def main(directory: str) -> int:
             if not (fit := _told(failure).get("fit")):
                 return _fail(run, *_reason(failure))
             if stopping.is_set():
-                Outbox(run.path).write("state", state="stopped")
+                SpoolingJournal(run.path).write("state", state="stopped")
                 return 0
             os.environ[FIT] = json.dumps(fit)  # memory ran out: all go on from the last checkpoint, with less at once
         except BizassistError as error:
@@ -116,7 +116,7 @@ def _told(failure: "ProcessFailure") -> dict[str, Any]:
 
 
 def _fail(run: RunDirectory, message: str, expected: bool) -> int:
-    journal = Outbox(run.path)
+    journal = SpoolingJournal(run.path)
     journal.write("error", message=message, expected=expected)
     journal.write("state", state="failed")
     return 1

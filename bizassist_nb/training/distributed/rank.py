@@ -68,7 +68,7 @@ class Rank:
         """The share of a step that has its longest rows, by their tokens; it is the first rank's."""
         return self.shares(sorted(lengths, reverse=True))[0]
 
-    def in_turn(self, work: Callable[[], T]) -> T:
+    def one_at_a_time(self, work: Callable[[], T]) -> T:
         """Have the ranks of each machine do this one after the other, as far as the base is sharded; what it gives."""
         if not self.sharded:
             return work()
@@ -76,27 +76,27 @@ class Rank:
         for turn in range(self.beside):
             if turn == self.number % self.beside:
                 found.append(work())
-            self.meet()
+            self.barrier()
         return found[0]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all are here."""
         import torch
 
         if self.count > 1:
             torch.distributed.barrier()
 
-    def told(self, answers: Sequence[bool]) -> list[bool]:
+    def broadcast(self, answers: Sequence[bool]) -> list[bool]:
         """The first rank's answers, in every rank."""
         return [bool(answer) for answer in self._collective("broadcast", answers, 0)]
 
-    def least(self, number: float) -> float:
+    def all_reduce_min(self, number: float) -> float:
         """The least of all ranks' numbers."""
         import torch
 
         return self._collective("all_reduce", [number], torch.distributed.ReduceOp.MIN)[0]
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every rank's value, in every rank."""
         import torch
 
