@@ -352,7 +352,7 @@ def test_a_surprise_in_the_worker_is_logged_without_the_token(tmp_path, monkeypa
         raise RuntimeError(f"https://me:secret-word@host said {TOKEN}")
 
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
-    monkeypatch.setattr(worker, "work", fail)
+    monkeypatch.setattr(worker.Worker, "work", fail)
     assert worker.main(str(tmp_path)) == 1
     seen = capfd.readouterr().err + (tmp_path / "events.jsonl").read_text()
     assert "RuntimeError: https://(the password)@host said (the token)" in seen

@@ -22,9 +22,10 @@ from bizassist_nb.results.summary import diverged, run_html, run_text
 from bizassist_nb.results.verdict import Score
 from bizassist_nb.runs.journal import Journal
 from bizassist_nb.runs.run import ENDED
-from bizassist_nb.training import launch, worker
+from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import CHECKSUMS, checkpoints
 from bizassist_nb.training.evaluation import evaluate
+from bizassist_nb.training.worker import Worker
 
 
 def quick(tiny, tmp_path, **changes):
@@ -196,7 +197,6 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again_from_the_star
 
 def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_path):
     from bizassist_nb.training.spool import SpoolingJournal
-    from bizassist_nb.training.worker import _watch
 
     (tmp_path / "settings.toml").write_text(Settings(evaluate_every=5).to_toml())
     run, offered = Run(tmp_path), []
@@ -207,28 +207,30 @@ def test_memory_that_runs_out_in_held_out_scoring_costs_that_score_alone(tmp_pat
             raise error
         return [Score(1, 6.0, 3)]
 
-    evaluation_set = SimpleNamespace(on_held_out=on_held_out, held_out=[None] * 4)
-    best = SimpleNamespace(offer=lambda *found: offered.append(found[:2]))
-    stop = SimpleNamespace(hurry=lambda: None)
-    after = _watch(SpoolingJournal(tmp_path), run.settings, None, evaluation_set, None, 100, best, stop)
+    worker = Worker(run, SpoolingJournal(tmp_path), SimpleNamespace(asked=False))
+    worker.evaluation_set = SimpleNamespace(on_held_out=on_held_out, held_out=[None] * 4)
+    worker.best = SimpleNamespace(offer=lambda *found: offered.append(found[:2]))
+    worker.model = worker.chat = None
+    worker.steps = [[]] * 100
     for step in range(1, 15):
-        after(step)
+        worker.score_after_step(step)
     assert (offered, run.held_out) == ([(10, 2.0)], [(10, 2.0)])
     assert "held-out rows: not scored after step 5: memory ran out (OutOfMemoryError: CUDA out of" in run_text(run)
     with pytest.raises(RuntimeError, match="a bug"):
-        after(15)
+        worker.score_after_step(15)
 
 
 @pytest.mark.parametrize(("steps", "kept"), [(3, True), (4, False)])
 def test_scores_of_a_stopped_run_go_once_it_is_trained_further(tmp_path, steps, kept):
     from bizassist_nb.training.checkpoints import save_checkpoint
-    from bizassist_nb.training.worker import _forget_scores
 
     save_checkpoint(tmp_path, 3, lambda folder: (folder / "weights").touch())
     files = [tmp_path / "evaluation.json", tmp_path / "answers.json"]
     for file in (tmp_path / "settings.toml", *files):
         file.touch()
-    _forget_scores(Run(tmp_path), steps)
+    worker = Worker(Run(tmp_path), Journal(tmp_path), None)
+    worker.steps = [[]] * steps
+    worker.forget_scores()
     assert [file.exists() for file in files] == [kept, kept]
 
 
@@ -320,9 +322,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_its_checkpoints(tin
 def test_only_an_adapter_that_was_broken_in_training_has_diverged(who, tmp_path):
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
     run, journal = Run(tmp_path), Journal(tmp_path)
-    evaluation_set = SimpleNamespace(on_held_out=lambda *_: [Score(1, float("nan"), 5)])
+    worker = Worker(run, journal, None)
+    worker.evaluation_set = SimpleNamespace(on_held_out=lambda *_: [Score(1, float("nan"), 5)])
+    worker.model = None
     with pytest.raises(RunError, match=f"held-out loss of {who}") as caught:
-        worker._score(journal, who, 3, None, evaluation_set, lambda: None)
+        worker.score(who, 3, lambda: None)
     journal.write("state", state="failed")
     journal.write("error", message=str(caught.value), expected=True)
     assert diverged(run) == (who == "tuned")

@@ -8,7 +8,6 @@ from typing import Any, Final
 from bizassist_nb.core.errors import EngineError
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.models import base as models
-from bizassist_nb.training.distributed.rank import this_rank
 
 _UNSLOTH_ON_CPU: Final = "2026.10.9"
 """The first release whose CPU backend was tested; earlier ones refuse to be imported without a GPU."""
@@ -103,10 +102,11 @@ def _unsloth_problem() -> str | None:
     return None
 
 
-def load(engine: Engine, base: models.Base, settings: Settings, *, checkpointing: bool) -> Any:
+def load(engine: Engine, base: models.Base, settings: Settings, *, checkpointing: bool, sharded: bool = False) -> Any:
     """The base in 4 bits with a fresh adapter of `settings.rank`, ready to train; Unsloth is imported already.
 
-    `checkpointing` is for Unsloth's kernels, which are told here; elsewhere the Trainer's arguments decide.
+    `checkpointing` is for Unsloth's kernels, which are told here; elsewhere the Trainer's arguments decide. `sharded`:
+    the base is to be spread over several ranks, and stays in RAM until it is.
     """
     import torch
 
@@ -122,7 +122,7 @@ def load(engine: Engine, base: models.Base, settings: Settings, *, checkpointing
         lora_dropout=settings.dropout,
         target_modules=list(models.TARGETS),
     )
-    where = "cpu" if this_rank().sharded else None  # from there each part goes to the GPU as it is sharded
+    where = "cpu" if sharded else None  # from there each part goes to the GPU as it is sharded
     return get_peft_model(models.load_nf4(base.source, where), config)
 
 

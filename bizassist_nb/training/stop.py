@@ -1,6 +1,8 @@
 """Whether a worker was asked to stop, and where it may."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -9,12 +11,12 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Whether a stop was asked for; outside training it raises Stopped at once."""
+    """Whether a stop was asked for. Where it is not deferred, it raises Stopped at once."""
 
     def __init__(self) -> None:
-        """Listen for SIGTERM; an interrupt from a terminal is the launcher's to pass on."""
+        """Take SIGTERM for a request; all are deferred until `listen`. An interrupt is the launcher's to pass on."""
         self.asked = False
-        self.patient = True  # True while nothing must be cut short: a step, a save, or at first getting this far
+        self._deferrals = 1
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the launcher blocked it until now
@@ -23,25 +25,39 @@ class Stop:
         self.asked = True
         self.check()
 
+    def listen(self) -> None:
+        """Raise Stopped from now on; one may have been asked for while this process was being started."""
+        self._deferrals -= 1
+        self.check()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Cut nothing short in this block: a step, a save."""
+        self._deferrals += 1
+        try:
+            yield
+        finally:
+            self._deferrals -= 1
+
     def check(self) -> None:
-        """Raise Stopped if a stop was asked for and nothing would be lost."""
-        if self.asked and not self.patient:
+        """Raise Stopped if a stop was asked for and is not deferred."""
+        if self.asked and not self._deferrals:
             raise Stopped
 
-    def hurry(self) -> None:
-        """Raise Stopped if a stop was asked for, where what has been done is safe already."""
+    def raise_if_asked(self) -> None:
+        """Raise Stopped if a stop was asked for, deferred or not: where what has been done is safe already."""
         if self.asked:
             raise Stopped
 
 
 class FollowerStop(Stop):
-    """That of a rank which is not the first: a stop is for that one, which tells the others.
+    """Stop for ranks other than 0: it is never asked, because rank 0 broadcasts what it was asked.
 
-    SIGTERM ends it at once, even while it waits for the first: so its launcher ends it when another has died.
+    SIGTERM ends such a rank at once, even while it waits for rank 0: so its launcher ends it when another has died.
     """
 
     def __init__(self) -> None:
-        """Never asked."""
-        self.asked, self.patient = False, True
+        """Leave SIGTERM to the system."""
+        self.asked, self._deferrals = False, 1
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

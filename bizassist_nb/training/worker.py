@@ -2,9 +2,9 @@
 
 SIGTERM stops it: in training after the current step, with a checkpoint and the adapter saved; before that at once.
 
-On several GPUs each has such a process (`training.distributed.launcher` launches them). The first does all of what is
-said here; the others load the same, train along, and leave. Where the base is sharded over them, they do all of it, but
-write nothing.
+On several GPUs each has such a process (`training.distributed.launcher` launches them). Rank 0 does all of the work;
+the others load the same, train along, and leave. Where the base is sharded over them, they do all of it, but write
+nothing.
 """
 
 import dataclasses
@@ -25,9 +25,8 @@ from typing import Any, Final
 
 from bizassist_nb.core.errors import BizassistError, DataError, RunError, brief, out_of_memory, without_secrets
 from bizassist_nb.core.files import write_json
-from bizassist_nb.core.settings import Settings
 from bizassist_nb.core.versions import STACK, versions
-from bizassist_nb.data.rows import Rejected, Row, Table
+from bizassist_nb.data.rows import Row, Table
 from bizassist_nb.data.tokens import ChatTokenizer, Example, lengths
 from bizassist_nb.models import base as models
 from bizassist_nb.results.degeneration import counted
@@ -55,16 +54,16 @@ def main(directory: str) -> int:
     if rank.count > 1:
         end_with_launcher()
     stop = Stop() if rank.first else FollowerStop()
-    journal = SpoolingJournal(run.path, between=stop.hurry) if rank.first else Silent()
+    journal = SpoolingJournal(run.path, between=stop.raise_if_asked) if rank.first else Silent()
     try:
+        worker = Worker(run, journal, stop)
+        if rank.first or rank.sharded:
+            worker.work()
+        else:
+            worker.follow()
         if rank.first:
-            work(run, journal, stop)
             clear(run.path)
             journal.settle()
-        elif rank.sharded:
-            work(run, journal, stop)
-        else:
-            follow(run, journal, stop)
     except Stopped:
         journal.write("state", state="stopped")
         return int(rank.count > 1)  # the others wait for this one, and have to be ended
@@ -87,207 +86,321 @@ def _fail(journal: SpoolingJournal, error: Exception, *, expected: bool) -> int:
     return 1
 
 
-def follow(run: RunDirectory, journal: SpoolingJournal, stop: Stop) -> None:
-    """What every rank but the first does that has a whole base: load the same, train along, and leave."""
-    this_rank().join()
-    engine = _engine(run, journal)
-    from bizassist_nb.training.trainer import Training, train  # takes its time, which the first needs, too
+class Worker:
+    """What one process does for a run, from its settings to its verdict.
 
-    this_rank().barrier()  # now the first has written which model it is to be
-    base = models.resolve(run.model)
-    _, chat, steps, _ = _prepare(run, journal, base)
-    fit = _preflight(journal, run.settings, engine, base, steps)
-    model = _load(journal, engine, base, run.settings, fit)
-    this_rank().barrier()
-    train(Training(run, journal, stop, engine, model, chat, steps), fit)
+    `prepare` fills the attributes below; until then they are not there.
+    """
 
+    engine: engines.Engine
+    base: models.Base
+    table: Table
+    """The run's data."""
+    chat: ChatTokenizer
+    steps: list[list[Example]]
+    """The examples of each optimizer step, in order."""
+    evaluation_set: EvaluationSet
+    fit: preflight.Fit
+    model: Any
+    """The base with its adapter."""
+    best: Best
 
-def work(run: RunDirectory, journal: SpoolingJournal, stop: Stop) -> None:
-    """The whole run, top to bottom."""
-    settings = run.settings
-    journal.write("state", state="loading")
-    stop.patient = False
-    stop.check()  # one may have been asked for while this process was being started
-    rank = this_rank()
-    if rank.count > 1 or rank.sharded:
-        journal.write("processes", count=rank.count)
-        rank.join()
-    engine = _engine(run, journal)
-    if not rank.first:
-        rank.barrier()  # now the first has written which model it is to be
-    base = models.resolve(run.model)
-    journal.write("model", **vars(base))
-    table, chat, steps, evaluation_set = _prepare(run, journal, base)
-    if rank.first:
-        _write_environment(run, engine.name, base, table)
-        rank.barrier()
-    best = rank.one_at_a_time(lambda: Best(run.path))
-    fit = _preflight(journal, settings, engine, base, steps)
-    model = _load(journal, engine, base, settings, fit)
+    def __init__(self, run: RunDirectory, journal: SpoolingJournal, stop: Stop):
+        """`journal` is where the run's events go, `stop` says whether a stop was asked for."""
+        self.run, self.journal, self.stop = run, journal, stop
+        self.settings, self.rank = run.settings, this_rank()
 
-    journal.write("state", state="scoring", who="base")
-    with model.disable_adapter():
-        base_scores = _examine(journal, "base", 0, model, evaluation_set, stop)
-    done = _train(run, journal, stop, engine, fit, model, chat, steps, evaluation_set, best)
-    if done < len(steps):
-        journal.insist("the model card", lambda: write_card(run))
-        journal.write("state", state="stopped")
-        return
-    stop.patient = False  # what training gave is saved; scoring can be done again on resuming
-    journal.write("state", state="scoring", who="tuned")
-    tuned_scores = _examine(journal, "tuned", done, model, evaluation_set, stop)
-    [better] = scorers().broadcast([best.loss < mean_loss(tuned_scores[0])])
-    if better and settings.keep == "best":
-        _take_best(run, journal, best, model, chat, stop)
-        tuned_scores = _examine(journal, "tuned", best.step, model, evaluation_set, stop)
-    _write_result(run, journal, evaluation_set.result(base_scores, tuned_scores, None))  # should answering fail
-    journal.write("state", state="answering")
-    answers: dict[str, Any] | None
-    if engine.name == "transformers":
-        given = answer(run, model, chat, "default", between=stop.check)
-        journal.insist("the answers", lambda: write_json(run.path / "answers.json", given))
-        answers = counted(given, max_new_tokens())
-    else:
-        del model  # to make room for the plain one
-        answers = _answers_from_apart(run, journal)
-    stop.patient = True
-    journal.write("state", state="saving")
-    _write_result(run, journal, evaluation_set.result(base_scores, tuned_scores, answers))
-    journal.insist("the loss plot", lambda: save_loss_png(run))
-    journal.insist("the model card", lambda: write_card(run))
-    journal.write("state", state="finished")
-    if rank.first and (settings.keep == "best" or not better):
-        best.forget()  # not before: resumed from here without it, the run would end with another adapter
+    def work(self) -> None:
+        """Do the whole run, top to bottom."""
+        self.journal.write("state", state="loading")
+        self.stop.listen()
+        self.prepare()
+        self.best = self.rank.one_at_a_time(lambda: Best(self.run.path))
+        self.journal.write("state", state="scoring", who="base")
+        with self.model.disable_adapter():
+            base_scores = self.score_all("base", 0)
+        with self.stop.deferred():
+            done = self.train()
+            if done < len(self.steps):
+                self.journal.insist("the model card", lambda: write_card(self.run))
+                self.journal.write("state", state="stopped")
+                return
+        # What training gave is saved; scoring can be done again on resuming.
+        tuned_scores, better = self._score_tuned(done)
+        self._write_result(self.evaluation_set.result(base_scores, tuned_scores, None))  # should answering fail
+        self.journal.write("state", state="answering")
+        answers = self.answer()
+        with self.stop.deferred():
+            self._finish(self.evaluation_set.result(base_scores, tuned_scores, answers), better=better)
 
+    def follow(self) -> None:
+        """Do what every rank but the first does that has a whole base: load the same, train along, and leave."""
+        self.prepare()
+        self.rank.barrier()
+        self._train()
 
-def _write_result(run: RunDirectory, journal: SpoolingJournal, result: dict[str, Any]) -> None:
-    journal.insist("the verdict", lambda: write_json(run.path / "evaluation.json", result))
+    def prepare(self) -> None:
+        """Choose engine and base, read and tokenise the rows, and load the base with a fresh adapter."""
+        from bizassist_nb.training.trainer import plan  # after unsloth, which `_engine` imports first
 
+        rank = self.rank
+        if rank.count > 1 or rank.sharded:
+            self.journal.write("processes", count=rank.count)
+            rank.join()
+        self.engine = self._engine()
+        if not rank.first:
+            rank.barrier()  # now the first has written which model it is to be
+        self.base = models.resolve(self.run.model)
+        self.journal.write("model", **vars(self.base))
+        self.table, training, held_out = rows_of(self.run)
+        self.chat = models.load_tokenizer(self.base.source)
+        examples = self._tokenise(training, held_out)
+        self.steps = plan(examples, self.settings)
+        tokens = sum(len(example.input_ids) for step in self.steps for example in step)
+        self.journal.write("plan", steps=len(self.steps), tokens=tokens)
+        if rank.first:
+            self._write_environment()
+            rank.barrier()
+        self.fit = self._fit()
+        self.model = rank.one_at_a_time(self._load)  # so that the RAM of a machine holds one whole base at a time
 
-def _engine(run: RunDirectory, journal: SpoolingJournal) -> engines.Engine:
-    """What trains, imported where it has to be the first; a resumed run keeps its own."""
-    rank = this_rank()
-    asked = run.environment.get("engine", run.settings.engine)
-    engine = engines.choose(asked, processes=rank.count, sharded=rank.sharded)
-    if engine.name == "unsloth":
-        import unsloth  # noqa: F401 - before everything it patches
-    journal.write("engine", **vars(engine))
-    return engine
+    def _engine(self) -> engines.Engine:
+        """What trains, imported where it has to be the first; a resumed run keeps its own."""
+        asked = self.run.environment.get("engine", self.settings.engine)
+        engine = engines.choose(asked, processes=self.rank.count, sharded=self.rank.sharded)
+        if engine.name == "unsloth":
+            import unsloth  # noqa: F401 - before everything it patches
+        self.journal.write("engine", **vars(engine))
+        return engine
 
+    def _tokenise(self, training: list[Row], held_out: list[Row]) -> list[Example]:
+        """Training examples; the held-out ones become the evaluation set. An event says what became of each row."""
+        settings, table = self.settings, self.table
+        examples, too_long = self.chat.examples(
+            training, system_prompt=settings.system_prompt, max_length=settings.max_length, train_on=settings.train_on
+        )
+        held, held_too_long = self.chat.examples(
+            held_out, system_prompt=settings.system_prompt, max_length=settings.max_length
+        )  # what is scored is always the answer
+        if len(held) < 2:
+            raise DataError("all held-out rows but one are longer than max_length; raise it, or raise held_out")
+        self.evaluation_set = EvaluationSet(self.chat, settings, held_out, held)
+        rejected = [*table.rejected, *too_long, *held_too_long]
+        typical = sorted(examples, key=lambda example: len(example.input_ids))[len(examples) // 2]
+        self.journal.write(
+            "data",
+            source=table.source,
+            fingerprint=table.fingerprint,
+            usable=len(table.rows),
+            training=vars(lengths(examples)),
+            held_out=vars(lengths(held)),
+            rejected=len(rejected),
+            rejected_rows=[vars(bad) for bad in rejected[:_LISTED]],
+            shown={"number": typical.number, "runs": self.chat.show(typical).runs},
+        )
+        for bad in rejected:
+            print(f"row {bad.number} is not used: {bad.reason}")
+        return examples
 
-def _prepare(
-    run: RunDirectory, journal: SpoolingJournal, base: models.Base
-) -> tuple[Table, ChatTokenizer, list[list[Example]], EvaluationSet]:
-    """(data, tokenizer, examples of each step, what base and tuned are scored on)."""
-    from bizassist_nb.training.trainer import plan  # after unsloth, which has to be imported first
+    def _fit(self) -> preflight.Fit:
+        """How steps are cut up, with events that say so and what the run is expected to need."""
+        rank = self.rank
+        # All ranks cut alike: so that the longest share of a step fits, on the device with the least room.
+        shares = [rank.longest([len(example.input_ids) for example in step]) for step in self.steps]
+        on = preflight.device()
+        free = rank.all_reduce_min(on.free / (1 if on.on_gpu else rank.beside))
+        on = dataclasses.replace(on, free=free, sharing=rank.count if rank.sharded else 1)
+        expected = preflight.estimate(self.settings.share(rank.count), self.engine, self.base, shares, on)
+        fields = dataclasses.asdict(expected)
+        fit = fields.pop("fit")
+        self.journal.write("preflight", sentence=expected.sentence, peak=expected.peak, **fields)
+        step = 0
+        if FIT in os.environ:
+            fit = json.loads(os.environ[FIT])
+            checkpoint = self.journal.newest_checkpoint()
+            step = checkpoint.step if checkpoint else 0
+        self.journal.write("fit", step=step, **fit)
+        print(expected.sentence)
+        return preflight.Fit(**fit)
 
-    settings = run.settings
-    table, training, held_out = rows_of(run)
-    chat = models.load_tokenizer(base.source)
-    examples, held = tokenise(journal, chat, settings, table, training, held_out)
-    steps = plan(examples, settings)
-    journal.write("plan", steps=len(steps), tokens=sum(len(example.input_ids) for step in steps for example in step))
-    return table, chat, steps, EvaluationSet(chat, settings, held_out, held)
-
-
-def _load(
-    journal: SpoolingJournal, engine: engines.Engine, base: models.Base, settings: Settings, fit: preflight.Fit
-) -> Any:
-    def load() -> Any:
-        model = engines.load(engine, base, settings, checkpointing=fit.checkpointing)
+    def _load(self) -> Any:
+        sharded = self.rank.sharded
+        checkpointing = self.fit.checkpointing
+        model = engines.load(self.engine, self.base, self.settings, checkpointing=checkpointing, sharded=sharded)
         trainable, total = models.count_parameters(model)
-        journal.write("parameters", trainable=trainable, total=total)
+        self.journal.write("parameters", trainable=trainable, total=total)
         print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
-        if this_rank().sharded:
+        if sharded:
             fsdp.shard(model)
             held, whole = fsdp.held(model)
-            journal.write("sharded", held=held, whole=whole)
+            self.journal.write("sharded", held=held, whole=whole)
         return model
 
-    return this_rank().one_at_a_time(load)  # so that the RAM of a machine holds one whole base at a time
+    def train(self) -> int:
+        """Train and save the adapter; the steps done. A stop ends training in order, after its step."""
+        if self.rank.first:
+            self.forget_scores()
+        self.rank.barrier()
+        self.journal.write("state", state="training")
+        done = self._train(self.score_after_step)
+        self.journal.write("memory", **_peak_memory())
+        self._save_adapter()
+        self.journal.insist("the loss plot", lambda: save_loss_png(self.run))
+        return done
 
+    def _train(self, after_step: Callable[[int], None] = lambda _: None) -> int:
+        from bizassist_nb.training.trainer import Training, train  # after unsloth, which has to be imported first
 
-def _train(
-    run: RunDirectory,
-    journal: SpoolingJournal,
-    stop: Stop,
-    engine: engines.Engine,
-    fit: preflight.Fit,
-    model: Any,
-    chat: ChatTokenizer,
-    steps: list[list[Example]],
-    evaluation_set: EvaluationSet,
-    best: Best,
-) -> int:
-    """Train and save the adapter; the steps done. From here on nothing is cut short: a stop ends training in order."""
-    from bizassist_nb.training.trainer import Training, train
+        training = Training(
+            self.run, self.journal, self.stop, self.engine, self.model, self.chat, self.steps, after_step
+        )
+        return train(training, self.fit)
 
-    stop.patient = True
-    if this_rank().first:
-        _forget_scores(run, len(steps))
-    watch = _watch(journal, run.settings, model, evaluation_set, chat, len(steps), best, stop)
-    this_rank().barrier()
-    journal.write("state", state="training")
-    done = train(Training(run, journal, stop, engine, model, chat, steps, watch), fit)
-    journal.write("memory", **_peak_memory())
-    _save_adapter(run, journal, model, chat)
-    journal.insist("the loss plot", lambda: save_loss_png(run))
-    return done
+    def forget_scores(self) -> None:
+        """Delete what was said of an adapter that is about to be trained further; one that is done keeps it."""
+        checkpoint = newest_checkpoint(self.run.path)
+        if checkpoint is None or checkpoint.step < len(self.steps):
+            for name in ("evaluation.json", "answers.json"):
+                (self.run.path / name).unlink(missing_ok=True)
 
+    def score_after_step(self, step: int) -> None:
+        """Score the held-out rows when it is time, and keep the best adapter.
 
-def _save_adapter(run: RunDirectory, journal: SpoolingJournal, model: Any, chat: ChatTokenizer) -> None:
-    journal.insist("the adapter", lambda: save_adapter(run.path / "adapter", model, chat))
+        Where memory runs out over it, training goes on as it was, without that score: its own step is through. But not
+        if the base is sharded: then the others wait for this rank in the middle of a pass.
+        """
+        every = self._scoring_interval()
+        if step % every or len(self.steps) - step < every / 2:  # the end, where all is scored anyway, is near
+            return
+        try:
+            scores = self.score("tuned", step, self._raise_if_any_asked)
+        except Stopped:
+            return  # training itself stops in its own, orderly way
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if scorers().sharded:
+                raise RunError(
+                    f"memory ran out while the held-out rows were scored after step {step} ({brief(error)}). Start it "
+                    f"under a new name with evaluate_every = {len(self.steps)}, which leaves that out; what was saved "
+                    "is kept"
+                ) from error
+            self.journal.write("unscored", step=step, reason=brief(error))
+            return
+        if not scorers().first:
+            return
+        try:
+            self.best.offer(step, mean_loss(scores), self.model, self.chat)
+        except OSError as error:
+            self.journal.unsaved(f"the adapter of step {step}, the best so far,", brief(error))
 
+    def _scoring_interval(self) -> int:
+        """Steps between two scores of the held-out rows in training."""
+        every = self.settings.evaluate_every
+        if isinstance(every, int):
+            return every
+        each = self.settings.batch_size * scorers().count // self.rank.count  # examples of a step for each scorer
+        return max(1, round(3 * len(self.evaluation_set.held_out) / each))
 
-def _forget_scores(run: RunDirectory, steps: int) -> None:
-    """Delete what was said of an adapter that is about to be trained further; one that is done keeps it."""
-    checkpoint = newest_checkpoint(run.path)
-    if checkpoint is None or checkpoint.step < steps:
-        for name in ("evaluation.json", "answers.json"):
-            (run.path / name).unlink(missing_ok=True)
+    def _raise_if_any_asked(self) -> None:
+        if scorers().broadcast([self.stop.asked])[0]:  # all of them at the same place
+            raise Stopped
 
+    def score_all(self, who: str, step: int) -> tuple[list[Score], list[Score]]:
+        """(held-out scores, general scores)."""
+        try:
+            held_out = self.score(who, step, self.stop.check)
+            return held_out, self.evaluation_set.on_general(self.model, self.stop.check)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            longest = max(len(example.input_ids) for example in self.evaluation_set.held_out)
+            raise RunError(
+                f"memory ran out while {who} was scored on held-out rows of up to {longest} tokens ({brief(error)}). "
+                "Free some, or start under a new name with a lower max_length; what was saved is kept"
+            ) from error
 
-def _preflight(
-    journal: SpoolingJournal, settings: Settings, engine: engines.Engine, base: models.Base, steps: list[list[Example]]
-) -> preflight.Fit:
-    """How steps are cut up, with events that say so and what the run is expected to need."""
-    rank = this_rank()
-    # All ranks cut alike: so that the longest share of a step fits, on the device with the least room.
-    lengths = [rank.longest([len(example.input_ids) for example in step]) for step in steps]
-    on = preflight.device()
-    free = rank.all_reduce_min(on.free / (1 if on.on_gpu else rank.beside))
-    on = dataclasses.replace(on, free=free, sharing=rank.count if rank.sharded else 1)
-    expected = preflight.estimate(settings.share(rank.count), engine, base, lengths, on)
-    fields = dataclasses.asdict(expected)
-    fit = fields.pop("fit")
-    journal.write("preflight", sentence=expected.sentence, peak=expected.peak, **fields)
-    step = 0
-    if FIT in os.environ:
-        fit = json.loads(os.environ[FIT])
-        checkpoint = journal.newest_checkpoint()
-        step = checkpoint.step if checkpoint else 0
-    journal.write("fit", step=step, **fit)
-    print(expected.sentence)
-    return preflight.Fit(**fit)
+    def score(self, who: str, step: int, between: Callable[[], None]) -> list[Score]:
+        """Held-out scores, with an event. `between` is called between batches; what it raises ends the scoring.
 
+        Raises:
+            RunError: if the loss is not a number.
+        """
+        start = time.monotonic()
+        scores = self.evaluation_set.on_held_out(self.model, between)
+        if not math.isfinite(loss := mean_loss(scores)):
+            if who == "base":
+                raise RunError(f"the held-out loss of base is {loss}: its weights are broken; take another model")
+            raise RunError(f"the held-out loss of tuned became {loss}; try a lower learning_rate, under a new name")
+        seconds = time.monotonic() - start
+        self.journal.write("evaluation", who=who, step=step, loss=loss, rows=len(scores), seconds=seconds)
+        return scores
 
-def _take_best(
-    run: RunDirectory, journal: SpoolingJournal, best: Best, model: Any, chat: ChatTokenizer, stop: Stop
-) -> None:
-    stop.patient = True
-    best.restore(model)
-    _save_adapter(run, journal, model, chat)
-    journal.write("kept", step=best.step)
-    stop.patient = False
-    stop.check()
+    def _score_tuned(self, done: int) -> tuple[tuple[list[Score], list[Score]], bool]:
+        """(scores of the adapter that the run saves, whether an earlier one was better than the last)."""
+        self.journal.write("state", state="scoring", who="tuned")
+        scores = self.score_all("tuned", done)
+        [better] = scorers().broadcast([self.best.loss < mean_loss(scores[0])])
+        if better and self.settings.keep == "best":
+            with self.stop.deferred():
+                self.best.restore(self.model)
+                self._save_adapter()
+                self.journal.write("kept", step=self.best.step)
+            self.stop.check()
+            scores = self.score_all("tuned", self.best.step)
+        return scores, better
 
+    def answer(self) -> dict[str, Any] | None:
+        """Have base and tuned answer the fixed prompts; the signs counted, None if that failed.
 
-def _answers_from_apart(run: RunDirectory, journal: SpoolingJournal) -> dict[str, Any] | None:
-    try:
-        return answer_apart(run)
-    except RunError as error:  # the run is good without answers; its report says that they are missing, and why
-        journal.write("unanswered", reason=str(error))
-        return None
+        Unsloth's model goes first, to make room for the plain one of another process.
+        """
+        if self.engine.name == "transformers":
+            given = answer(self.run, self.model, self.chat, "default", between=self.stop.check)
+            self.journal.insist("the answers", lambda: write_json(self.run.path / "answers.json", given))
+            return counted(given, max_new_tokens())
+        del self.model
+        try:
+            return answer_apart(self.run)
+        except RunError as error:  # the run is good without answers; its report says that they are missing, and why
+            self.journal.write("unanswered", reason=str(error))
+            return None
+
+    def _finish(self, result: dict[str, Any], *, better: bool) -> None:
+        self.journal.write("state", state="saving")
+        self._write_result(result)
+        self.journal.insist("the loss plot", lambda: save_loss_png(self.run))
+        self.journal.insist("the model card", lambda: write_card(self.run))
+        self.journal.write("state", state="finished")
+        if self.rank.first and (self.settings.keep == "best" or not better):
+            self.best.forget()  # not before: resumed from here without it, the run would end with another adapter
+
+    def _write_result(self, result: dict[str, Any]) -> None:
+        self.journal.insist("the verdict", lambda: write_json(self.run.path / "evaluation.json", result))
+
+    def _save_adapter(self) -> None:
+        self.journal.insist("the adapter", lambda: save_adapter(self.run.path / "adapter", self.model, self.chat))
+
+    def _write_environment(self) -> None:
+        import torch
+
+        device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
+        count = self.rank.count
+        write_json(
+            self.run.path / "environment.json",
+            {
+                "model": self.base.name,
+                "source": self.base.source,
+                "engine": self.engine.name,
+                "data": self.table.source,
+                "fingerprint": self.table.fingerprint,
+                "device": f"{count} × {device}" if count > 1 else device,
+                "python": platform.python_version(),
+                "versions": versions(("bizassist-nb", *STACK)),
+            },
+        )
 
 
 def _peak_memory() -> dict[str, Any]:
@@ -298,154 +411,6 @@ def _peak_memory() -> dict[str, Any]:
         return {"of": "GPU", "peak": torch.cuda.max_memory_reserved()}
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux
     return {"of": "process", "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-
-
-def _watch(
-    journal: SpoolingJournal,
-    settings: Settings,
-    model: Any,
-    evaluation_set: EvaluationSet,
-    chat: ChatTokenizer,
-    steps: int,
-    best: Best,
-    stop: Stop,
-) -> Callable[[int], None]:
-    """What is done after each step: the held-out rows are scored when it is time, and the best adapter is kept.
-
-    Where memory runs out over it, training goes on as it was, without that score: its own step is through. But not if
-    the base is sharded: then the others wait for this rank in the middle of a pass.
-    """
-    every, rank = settings.evaluate_every, scorers()
-    if isinstance(every, str):
-        each = settings.batch_size * rank.count // this_rank().count  # examples of a step for each of those that score
-        every = max(1, round(3 * len(evaluation_set.held_out) / each))
-
-    def hurry() -> None:
-        if rank.broadcast([stop.asked])[0]:  # all of them at the same place
-            raise Stopped
-
-    def after(step: int) -> None:
-        if step % every or steps - step < every / 2:  # the end, where all is scored anyway, is near
-            return
-        try:
-            scores = _score(journal, "tuned", step, model, evaluation_set, hurry)
-        except Stopped:
-            return  # training itself stops in its own, orderly way
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            if rank.sharded:
-                raise RunError(
-                    f"memory ran out while the held-out rows were scored after step {step} ({brief(error)}). Start it "
-                    f"under a new name with evaluate_every = {steps}, which leaves that out; what was saved is kept"
-                ) from error
-            journal.write("unscored", step=step, reason=brief(error))
-            return
-        if not rank.first:
-            return
-        try:
-            best.offer(step, mean_loss(scores), model, chat)
-        except OSError as error:
-            journal.unsaved(f"the adapter of step {step}, the best so far,", brief(error))
-
-    return after
-
-
-def tokenise(
-    journal: SpoolingJournal,
-    chat: ChatTokenizer,
-    settings: Settings,
-    table: Table,
-    training: list[Row],
-    held_out: list[Row],
-) -> tuple[list[Example], list[Example]]:
-    """(training examples, held-out examples), with a "data" event that says what became of every row."""
-    examples, too_long = chat.examples(
-        training, system_prompt=settings.system_prompt, max_length=settings.max_length, train_on=settings.train_on
-    )
-    held, held_too_long = chat.examples(
-        held_out, system_prompt=settings.system_prompt, max_length=settings.max_length
-    )  # what is scored is always the answer
-    if len(held) < 2:
-        raise DataError("all held-out rows but one are longer than max_length; raise it, or raise held_out")
-    rejected = [*table.rejected, *too_long, *held_too_long]
-    typical = sorted(examples, key=lambda example: len(example.input_ids))[len(examples) // 2]
-    journal.write(
-        "data",
-        source=table.source,
-        fingerprint=table.fingerprint,
-        usable=len(table.rows),
-        training=vars(lengths(examples)),
-        held_out=vars(lengths(held)),
-        rejected=len(rejected),
-        rejected_rows=[vars(bad) for bad in rejected[:_LISTED]],
-        shown={"number": typical.number, "runs": chat.show(typical).runs},
-    )
-    _print_rejected(rejected)
-    return examples, held
-
-
-def _print_rejected(rejected: list[Rejected]) -> None:
-    for bad in rejected:
-        print(f"row {bad.number} is not used: {bad.reason}")
-
-
-def _examine(
-    journal: SpoolingJournal, who: str, step: int, model: Any, evaluation_set: EvaluationSet, stop: Stop
-) -> tuple[list[Score], list[Score]]:
-    """(held-out scores, general scores)."""
-    try:
-        return _score(journal, who, step, model, evaluation_set, stop.check), evaluation_set.on_general(
-            model, stop.check
-        )
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        longest = max(len(example.input_ids) for example in evaluation_set.held_out)
-        raise RunError(
-            f"memory ran out while {who} was scored on held-out rows of up to {longest} tokens ({brief(error)}). Free "
-            "some, or start under a new name with a lower max_length; what was saved is kept"
-        ) from error
-
-
-def _score(
-    journal: SpoolingJournal,
-    who: str,
-    step: int,
-    model: Any,
-    evaluation_set: EvaluationSet,
-    between: Callable[[], None],
-) -> list[Score]:
-    start = time.monotonic()
-    scores = evaluation_set.on_held_out(model, between)
-    if not math.isfinite(loss := mean_loss(scores)):
-        if who == "base":
-            raise RunError(f"the held-out loss of base is {loss}: its weights are broken; take another model")
-        raise RunError(f"the held-out loss of tuned became {loss}; try a lower learning_rate, under a new name")
-    journal.write("evaluation", who=who, step=step, loss=loss, rows=len(scores), seconds=time.monotonic() - start)
-    return scores
-
-
-def _write_environment(run: RunDirectory, engine: str, base: models.Base, table: Table) -> None:
-    import torch
-
-    device = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    count = this_rank().count
-    write_json(
-        run.path / "environment.json",
-        {
-            "model": base.name,
-            "source": base.source,
-            "engine": engine,
-            "data": table.source,
-            "fingerprint": table.fingerprint,
-            "device": f"{count} × {device}" if count > 1 else device,
-            "python": platform.python_version(),
-            "versions": versions(("bizassist-nb", *STACK)),
-        },
-    )
 
 
 def _keep_lock() -> None:
