@@ -34,7 +34,7 @@ def runs(dolly, tmp_path_factory) -> dict[str, Run]:
 def begin(folder, name: str, **changes) -> Run:
     # Plain transformers: it answers the fixed prompts in the worker, without loading another model.
     settings = {"model": "smollm2-135m", "engine": "transformers", "max_length": 384, "runs_dir": str(folder)}
-    return start(Settings(**(settings | changes)), name)
+    return Run(start(Settings(**(settings | changes)), name).path)
 
 
 def from_context(folder, moved: int) -> dict[str, object]:

@@ -95,6 +95,7 @@ def _serve(path: str) -> None:
     from bizassist_nb.training import trainer  # noqa: F401
 
     torch.set_num_threads(1)  # more would not survive the fork
+    setproctitle(" ".join(sys.orig_argv))  # finds its place in memory now, before a child changes the environment
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that no worker is left as a zombie
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(path)
