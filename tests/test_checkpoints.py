@@ -93,6 +93,20 @@ def test_whoever_finds_the_disk_full_nothing_half_written_is_left(tmp_path, chat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]
 
 
+def test_a_directory_that_goes_away_while_a_checkpoint_is_written_is_not_made_anew(tmp_path):
+    run = tmp_path / "drive" / "runs" / "run"
+    run.mkdir(parents=True)
+
+    def write(folder):
+        (tmp_path / "drive").rename(tmp_path / "elsewhere")
+        os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - as transformers does
+        (folder / "weights").write_text("1")
+
+    with pytest.raises(FileNotFoundError):
+        save_checkpoint(run, 1, write)
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
 def test_the_two_newest_checkpoints_are_kept_and_those_of_steps_done_again_go(tmp_path):
     def save(step):
         save_checkpoint(tmp_path, step, lambda folder: (folder / "weights").write_text(str(step)))

@@ -5,8 +5,10 @@ scored best so far.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,6 +79,7 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
     Raises:
         OSError: where it cannot be written; nothing half-written remains.
     """
+    before = run_path.stat()
     folder = run_path / "checkpoints"
     part = folder / ".part" / f"checkpoint-{step}"
     shutil.rmtree(part.parent, ignore_errors=True)  # a worker that was killed may have left one
@@ -86,6 +89,11 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
     try:
         with writing():
             write(part)
+        if not os.path.samestat(before, run_path.stat()):
+            # It went away meanwhile, and transformers made a new one (`os.makedirs`), in the way of its coming back.
+            shutil.rmtree(folder)
+            os.removedirs(run_path)
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(run_path))
         files = [file for file in sorted(part.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
         sums = {str(file.relative_to(part)): _checksum(file) for file in files}
         (part / CHECKSUMS).write_text(json.dumps(sums, indent=1), "utf-8")
