@@ -93,17 +93,23 @@ def test_whoever_finds_the_disk_full_nothing_half_written_is_left(tmp_path, chat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]
 
 
-def test_a_directory_that_goes_away_while_a_checkpoint_is_written_is_not_made_anew(tmp_path):
+@pytest.mark.parametrize("what", ["checkpoint", "adapter"])
+def test_a_directory_that_goes_away_while_it_is_written_into_is_not_made_anew(tmp_path, what):
     run = tmp_path / "drive" / "runs" / "run"
     run.mkdir(parents=True)
 
-    def write(folder):
+    def write(folder, **_):
         (tmp_path / "drive").rename(tmp_path / "elsewhere")
-        os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - as transformers does
+        folder.mkdir(parents=True)  # as transformers and PEFT do
         (folder / "weights").write_text("1")
 
+    model = SimpleNamespace(save_pretrained=write)
+    save = {
+        "checkpoint": lambda: save_checkpoint(run, 1, write),
+        "adapter": lambda: save_adapter(run / "a", model, CHAT),
+    }
     with pytest.raises(FileNotFoundError):
-        save_checkpoint(run, 1, write)
+        save[what]()
     assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 

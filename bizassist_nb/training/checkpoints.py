@@ -4,6 +4,7 @@ RUN/checkpoints/checkpoint-STEP/ holds what the Trainer writes, and `checksums.j
 scored best so far.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -79,7 +80,6 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
     Raises:
         OSError: where it cannot be written; nothing half-written remains.
     """
-    before = run_path.stat()
     folder = run_path / "checkpoints"
     part = folder / ".part" / f"checkpoint-{step}"
     shutil.rmtree(part.parent, ignore_errors=True)  # a worker that was killed may have left one
@@ -87,13 +87,8 @@ def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) 
     for inner in (folder, part.parent, part):
         inner.mkdir(exist_ok=True)
     try:
-        with writing():
+        with writing(part):
             write(part)
-        if not os.path.samestat(before, run_path.stat()):
-            # It went away meanwhile, and transformers made a new one (`os.makedirs`), in the way of its coming back.
-            shutil.rmtree(folder)
-            os.removedirs(run_path)
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(run_path))
         files = [file for file in sorted(part.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
         sums = {str(file.relative_to(part)): _checksum(file) for file in files}
         (part / CHECKSUMS).write_text(json.dumps(sums, indent=1), "utf-8")
@@ -111,13 +106,20 @@ def _checksum(file: Path) -> str:
 
 
 @contextmanager
-def writing() -> Iterator[None]:
-    """Have what cannot be written raise OSError, whoever writes it.
+def writing(part: Path) -> Iterator[None]:
+    """Have what cannot be written into the folder `part` raise OSError, whoever writes it.
 
     safetensors has an error of its own for a full disk, torch.save a RuntimeError, and tokenizers a plain Exception.
+    transformers and PEFT make a folder that has gone away anew (`os.makedirs`), in the way of its coming back.
     """
+    before = part.stat()
     try:
         yield
+        if not os.path.samestat(before, part.stat()):
+            shutil.rmtree(part)
+            with contextlib.suppress(OSError):  # raised where what is above it has come back, and is not empty
+                os.removedirs(part.parent)
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(part))
     except (SafetensorError, RuntimeError) as error:
         raise OSError(brief(error)) from error
     except Exception as error:  # tokenizers raises just that, and nothing else is kept back
@@ -175,7 +177,7 @@ def save_adapter(target: Path, model: Any, chat: ChatTokenizer, notes: dict[str,
     shutil.rmtree(part, ignore_errors=True)  # a worker that was killed may have left one
     part.mkdir()  # and no folder above it: see `save_checkpoint`
     try:
-        with writing():
+        with writing(part):
             model.save_pretrained(part, safe_serialization=True)
             chat.tokenizer.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run has its own
