@@ -97,7 +97,8 @@ FAULTS = [
 def run_test(test: str, package: Path) -> bool:
     """Whether the test passes on the package in that folder."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{test}"]
-    environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+    # Without PYTHONSAFEPATH the working directory would come first, with the package as it is.
+    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
