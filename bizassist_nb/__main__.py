@@ -11,6 +11,7 @@ from typing import Any, Final, TextIO
 
 from bizassist_nb.api import open_run
 from bizassist_nb.core.errors import BizassistError, SettingsError, brief, printable
+from bizassist_nb.core.generation import BASE, TUNED, add_options, chosen
 from bizassist_nb.core.settings import Settings, reference, user_path
 from bizassist_nb.core.versions import own_version
 from bizassist_nb.runs.run import ENDED, RunDirectory, list_runs
@@ -85,10 +86,7 @@ def _add_asking(commands: Any) -> None:
     ask.add_argument("run", metavar="RUN")
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--base", action="store_true", help="ask the base alone")
-    ask.add_argument("--max-new-tokens", type=int, default=256)
-    ask.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    ask.add_argument("--seed", type=int, default=0)
-    ask.add_argument("--strength", type=float, default=1.0, help="of the adapter, 0 (as the base) to 1.5")
+    add_options(ask)
     ask.set_defaults(run_command=_ask)
 
     evaluate = commands.add_parser("evaluate", help="score base and tuned on the held-out rows anew")
@@ -185,11 +183,10 @@ def _train(settings: Settings, name: str | None, *, resume: bool) -> RunDirector
 
 def _ask(options: argparse.Namespace) -> None:
     from bizassist_nb.assistant.assistant import Assistant
-    from bizassist_nb.core.generation import BASE, TUNED
 
-    run = open_run(options.run, options.runs_dir)
-    how = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "seed", "strength")}
-    _say(Assistant(run).ask(options.question, who=(BASE,) if options.base else (BASE, TUNED), **how))
+    generation, run = chosen(options), open_run(options.run, options.runs_dir)
+    who = (BASE,) if options.base else (BASE, TUNED)
+    _say(list(Assistant(run).stream(options.question, generation, who=who))[-1])
 
 
 def _evaluate(options: argparse.Namespace) -> None:

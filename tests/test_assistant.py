@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 
 from bizassist_nb.api import Run
 from bizassist_nb.assistant import decoding
-from bizassist_nb.assistant.assistant import Assistant, QuestionError
+from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.conversation import Conversation
-from bizassist_nb.assistant.decoding import Sampling, scaled
+from bizassist_nb.assistant.decoding import Batch, scaled
 from bizassist_nb.assistant.loaded import LoadedBase, loaded_base
 from bizassist_nb.assistant.prefix_cache import PrefixCache
-from bizassist_nb.core.errors import ModelError
+from bizassist_nb.core.errors import ModelError, QuestionError
+from bizassist_nb.core.generation import Generation
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.models import base as models
@@ -102,7 +103,7 @@ def test_the_model_is_as_before(after, assistant, prompts):
     if after == "a whole answer":
         assistant.ask(QUESTIONS[1], max_new_tokens=3, temperature=0.7)
     elif after == "a closed stream":
-        stream = assistant.stream(QUESTIONS[1], max_new_tokens=50)
+        stream = assistant.stream(QUESTIONS[1], Generation(max_new_tokens=50))
         for _ in range(4):
             next(stream)
         stream.close()
@@ -114,7 +115,7 @@ def test_the_model_is_as_before(after, assistant, prompts):
 
 
 def test_streams_grow_and_end_in_the_whole(assistant):
-    seen = list(assistant.stream(QUESTIONS[0], max_new_tokens=12))
+    seen = list(assistant.stream(QUESTIONS[0], Generation(max_new_tokens=12)))
     for who in ("base", "tuned"):
         texts = [comparison.answers[who] for comparison in seen]
         assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts[:-1]))
@@ -212,8 +213,9 @@ def test_fifty_questions_are_answered_as_by_each_model_alone(assistant, fifty):
         prompt = loaded.chat.prompt(conversation(assistant.runs[0].settings.system_prompt, [], question))
         answers = {0: [], 1: []}
         for row, token in decoding.decode(
-            loaded.model, [prompt] * 2, strengths={adapter: [0.0, 1.0]}, stop_ids=loaded.chat.stop_ids,
-            pad_id=loaded.chat.pad_id, max_new_tokens=6, sampling=Sampling(),
+            loaded.model,
+            Batch([prompt] * 2, {adapter: [0.0, 1.0]}, loaded.chat.stop_ids, loaded.chat.pad_id),
+            Generation(max_new_tokens=6),
         ):  # fmt: skip
             answers[row].append(token)
         with loaded.model.disable_adapter():
@@ -266,9 +268,9 @@ def test_everyone_goes_on_from_what_they_said_themselves(assistant, trained):
     talk, seen = Conversation(), []
     first = assistant.ask(QUESTIONS[0], conversation=talk, max_new_tokens=6)
 
-    def remember(model, chat, prompts, **options):
-        seen.extend(prompts)
-        return decode(model, chat, prompts, **options)
+    def remember(model, chat, batch, *options):
+        seen.extend(batch.prompts)
+        return decode(model, chat, batch, *options)
 
     decode = decoding.texts
     with pytest.MonkeyPatch.context() as patch:
@@ -287,7 +289,7 @@ def test_everyone_goes_on_from_what_they_said_themselves(assistant, trained):
 
 def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_went(small):
     talk = Conversation()
-    stream = Assistant(small[0][0]).stream("How?", conversation=talk, max_new_tokens=50, temperature=1.0)
+    stream = Assistant(small[0][0]).stream("How?", Generation(max_new_tokens=50, temperature=1.0), conversation=talk)
     shown = list(itertools.islice(stream, 9))[-1]
     stream.close()
     assert [talk.turns(who)[-1][1] for who in ("base", "tuned")] == [shown.base.strip(), shown.tuned.strip()]
@@ -315,7 +317,8 @@ def read(loaded, prompts, strengths, prefix):
         patch.setattr(
             decoding._ModuleSteps, "forward", lambda steps, ids: columns.append(ids.shape[1]) or forward(steps, ids)
         )
-        with decoding._steps(loaded.model, prompts, strengths, loaded.chat.pad_id, 1, prefix) as (found, _):
+        batch = Batch(prompts, strengths, frozenset(), loaded.chat.pad_id)
+        with decoding._steps(loaded.model, batch, 1, prefix) as (found, _):
             return found, columns[0]
 
 
@@ -348,10 +351,9 @@ def answered(small):
 
     def answer(prefix, most=16, stop_ids=frozenset()):
         said = [list(prompt) for prompt in prompts]
-        stream = decoding.decode(
-            loaded.model, prompts, strengths=strengths, stop_ids=stop_ids, pad_id=0, max_new_tokens=8,
-            sampling=Sampling(temperature=1.0, seed=1), prefix=prefix,
-        )  # fmt: skip
+        batch = Batch(prompts, strengths, stop_ids, pad_id=0)
+        generation = Generation(max_new_tokens=8, temperature=1.0, seed=1)
+        stream = decoding.decode(loaded.model, batch, generation, prefix)
         for row, token in itertools.islice(stream, most):
             said[row].append(token)
         stream.close()
@@ -487,7 +489,7 @@ def test_an_answer_goes_on_as_it_began_when_another_run_is_asked_in_between(smal
     (one, two), _ = small
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 5}
     whole = Assistant(one).ask("How?", **options)
-    stream = Assistant(one).stream("How?", **options)
+    stream = Assistant(one).stream("How?", Generation(**options))
     for _ in range(6):
         next(stream)
     Assistant(two).ask("Why?", max_new_tokens=2)

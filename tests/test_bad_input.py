@@ -768,7 +768,7 @@ CELLS = [
     ("%%ask --run ../../etc\nHi?", ["cannot be the name of a run"]),
     ("%%ask --max-new-tokens many\nHi?", ["UsageError: argument --max-new-tokens: invalid int value: 'many'"]),
     ("%%ask --max-new-tokens 0\nHi?", ["max_new_tokens = 0: has to be from 1 to"]),
-    ("%%ask --temperature nan\nHi?", ["temperature = nan: has to be from 0 to 5"]),
+    ("%%ask --temperature nan\nHi?", ["temperature = nan: has to be from 0 to 2"]),
     ("%%ask --temperature inf\nHi?", ["temperature = inf"]),
     ("%%ask --strength -1\nHi?", ["strength = -1"]),
     (f"%%ask --seed {10**30}\nHi?", ["seed = 1000", "has to be from 0 to"]),

@@ -2,28 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.assistant.loaded import MOST_ADAPTERS, LoadedBase, loaded_base
-from bizassist_nb.core.errors import BizassistError
-from bizassist_nb.core.generation import BASE, TUNED
+from bizassist_nb.core.errors import QuestionError
+from bizassist_nb.core.generation import BASE, TUNED, Generation
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.chat import conversation as messages
 from bizassist_nb.runs.run import RunDirectory
 
-if TYPE_CHECKING:
-    from bizassist_nb.assistant.decoding import Sampling
-
-STRONGEST: Final = 1.5
-"""Strength of an adapter at most; far beyond 1 a model only babbles."""
-
+_GREEDY: Final = Generation()
 _NO_RUN: Final = "There is no run yet, so only the base answers; fine-tune one with %%finetune."
-
-
-class QuestionError(BizassistError):
-    """A question that cannot be answered as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,54 +45,52 @@ class Assistant:
             raise QuestionError(f"{len(bases)} runs cannot answer together; ask at most {MOST_ADAPTERS}")
         self._model = next(iter(bases.values()), "auto")
 
-    def ask(self, question: str, **options: Any) -> Comparison:
-        """All answers, whole; options as for `stream`."""
-        return list(self.stream(question, **options))[-1]
-
-    def stream(
+    def ask(
         self,
         question: str,
         *,
         who: tuple[str, ...] = (BASE, TUNED),
-        strength: float = 1.0,
         conversation: Conversation | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        repetition_penalty: float = 1.0,
-        seed: int = 0,
+        **options: Any,
+    ) -> Comparison:
+        """All answers, whole; as `stream`, with the fields of `Generation` as `options`."""
+        return list(self.stream(question, Generation(**options), who=who, conversation=conversation))[-1]
+
+    def stream(
+        self,
+        question: str,
+        generation: Generation = _GREEDY,
+        *,
+        who: tuple[str, ...] = (BASE, TUNED),
+        conversation: Conversation | None = None,
     ) -> Iterator[Comparison]:
         """The comparison as it grows, after every token; the last one is whole. May be closed at any time.
 
-        `who` is "base", "tuned" or both. `strength`, from 0 to 1.5, is what the tuned rows' adapters are multiplied by:
-        0 is exactly the base, 1 exactly what was trained. Everyone goes on from what they said themselves in
-        `conversation`, and what they answer now is added to it, also if the stream is closed before the end.
+        `who` is "base", "tuned" or both. Everyone goes on from what they said themselves in `conversation`, and what
+        they answer now is added to it, also if the stream is closed before the end.
 
         Raises:
-            QuestionError: for an empty question, one that leaves no room for an answer, or settings out of range.
+            QuestionError: for an empty question, or one that leaves no room for an answer.
             ModelError: if the model or an adapter cannot be loaded.
         """
-        from bizassist_nb.assistant.decoding import Sampling
-
-        sampling = Sampling(
-            temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed
-        )
-        _check(question, max_new_tokens, strength, sampling)
+        if not question.strip():
+            raise QuestionError("the question is empty; write it in the cell below %%ask, or after %ask")
         rows = self._rows(who)
         loaded = loaded_base(self._model)
-        prompts, dropped = self._prompts(loaded, rows, question, conversation or Conversation(), max_new_tokens)
+        prompts, dropped = self._prompts(
+            loaded, rows, question, conversation or Conversation(), generation.max_new_tokens
+        )
         no_run = None if self.runs or TUNED not in who else _NO_RUN
         comparison = begun = Comparison(
             question.strip(),
             dict.fromkeys((row.name for row in rows), ""),
             tuple(run.name for run in self.runs if any(row.run is run for row in rows)),
-            strength,
+            generation.strength,
             note=" ".join(filter(None, [no_run, dropped])) or None,
         )
         yield comparison
         try:
-            for comparison in self._answers(loaded, rows, prompts, begun, max_new_tokens, sampling):
+            for comparison in self._answers(loaded, rows, prompts, begun, generation):
                 yield comparison
         finally:
             if conversation is not None:
@@ -113,30 +102,23 @@ class Assistant:
         rows: list[_Row],
         prompts: list[list[int]],
         begun: Comparison,
-        max_new_tokens: int,
-        sampling: "Sampling",
+        generation: Generation,
     ) -> Iterator[Comparison]:
         import torch
 
-        from bizassist_nb.assistant.decoding import texts
+        from bizassist_nb.assistant.decoding import Batch, texts
 
         adapters = {run: loaded.adapter(run) for run in self.runs if any(row.run is run for row in rows)}
         loaded.use(list(adapters.values()))
         strengths = {
-            adapter: [begun.strength if row.run is run else 0.0 for row in rows] for run, adapter in adapters.items()
+            adapter: [generation.strength if row.run is run else 0.0 for row in rows]
+            for run, adapter in adapters.items()
         }
+        batch = Batch(prompts, strengths, loaded.chat.stop_ids, loaded.chat.pad_id)
         answers = dict(begun.answers)
         lengths = dict.fromkeys(answers, 0)
         try:
-            for number, text in texts(
-                loaded.model,
-                loaded.chat,
-                prompts,
-                strengths=strengths,
-                max_new_tokens=max_new_tokens,
-                sampling=sampling,
-                prefix=loaded.prefix_cache,
-            ):
+            for number, text in texts(loaded.model, loaded.chat, batch, generation, loaded.prefix_cache):
                 name = rows[number].name
                 answers[name] += text
                 lengths[name] += 1
@@ -147,7 +129,7 @@ class Assistant:
                 f"the GPU ran out of memory at {max(map(len, prompts)):,} tokens of question for {len(rows)} answers; "
                 "clear the conversation, ask fewer at once, or wait for the training that shares the GPU"
             ) from error
-        cut = tuple(name for name, length in lengths.items() if length == max_new_tokens)
+        cut = tuple(name for name, length in lengths.items() if length == generation.max_new_tokens)
         whole = {name: text.strip() for name, text in answers.items()}
         yield dataclasses.replace(begun, answers=whole, cut=cut)
 
@@ -189,19 +171,3 @@ class Assistant:
     def _prompt(self, loaded: LoadedBase, row: _Row, turns: list[tuple[str, str]], question: str) -> list[int]:
         settings = row.run.settings if row.run else self._settings
         return loaded.chat.prompt(messages(settings.system_prompt, turns, question.strip()))
-
-
-def _check(question: str, max_new_tokens: int, strength: float, sampling: "Sampling") -> None:
-    if not question.strip():
-        raise QuestionError("the question is empty; write it in the cell below %%ask, or after %ask")
-    for name, value, least, most, meaning in (
-        ("max_new_tokens", max_new_tokens, 1, 100_000, ""),
-        ("strength", strength, 0, STRONGEST, " (0 is the base, 1 as trained)"),
-        ("temperature", sampling.temperature, 0, 5, " (0 takes the likeliest token each time)"),
-        ("top_p", sampling.top_p, 0.01, 1, " (1 leaves no token out)"),
-        ("top_k", sampling.top_k, 0, 1_000_000, " (0 leaves no token out)"),
-        ("repetition_penalty", sampling.repetition_penalty, 0.1, 5, " (1 is none)"),
-        ("seed", sampling.seed, 0, 2**63 - 1, ""),
-    ):
-        if not least <= value <= most:
-            raise QuestionError(f"{name} = {value}: has to be from {least:g} to {most:,g}{meaning}")

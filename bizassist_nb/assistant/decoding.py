@@ -23,47 +23,39 @@ from transformers import (
 
 from bizassist_nb.assistant.cuda import decode_graph
 from bizassist_nb.assistant.prefix_cache import PrefixCache
+from bizassist_nb.core.generation import Generation
 from bizassist_nb.data.tokens import ChatTokenizer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is taken from the logits."""
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows that are answered together."""
 
-    temperature: float = 0.0
-    """0 takes the likeliest token (greedy)."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 for no limit."""
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    prompts: Sequence[Sequence[int]]
+    """Input ids of each row, question included."""
+    strengths: Mapping[str, Sequence[float]]
+    """Of each adapter, by name, its strength in every row; 1 is as trained."""
+    stop_ids: frozenset[int]
+    """Tokens that end an answer."""
+    pad_id: int
 
 
 def decode(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    strengths: Mapping[str, Sequence[float]],
-    stop_ids: frozenset[int],
-    pad_id: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    prefix: PrefixCache | None = None,
+    model: Any, batch: Batch, generation: Generation, prefix: PrefixCache | None = None
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token id) as answers grow: every living row's next token, step by step, end tokens left out.
 
-    `strengths` maps each adapter's name to its strength in every row (1 is as trained). The model is only altered while
-    a step is computed: between yields, and however the generator ends, it is as it was. What `prefix` has of the
-    prompts is not read again; it is given what is read now.
+    The model is only altered while a step is computed: between yields, and however the generator ends, it is as it was.
+    What `prefix` has of the prompts is not read again; it is given what is read now. The strength of `generation` is
+    not looked at: the batch has one for each row.
     """
-    choose = _Chooser(sampling, prompts)
-    rows = list(range(len(prompts)))  # those still growing, as indices into prompts
-    if max_new_tokens < 1:
-        return
-    with _steps(model, prompts, strengths, pad_id, max_new_tokens, prefix) as (logits, steps):
+    choose = _Chooser(generation, batch.prompts)
+    rows = list(range(len(batch.prompts)))  # those still growing, as indices into prompts
+    max_new_tokens = generation.max_new_tokens
+    with _steps(model, batch, max_new_tokens, prefix) as (logits, steps):
         for count in range(1, max_new_tokens + 1):
             chosen = choose(rows, logits)
-            living = [i for i, token in enumerate(chosen) if token not in stop_ids]
+            living = [i for i, token in enumerate(chosen) if token not in batch.stop_ids]
             for i in living:
                 yield rows[i], chosen[i]
             if not living or count == max_new_tokens:
@@ -75,42 +67,22 @@ def decode(
 
 
 def texts(
-    model: Any,
-    chat: ChatTokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    strengths: Mapping[str, Sequence[float]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    prefix: PrefixCache | None = None,
+    model: Any, chat: ChatTokenizer, batch: Batch, generation: Generation, prefix: PrefixCache | None = None
 ) -> Iterator[tuple[int, str]]:
     """`decode` as (row, text), one for every token: "" while a character is not yet whole."""
-    streams = [DecodeStream(skip_special_tokens=True) for _ in prompts]
+    streams = [DecodeStream(skip_special_tokens=True) for _ in batch.prompts]
     backend = chat.tokenizer.backend_tokenizer
-    for row, token in decode(
-        model,
-        prompts,
-        strengths=strengths,
-        stop_ids=chat.stop_ids,
-        pad_id=chat.pad_id,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        prefix=prefix,
-    ):
+    for row, token in decode(model, batch, generation, prefix):
         yield row, streams[row].step(backend, token) or ""
 
 
 @contextmanager
 def _steps(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    strengths: Mapping[str, Sequence[float]],
-    pad_id: int,
-    max_new_tokens: int,
-    prefix: PrefixCache | None,
+    model: Any, batch: Batch, max_new_tokens: int, prefix: PrefixCache | None
 ) -> Iterator[tuple[torch.Tensor, "_ModuleSteps | _GraphSteps"]]:
     """The logits (rows, vocabulary) after the prompts, and what computes those after each further token."""
-    ids, mask = _left_padded(prompts, pad_id, model.device)
+    prompts, strengths = batch.prompts, batch.strengths
+    ids, mask = _left_padded(prompts, batch.pad_id, model.device)
     cache = DynamicCache(config=model.config)
     known = prefix.begin(prompts, strengths, cache) if prefix else 0
     steps = _ModuleSteps(model, strengths, cache, mask)
@@ -259,19 +231,19 @@ def scaled(model: Any, strengths: Mapping[str, Sequence[float]]) -> Iterator[Non
 class _Chooser:
     """Takes each row's next token; each draws from a random stream of its own, so none disturbs another."""
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
-        self._greedy = sampling.temperature == 0
+    def __init__(self, generation: Generation, prompts: Sequence[Sequence[int]]) -> None:
+        self._greedy = generation.temperature == 0
         self._histories = [list(prompt) for prompt in prompts]
-        self._generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+        self._generators = [torch.Generator().manual_seed(generation.seed + row) for row in range(len(prompts))]
         self._processors = LogitsProcessorList()
-        if sampling.repetition_penalty != 1:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if generation.repetition_penalty != 1:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(generation.repetition_penalty))
         if not self._greedy:
-            self._processors.append(TemperatureLogitsWarper(sampling.temperature))
-            if sampling.top_k:
-                self._processors.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1:
-                self._processors.append(TopPLogitsWarper(sampling.top_p))
+            self._processors.append(TemperatureLogitsWarper(generation.temperature))
+            if generation.top_k:
+                self._processors.append(TopKLogitsWarper(generation.top_k))
+            if generation.top_p < 1:
+                self._processors.append(TopPLogitsWarper(generation.top_p))
 
     def __call__(self, rows: list[int], logits: torch.Tensor) -> list[int]:
         """The next token of each of these rows, from logits (rows, vocabulary)."""

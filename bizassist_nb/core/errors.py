@@ -78,3 +78,7 @@ class EngineError(BizassistError):
 
 class RunError(BizassistError):
     """A run directory that is missing, taken, busy or damaged."""
+
+
+class QuestionError(BizassistError):
+    """A question that cannot be answered as it is."""

@@ -10,6 +10,7 @@ from IPython.core.magic_arguments import MagicArgumentParser
 
 from bizassist_nb.api import Run, finetune, open_run
 from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.generation import BASE, TUNED, add_options, chosen
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.runs.run import RunDirectory, list_runs
 
@@ -44,18 +45,7 @@ def _ask_parser() -> MagicArgumentParser:
     one.add_argument("--base", action="store_true", help="ask the base alone")
     one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
     one.add_argument("--blind", action="store_true", help="hide whose answer is whose until you have voted")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length of an answer at most")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token each time"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the drawing, with a temperature")
-    parser.add_argument(
-        "--strength",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="of the adapter, 0 (as the base) to 1.5; 1 is as trained",
-    )
+    add_options(parser)
     parser.add_argument("--each", action="store_true", help="every line of the body is a question of its own")
     parser.add_argument("--runs-dir", metavar="DIR", help="folder of the runs; the last one used without this")
     parser.add_argument("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
@@ -114,7 +104,8 @@ class BizassistMagics(Magics):
             )
         if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
             raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
-        runs = self._chosen(options)
+        generation, runs = chosen(options), self._chosen(options)
+        who = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparisons, lines
         from bizassist_nb.notebook.views import AnswerView
@@ -127,7 +118,7 @@ class BizassistMagics(Magics):
             view.wait("Loading the model, once for this kernel …")
             assistant = Assistant(*runs)
             questions = (lines(question) or [""]) if options.each else [question]
-            answered = Comparisons(view.follow(assistant.stream(each, **_answering(options))) for each in questions)
+            answered = Comparisons(view.follow(assistant.stream(each, generation, who=who)) for each in questions)
         except KeyboardInterrupt as interrupt:
             # IPython keeps its traceback, and so the answer it was in, with the base in GPU memory.
             raise interrupt.with_traceback(None)  # noqa: B904 - it is no other error that has a cause
@@ -204,15 +195,3 @@ def _ask_line(line: str) -> str:
 def _parse(parser: MagicArgumentParser, line: str) -> Any:
     # By white space, not as a shell would: "What's next?" is a question, not an unclosed quotation.
     return parser.parse_args(line.split())
-
-
-def _answering(options: Any) -> dict[str, Any]:
-    """What `Assistant.stream` is told."""
-    who = ("base",) if options.base else ("tuned",) if options.tuned else ("base", "tuned")
-    return {
-        "who": who,
-        "strength": options.strength,
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "seed": options.seed,
-    }

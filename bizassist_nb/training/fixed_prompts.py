@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.files import write_json
+from bizassist_nb.core.generation import Generation
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.models import base as models
@@ -71,24 +72,18 @@ def answer(
     `model` is a plain PEFT model, on which only `adapter` is active. `between` is called between tokens; what it raises
     ends the answering.
     """
-    from bizassist_nb.assistant.decoding import Sampling, decode
+    from bizassist_nb.assistant.decoding import Batch, decode
 
     asked = prompts()
     ids = [chat.prompt(conversation(run.settings.system_prompt, [], prompt)) for prompt in asked]
     limit = max_new_tokens()
+    strengths = {adapter: [0.0] * len(ids) + [1.0] * len(ids)}
+    batch = Batch(ids + ids, strengths, chat.stop_ids, chat.pad_id)
     training = model.training
     model.eval()
     given: list[list[int]] = [[] for _ in range(2 * len(ids))]
     try:
-        for row, token in decode(
-            model,
-            ids + ids,
-            strengths={adapter: [0.0] * len(ids) + [1.0] * len(ids)},
-            stop_ids=chat.stop_ids,
-            pad_id=chat.pad_id,
-            max_new_tokens=limit,
-            sampling=Sampling(),
-        ):
+        for row, token in decode(model, batch, Generation(max_new_tokens=limit)):
             given[row].append(token)
             between()
     finally:

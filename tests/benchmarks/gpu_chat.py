@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from bizassist_nb.assistant import decoding
 from bizassist_nb.assistant.cuda import decode_graph
+from bizassist_nb.core.generation import Generation
 from bizassist_nb.models import base as models
 
 TOKENS = 128
 QUESTION = (
     "[INST] Suggest three concrete ways to use machine learning in predictive maintenance for production lines.[/INST]"
 )
-GREEDY = decoding.Sampling()
 
 
 def adapted(model):
@@ -43,8 +43,8 @@ def decode(model, prompts, strengths, tokens=TOKENS):
     torch.cuda.synchronize()
     start, first = time.perf_counter(), 0.0
     names = {"default": strengths} if strengths else {}
-    options = {"strengths": names, "stop_ids": frozenset(), "pad_id": 0, "max_new_tokens": tokens, "sampling": GREEDY}
-    for _ in decoding.decode(model, prompts, **options):
+    batch = decoding.Batch(prompts, names, frozenset(), pad_id=0)
+    for _ in decoding.decode(model, batch, Generation(max_new_tokens=tokens)):
         first = first or time.perf_counter() - start
     torch.cuda.synchronize()
     return first, time.perf_counter() - start

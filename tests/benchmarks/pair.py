@@ -20,6 +20,7 @@ from bizassist_nb import Assistant
 from bizassist_nb.api import Run
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.assistant.loaded import loaded_base
+from bizassist_nb.core.generation import Generation
 from bizassist_nb.data.tokens import ChatTokenizer
 
 QUESTIONS = [
@@ -37,7 +38,7 @@ assistant, loaded = Assistant(run), loaded_base(run.model)
 def ask(question: str, *who: str) -> tuple[float, int]:
     """Seconds, and tokens of all answers."""
     start = time.perf_counter()
-    updates = sum(1 for _ in assistant.stream(question, who=who, max_new_tokens=64))
+    updates = sum(1 for _ in assistant.stream(question, Generation(max_new_tokens=64), who=who))
     return time.perf_counter() - start, updates - 2  # one before the first token, one after the last
 
 
@@ -64,7 +65,7 @@ def conversation(before: Callable[[], None]) -> list[float]:
     for turn in range(TURNS):
         before()
         start = time.perf_counter()
-        stream = assistant.stream(QUESTIONS[turn % len(QUESTIONS)], conversation=talk, max_new_tokens=64)
+        stream = assistant.stream(QUESTIONS[turn % len(QUESTIONS)], Generation(max_new_tokens=64), conversation=talk)
         next(stream), next(stream)
         seconds.append(time.perf_counter() - start)
         list(stream)

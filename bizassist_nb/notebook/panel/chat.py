@@ -1,5 +1,6 @@
 """The Chat tab: one question box, and the answers of base and tuned streaming into adjacent panes."""
 
+import dataclasses
 import functools
 import html
 import threading
@@ -9,12 +10,12 @@ from typing import Any, Final
 
 import ipywidgets as w
 
-from bizassist_nb.assistant.assistant import STRONGEST, Assistant
+from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.assistant.conversation import Conversation
 from bizassist_nb.assistant.loaded import active_answers, loaded_base
 from bizassist_nb.core.errors import BizassistError
-from bizassist_nb.core.generation import BASE, TUNED
+from bizassist_nb.core.generation import BASE, TUNED, Generation
 from bizassist_nb.notebook.panel.controls import fold, tip
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.transcript import Pane, Turn
@@ -133,12 +134,11 @@ class Chat:
         assistant = Assistant(*filter(None, [run]))
         who = (BASE, TUNED) if run else (BASE,)
         order = draw_order() if run and self._blind.value else None
-        options = self._options.values()
+        generation, conversation = self._options.generation(), self._conversation
         if order:  # what is voted on is the run as trained, and its answer to this question alone
-            options["strength"] = 1.0
-        else:
-            options["conversation"] = self._conversation
-        self._answering = Answering(assistant, assistant.stream(question, who=who, **options))
+            generation, conversation = dataclasses.replace(generation, strength=1.0), Conversation()
+        stream = assistant.stream(question, generation, who=who, conversation=conversation)
+        self._answering = Answering(assistant, stream)
         self._turns.append(Turn(question, run.name if run else None, order))
 
     def halt(self) -> None:
@@ -311,33 +311,13 @@ class Options:
 
     def __init__(self) -> None:
         """The defaults: greedy."""
-        number, share = w.BoundedIntText, w.FloatSlider
-        fields = {
-            "max_new_tokens": (number, 256, 1, 8192, 1, "length of an answer at most, in tokens"),
-            "temperature": (share, 0.0, 0.0, 2.0, 0.05, "0 takes the likeliest token each time; higher is more varied"),
-            "top_p": (
-                share,
-                1.0,
-                0.05,
-                1.0,
-                0.05,
-                "draw from the likeliest tokens that have this probability together",
-            ),
-            "top_k": (number, 0, 0, 1000, 1, "draw from this many of the likeliest tokens; 0 for all"),
-            "repetition_penalty": (share, 1.0, 1.0, 2.0, 0.05, "makes what was said already less likely; 1 for none"),
-            "seed": (number, 0, 0, 2**31 - 1, 1, "of the drawing, with a temperature above 0"),
-            "strength": (share, 1.0, 0.0, STRONGEST, 0.05, "of tuned's adapter: 0 is the base, 1 as it was trained"),
-        }
-        self._fields: dict[str, Any] = {
-            name: kind(value=value, min=least, max=most, step=step, description=name.replace("_", " "), **tip(text))
-            for name, (kind, value, least, most, step, text) in fields.items()
-        }
+        self._fields: dict[str, Any] = {field.name: _input(field) for field in dataclasses.fields(Generation)}
         self.view = w.VBox(list(self._fields.values()))
         self.view.add_class("bn-options")
 
-    def values(self) -> dict[str, Any]:
-        """By name, as `Assistant.stream` takes them."""
-        return {name: field.value for name, field in self._fields.items()}
+    def generation(self) -> Generation:
+        """As the fields stand."""
+        return Generation(**{name: field.value for name, field in self._fields.items()})
 
     @property
     def greedy(self) -> bool:
@@ -347,3 +327,18 @@ class Options:
     def next_seed(self) -> None:
         """Draw another answer next time."""
         self._fields["seed"].value += 1
+
+
+def _input(field: "dataclasses.Field[Any]") -> Any:
+    """A number for a whole one, a slider for a share, with the field's own range and text."""
+    limits = field.metadata
+    kind, step = (w.BoundedIntText, 1) if isinstance(field.default, int) else (w.FloatSlider, 0.05)
+    label = field.name.replace("_", " ")
+    return kind(
+        value=field.default,
+        min=limits["least"],
+        max=limits["most"],
+        step=step,
+        description=label,
+        **tip(limits["text"]),
+    )
