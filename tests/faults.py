@@ -81,7 +81,7 @@ FAULTS = [
         "a merge without one tensor",
         "export/merge.py",
         "for filename, names in shards.filename_to_tensors.items():\n",
-        "for filename, (*names, _) in shards.filename_to_tensors.items():\n",
+        "for filename, (_, *names) in shards.filename_to_tensors.items():\n",
         "test_export.py::test_merging_again_is_refused",
     ),
     Fault(
