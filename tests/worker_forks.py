@@ -148,5 +148,5 @@ def _end_with_parent() -> None:
 _PYTHONPATH = os.environ.get("PYTHONPATH", "")
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, which a worker does not have either
+    sys.path[:] = [path for path in sys.path if path != str(Path(__file__).parent)]  # a worker does not have it either
     _serve(sys.argv[1])
