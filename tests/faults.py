@@ -58,8 +58,8 @@ FAULTS = [
     Fault(
         "base and tuned swapped",
         "assistant/assistant.py",
-        "begun.strength if row.run is run else 0.0",
-        "0.0 if row.run is run else begun.strength",
+        "generation.strength if row.run is run else 0.0",
+        "0.0 if row.run is run else generation.strength",
         "test_assistant.py::test_both_answer_in_one_batch_as_each_does_alone",
     ),
     Fault(
