@@ -61,18 +61,18 @@ view.finish()
 PANEL = """
 panel = Panel()
 panel.show()
-panel._pump._task.cancel()  # turned here instead, so that no turn is missed
+panel._update_loop._task.cancel()  # turned here instead, so that no turn is missed
 controls = panel._tabs[0]._settings.controls
 for name, value in (("model", run.settings.model), ("data", "sample"), ("subset", 24)):
     controls[name].put(value)
 state, counted = panel._state, lambda: panel._state.watch.found and panel._state.watch.found.finished
 while state.unsettled or not counted():  # the rows are counted once, on a thread
-    panel._pump.turn()
-    assert not (panel._pump.problem or state.watch.problem)
+    panel._update_loop.turn()
+    assert not (panel._update_loop.problem or state.watch.problem)
 def turn(i):
     step(200 + i)
     panel._state.looked = 0.0
-    panel._pump.turn()
+    panel._update_loop.turn()
 found["panel"] = measured(turn)
 journal.write("state", state="finished")
 import os
@@ -90,11 +90,11 @@ chat = panel._tabs[2]
 def question(i):
     if i % 10 == 0:
         chat._forget()
-    panel._pump.post(lambda: chat._ask(f"Question {i}?"))
-    panel._pump.turn()
+    panel._update_loop.post(lambda: chat._ask(f"Question {i}?"))
+    panel._update_loop.turn()
     while chat._answering:
-        panel._pump.turn()
-    assert chat._turns[-1].ended, panel._pump.problem
+        panel._update_loop.turn()
+    assert chat._turns[-1].ended, panel._update_loop.problem
 chat._options._fields["max_new_tokens"].value = 2
 found["questions in the panel"] = measured(question)
 """

@@ -22,7 +22,7 @@ DRAWN = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "top_k": 500, 
 
 
 class Driven:
-    """A panel whose pump is turned by the test instead of a kernel's event loop."""
+    """A panel whose update loop is turned by the test instead of a kernel's event loop."""
 
     def __init__(self, folder):
         self.panel = Panel(str(folder))
