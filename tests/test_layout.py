@@ -104,6 +104,16 @@ def test_only_training_knows_trl_and_unsloth(name):
     assert not found or name.startswith("training/")
 
 
+@pytest.mark.parametrize("name", [name for name in modules() if name != "assistant/cuda/kernels.py"])
+def test_functions_fit_a_screen_and_take_few_parameters(name):
+    """40 lines and five parameters beside self at most; Triton's kernels have what they need."""
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len([each for each in taken if each.arg not in ("self", "cls")]) <= 5, node.name
+            assert node.end_lineno - node.lineno < 40, node.name
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = f"import sys, bizassist_nb; print(sorted({HEAVY!r} & {{name.partition('.')[0] for name in sys.modules}}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

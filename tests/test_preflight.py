@@ -10,7 +10,7 @@ from bizassist_nb.results.summary import run_html, run_text
 from bizassist_nb.runs.journal import Journal
 from bizassist_nb.training import preflight
 from bizassist_nb.training.engines import Engine
-from bizassist_nb.training.preflight import MISTRAL, Device, Shape
+from bizassist_nb.training.preflight import MISTRAL, Device, Placement, Shape
 
 PADDED, UNSLOTH, PLAIN = Engine("unsloth", ""), Engine("unsloth", "", end_to_end=True), Engine("transformers", "")
 GRAPHS = Engine("transformers", "", graphs=True)
@@ -24,7 +24,8 @@ MIXED = [*DOLLY * 20, [2048, 300, 200, 100]]
 
 
 def chosen(on, lengths, engine=UNSLOTH, model=MISTRAL, **changes):
-    return preflight.choose(Settings(**changes), engine, model, on, lengths)
+    settings = Settings(**changes)
+    return preflight.choose(settings, Placement(model, settings.rank, engine, on), lengths)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_graphs_where_passes_have_room_and_weights_in_16_bits_where_there_is_mor
     free, lengths, changes, graphs, unpacked
 ):
     on = Device("cuda:0", (9, 0), free)
-    expected = preflight._estimate(Settings(**changes), GRAPHS, MISTRAL, on, lengths)
+    expected = preflight.estimate_on(Placement(MISTRAL, 16, GRAPHS, on), Settings(**changes), lengths)
     assert (expected.fit.graphs, expected.fit.unpacked) == (graphs, unpacked), expected.fit.reason
     assert ("unpacked weights" in expected.parts) is unpacked
     assert expected.peak < free
@@ -94,7 +95,7 @@ def test_precision_follows_the_compute_capability(on, precision):
 def test_what_is_chosen_divides_the_step_and_fits_for_the_longest_rows(batch_size, free, engine):
     on = Device("cuda:0", (7, 5), free)
     lengths = [([2000, 900, 100] * 4)[:batch_size]] * 2
-    expected = preflight._estimate(Settings(batch_size=batch_size), engine, MISTRAL, on, lengths)
+    expected = preflight.estimate_on(Placement(MISTRAL, 16, engine, on), Settings(batch_size=batch_size), lengths)
     assert batch_size % expected.fit.micro_batch == 0
     assert ("would fit" in expected.fit.reason) == (free == 5.5)
     assert expected.peak < free
@@ -103,7 +104,7 @@ def test_what_is_chosen_divides_the_step_and_fits_for_the_longest_rows(batch_siz
 def test_more_memory_never_takes_longer():
     def seconds(free):
         on = Device("cuda:0", (7, 5), free)
-        return preflight._work(MISTRAL, UNSLOTH, on, LONG, chosen(on, LONG))
+        return Placement(MISTRAL, 16, UNSLOTH, on).work(LONG, chosen(on, LONG))
 
     took = [seconds(free) for free in (5.5, 6.0, 8.0, 10.0, 14.0, 20.0, 30.0, 60.0)]
     assert took == sorted(took, reverse=True)
@@ -116,9 +117,9 @@ def test_only_steps_without_room_for_their_activations_are_done_twice():
     assert [fit.checkpoints(step, UNSLOTH) for step in MIXED] == [False] * 60 + [True]
     assert fit.checkpoints([fit.kept + 1], UNSLOTH)
     assert not fit.checkpoints([fit.kept], UNSLOTH)
-    room = preflight.peak(MISTRAL, 16, UNSLOTH, T4, DOLLY[0], checkpointing=False)
+    room = Placement(MISTRAL, 16, UNSLOTH, T4).peak(DOLLY[0], checkpointing=False)
     assert sum(room.values()) < T4.free
-    expected = preflight._estimate(Settings(), UNSLOTH, MISTRAL, T4, MIXED)
+    expected = preflight.estimate_on(Placement(MISTRAL, 16, UNSLOTH, T4), Settings(), MIXED)
     assert expected.peak == pytest.approx(sum(room.values()))  # fuller than the longest step, which checkpoints
     never = chosen(H100, MIXED)
     assert not any(never.checkpoints(step, UNSLOTH) for step in MIXED)
@@ -128,7 +129,7 @@ def test_short_rows_beside_a_long_one_in_every_step_spare_none_of_them():
     on = Device("cuda:0", (7, 5), 14.5)
     for size in ("auto", 1, 2):
         settings = Settings(max_length=8192, micro_batch=size)
-        expected = preflight._estimate(settings, UNSLOTH, MISTRAL, on, [[6000, 300, 200, 100]] * 3)
+        expected = preflight.estimate_on(Placement(MISTRAL, 16, UNSLOTH, on), settings, [[6000, 300, 200, 100]] * 3)
         assert expected.fit.checkpointing
         assert expected.fit.kept == 0
         assert expected.peak < on.free
@@ -138,7 +139,7 @@ def test_what_cannot_fit_names_a_length_that_does():
     on = Device("cuda:0", (7, 5), 6.2)
     fit = chosen(on, [[8192] * 4], PLAIN, max_length=8192)
     assert (fit.micro_batch, fit.checkpointing) == (1, True)
-    most = preflight.longest_that_fits(16, PLAIN, MISTRAL, on)
+    most = Placement(MISTRAL, 16, PLAIN, on).longest_that_fits()
     assert f"max_length = {most} would fit" in fit.reason
     assert "would fit" not in chosen(on, [[most] * 4], PLAIN).reason
     assert "too large for this device" in chosen(Device("cuda:0", (7, 5), 3.0), DOLLY).reason
@@ -161,7 +162,7 @@ def test_divisors_are_all_there_largest_first(size):
 @pytest.mark.parametrize("on", [T4, H100, CPU], ids=["T4", "H100", "CPU"])
 def test_peak_grows_with_rank_and_rows_and_shrinks_with_checkpointing(engine, on):
     def need(rank=16, rows=(512,) * 4, checkpointing=False):
-        return sum(preflight.peak(MISTRAL, rank, engine, on, rows, checkpointing=checkpointing).values())
+        return Placement(MISTRAL, rank, engine, on).need(rows, checkpointing=checkpointing)
 
     assert need(rank=64) > need()
     assert need(rows=(512,) * 8) > need()
@@ -205,7 +206,7 @@ def test_estimate_before_anything_is_loaded(monkeypatch):
 def test_the_choice_and_its_reason_stand_in_the_views(tmp_path):
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
     journal = Journal(tmp_path)
-    expected = preflight._estimate(Settings(), UNSLOTH, MISTRAL, T4, DOLLY)
+    expected = preflight.estimate_on(Placement(MISTRAL, 16, UNSLOTH, T4), Settings(), DOLLY)
     journal.write("preflight", sentence=expected.sentence)
     journal.write("fit", step=0, micro_batch=4, checkpointing=False, precision="float16", reason=expected.fit.reason)
     journal.write("fit", step=7, micro_batch=1, checkpointing=True, precision="float16", reason="memory ran out")

@@ -24,17 +24,23 @@ _AUTO: Final = "auto"
 _MAY_BE_EMPTY: Final = ("system_prompt", "accelerate_config")
 
 
-def _field(
-    default: Any,
-    text: str,
-    *,
-    least: float | None = None,
-    most: float | None = None,
-    choices: tuple[str, ...] = (),
-    words: tuple[str, ...] = (),
-) -> Any:
-    """A field with its help text, its range (inclusive) and the words that may stand for a number, or its choices."""
-    metadata = {"text": text, "least": least, "most": most, "choices": choices, "words": words}
+def _number(default: float | str, text: str, *, least: float, most: float, words: tuple[str, ...] = ()) -> Any:
+    """A number with its help text, its range (inclusive), and the words that may stand for it."""
+    return _described(default, text, {"least": least, "most": most, "words": words})
+
+
+def _choice(default: str, text: str, *, choices: tuple[str, ...]) -> Any:
+    """One of several words."""
+    return _described(default, text, {"choices": choices})
+
+
+def _text(default: Any, text: str) -> Any:
+    """Any text, or a table of texts."""
+    return _described(default, text, {})
+
+
+def _described(default: Any, text: str, limits: Mapping[str, Any]) -> Any:
+    metadata = {"text": text, "least": None, "most": None, "choices": (), "words": (), **limits}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -48,42 +54,46 @@ class Settings:
         SettingsError: naming every field at fault with its value and what is allowed.
     """
 
-    model: str = _field(
+    model: str = _text(
         _AUTO,
         'base model: "mistral-7b", "smollm2-135m" (the embedded one), a hub id or a local folder; '
         '"auto" takes mistral-7b where a CUDA GPU has room for it, else smollm2-135m',
     )
-    data: str = _field(
+    data: str = _text(
         "dolly",
         'rows to learn from: "dolly" (Databricks Dolly 15k), "sample" (120 rows that ship with the package), '
         "a hub data set's id, or the path of a .jsonl, .json, .csv or .parquet file",
     )
-    columns: Mapping[str, str] = _field(
+    columns: Mapping[str, str] = _text(
         dict,
         "which column of the data is the instruction, context, response or category, where the names are not "
         'recognised: { instruction = "question", response = "answer" }',
     )
-    subset: int = _field(1000, "rows to train on, drawn by a seeded shuffle", least=1, most=10_000_000)
-    seed: int = _field(42, "seed of the shuffle, of the adapter's start and of training", least=0, most=2**32 - 1)
-    system_prompt: str = _field(
+    subset: int = _number(1000, "rows to train on, drawn by a seeded shuffle", least=1, most=10_000_000)
+    seed: int = _number(42, "seed of the shuffle, of the adapter's start and of training", least=0, most=2**32 - 1)
+    system_prompt: str = _text(
         "You are an assistant for product development, business decisions and the use of AI in companies.",
         'what the model is told before each question, in training and in chat; "" for nothing',
     )
-    rank: int = _field(16, "LoRA rank: width of the adapter; more learns more and takes more memory", least=1, most=512)
-    alpha: int = _field(16, "LoRA alpha: the adapter's output is multiplied by alpha / rank", least=1, most=4096)
-    dropout: float = _field(0.0, "share of the adapter's inputs dropped in training", least=0.0, most=0.9)
-    epochs: int = _field(1, "times each training row is seen", least=1, most=1000)
-    learning_rate: float = _field(2e-4, "peak learning rate; it then falls linearly to 0", least=1e-8, most=1.0)
-    warmup_steps: int | str = _field(
+    rank: int = _number(
+        16, "LoRA rank: width of the adapter; more learns more and takes more memory", least=1, most=512
+    )
+    alpha: int = _number(16, "LoRA alpha: the adapter's output is multiplied by alpha / rank", least=1, most=4096)
+    dropout: float = _number(0.0, "share of the adapter's inputs dropped in training", least=0.0, most=0.9)
+    epochs: int = _number(1, "times each training row is seen", least=1, most=1000)
+    learning_rate: float = _number(2e-4, "peak learning rate; it then falls linearly to 0", least=1e-8, most=1.0)
+    warmup_steps: int | str = _number(
         _AUTO,
         'steps in which the learning rate rises to its peak; "auto" is 8 % of all steps, at most 20',
         least=0,
         most=1_000_000,
         words=(_AUTO,),
     )
-    max_length: int = _field(2048, "tokens a row may have; the end of a longer answer is cut", least=16, most=1_048_576)
-    batch_size: int = _field(4, "examples a step learns from", least=1, most=4096)
-    micro_batch: int | str = _field(
+    max_length: int = _number(
+        2048, "tokens a row may have; the end of a longer answer is cut", least=16, most=1_048_576
+    )
+    batch_size: int = _number(4, "examples a step learns from", least=1, most=4096)
+    micro_batch: int | str = _number(
         _AUTO,
         "examples that go through the model at once; a divisor of batch_size, smaller takes less memory; "
         '"auto" takes the least time of those whose longest rows fit',
@@ -91,11 +101,11 @@ class Settings:
         most=4096,
         words=(_AUTO,),
     )
-    train_on: str = _field(
+    train_on: str = _choice(
         "response", 'tokens that are learned: the "response" with its end token, or "all"', choices=("response", "all")
     )
-    held_out: int = _field(64, "rows kept out of training, on which base and tuned are scored", least=2, most=100_000)
-    evaluate_every: int | str = _field(
+    held_out: int = _number(64, "rows kept out of training, on which base and tuned are scored", least=2, most=100_000)
+    evaluate_every: int | str = _number(
         _AUTO,
         'steps between scores of the held-out rows in training; "auto" has trained on three times as many rows as are '
         "held out between two of them (on each GPU, as one scores for all unless the base is sharded), which takes "
@@ -104,21 +114,21 @@ class Settings:
         most=1_000_000,
         words=(_AUTO,),
     )
-    keep: str = _field(
+    keep: str = _choice(
         "last",
         'adapter that the run saves: the "last" one, or the "best" on the held-out rows, which then had a hand in '
         "choosing it and flatter it a little",
         choices=("last", "best"),
     )
-    checkpoint_minutes: float = _field(10.0, "minutes between checkpoints", least=0.0, most=1440.0)
-    engine: str = _field(
+    checkpoint_minutes: float = _number(10.0, "minutes between checkpoints", least=0.0, most=1440.0)
+    engine: str = _choice(
         _AUTO,
         'what trains: "unsloth", or plain "transformers" with PEFT; "auto" takes unsloth where it is '
         "installed and works on this device, and transformers on a Hopper GPU or later, where its passes are CUDA "
         "graphs",
         choices=(_AUTO, "unsloth", "transformers"),
     )
-    gpus: int | str = _field(
+    gpus: int | str = _number(
         _AUTO,
         'GPUs of this machine to train on; "auto" is one if there is one, "all" is every one there is; they share the '
         "examples of a step, so batch_size has to be a multiple of their number",
@@ -126,12 +136,12 @@ class Settings:
         most=1024,
         words=(_AUTO, "all"),
     )
-    accelerate_config: str = _field(
+    accelerate_config: str = _text(
         "",
         "file that `accelerate config` wrote, for several machines or FSDP; in place of gpus it says how many "
         'processes train; "" for none',
     )
-    runs_dir: str = _field("runs", "folder in which each run has its own folder")
+    runs_dir: str = _text("runs", "folder in which each run has its own folder")
 
     def __post_init__(self) -> None:
         """Check every field, and what only holds between fields."""

@@ -123,16 +123,8 @@ def go_template(chat: ChatTokenizer, *, begins: bool) -> str:
     if begins:
         begin = chat.tokenizer.bos_token or ""
         first, system = first.removeprefix(begin), system.removeprefix(begin)
-    opens = "or (eq $i 0) (and (eq $i 1) $.System)"  # the first question, with or without a system message before it
-    if place == "own":
-        told = _go(system) + "{{ .Content }}"
-        ask = "{{ if eq $i 0 }}" + _go(first) + "{{ else if and (eq $i 1) $.System }}" + _go(asked)
-        ask += "{{ else }}" + _go(question) + "{{ end }}"
-    else:
-        told = ""
-        here = opens if place == "first" else "eq (len (slice $.Messages $i)) 1"
-        ask = "{{ if " + opens + " }}" + _go(first) + "{{ else }}" + _go(question) + "{{ end }}"
-        ask += "{{ if and $.System (" + here + ") }}{{ $.System }}" + _go("\n\n") + "{{ end }}"
+    told = _go(system) + "{{ .Content }}" if place == "own" else ""
+    ask = _go_question(place, first, asked, question)
     return (
         '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}'
         + told
@@ -143,6 +135,20 @@ def go_template(chat: ChatTokenizer, *, begins: bool) -> str:
         + "{{ .Content }}{{ end }}{{ end }}"
         + _go(end)
     )
+
+
+def _go_question(place: str, first: str, asked: str, question: str) -> str:
+    """What stands before a question: `first` before the first, `asked` after a system message, `question` elsewhere.
+
+    `place` is where the system message goes: "own", or into the "first" or the last question.
+    """
+    if place == "own":
+        ask = "{{ if eq $i 0 }}" + _go(first) + "{{ else if and (eq $i 1) $.System }}" + _go(asked)
+        return ask + "{{ else }}" + _go(question) + "{{ end }}"
+    opens = "or (eq $i 0) (and (eq $i 1) $.System)"  # the first question, with or without a system message before it
+    here = opens if place == "first" else "eq (len (slice $.Messages $i)) 1"
+    ask = "{{ if " + opens + " }}" + _go(first) + "{{ else }}" + _go(question) + "{{ end }}"
+    return ask + "{{ if and $.System (" + here + ") }}{{ $.System }}" + _go("\n\n") + "{{ end }}"
 
 
 def _between(chat: ChatTokenizer, *roles: str) -> list[str]:

@@ -115,33 +115,9 @@ def load_nf4(source: str | Path, where: str | None = None) -> Any:
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = compute_dtype()
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        stored = getattr(config, "quantization_config", None)
-        if stored is None:
-            quantization = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-        else:  # stored with bfloat16 as a rule, which a T4 has not
-            stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-            quantization = None
-        with quietly():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                output_loading_info=True,
-                quantization_config=quantization,
-                dtype=dtype,
-                device_map={"": where or device()},
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+        model, loading = _from_pretrained(source, where or device())
     except torch.OutOfMemoryError:  # the caller knows what shares the GPU
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -155,8 +131,40 @@ def load_nf4(source: str | Path, where: str | None = None) -> Any:
     without_packing(model)
     for parameter in model.parameters():
         if state := getattr(parameter, "quant_state", None):
-            state.dtype = dtype  # stored ones say bfloat16: training and merging would round to it, asking would not
+            # Stored ones say bfloat16: training and merging would round to it, asking would not.
+            state.dtype = compute_dtype()
     return model.eval()
+
+
+def _from_pretrained(source: str | Path, where: str) -> tuple[Any, dict[str, Any]]:
+    """(the model in NF4, what transformers says of its loading)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = compute_dtype()
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    else:  # stored with bfloat16 as a rule, which a T4 has not
+        stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+        quantization = None
+    with quietly():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            output_loading_info=True,
+            quantization_config=quantization,
+            dtype=dtype,
+            device_map={"": where},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    return model, loading
 
 
 def _misshapen(model: Any) -> Iterator[str]:

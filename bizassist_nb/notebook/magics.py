@@ -53,6 +53,23 @@ def _ask_parser() -> MagicArgumentParser:
     return parser
 
 
+def _ask_options(line: str, cell: str | None) -> Any:
+    """What the line says, if it goes together."""
+    options = _parse(_ask_parser(), line)
+    if cell is not None and options.question:
+        raise UsageError(
+            f"%%ask: {' '.join(options.question)!r} is not an option; the question goes in the cell's body"
+        )
+    if options.blind and (options.each or len(options.run) > 1 or options.strength != 1):
+        raise UsageError(
+            "%%ask --blind: a vote is on one question to one run as it was trained; "
+            "leave out --each, --strength, and any --run but one"
+        )
+    if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
+        raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
+    return options
+
+
 @magics_class
 class BizassistMagics(Magics):
     """The magics; remembers the run and the folder used last."""
@@ -91,19 +108,8 @@ class BizassistMagics(Magics):
     @line_cell_magic
     def ask(self, line: str, cell: str | None = None) -> Any:
         """Stream the answers of base and tuned into adjacent columns."""
-        options = _parse(_ask_parser(), line)
+        options = _ask_options(line, cell)
         question = " ".join(options.question) if cell is None else cell
-        if cell is not None and options.question:
-            raise UsageError(
-                f"%%ask: {' '.join(options.question)!r} is not an option; the question goes in the cell's body"
-            )
-        if options.blind and (options.each or len(options.run) > 1 or options.strength != 1):
-            raise UsageError(
-                "%%ask --blind: a vote is on one question to one run as it was trained; "
-                "leave out --each, --strength, and any --run but one"
-            )
-        if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
-            raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
         generation, runs = chosen(options), self._chosen(options)
         who = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
         from bizassist_nb.assistant.assistant import Assistant

@@ -46,18 +46,6 @@ def judge(
     compared = _compared(paired)
     low, high, standard_error = _interval(base, tuned, seed)
     telling = abs(compared["difference"]) >= _TIE
-    asked = questions or {}
-    rows = [
-        {
-            "row": b.row,
-            "category": b.category,
-            "question": asked.get(b.row, ""),
-            "tokens": b.tokens,
-            "base": b.nats / b.tokens,
-            "tuned": t.nats / t.tokens,
-        }
-        for b, t in paired
-    ]
     categories = dict.fromkeys(b.category for b in base)
     return {
         **compared,
@@ -70,7 +58,18 @@ def judge(
         ]
         if len(categories) > 1
         else [],
-        "rows": rows,
+        "rows": [_row(b, t, (questions or {}).get(b.row, "")) for b, t in paired],
+    }
+
+
+def _row(base: Score, tuned: Score, question: str) -> dict[str, Any]:
+    return {
+        "row": base.row,
+        "category": base.category,
+        "question": question,
+        "tokens": base.tokens,
+        "base": base.nats / base.tokens,
+        "tuned": tuned.nats / tuned.tokens,
     }
 
 

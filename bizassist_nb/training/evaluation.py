@@ -30,8 +30,6 @@ def score(
     is sharded over several ranks, which must take the same batches: there each scores its share of every batch, and
     all have all scores. `between` is called between batches; what it raises ends the scoring.
     """
-    import torch
-
     rank = scorers()
     training = model.training
     model.eval()
@@ -43,24 +41,16 @@ def score(
             batch = waiting[0]
             mine = batch[rank.number :: rank.count]
             rows = mine or batch[:1]  # not to be counted, but the others need this rank's part of the weights
-            try:
-                # Not inference_mode: a sharded base would keep what it gathers in, which training could not use.
-                with torch.no_grad():
-                    found = _nats(model, [examples[index] for index in rows], pad_id)
-            except (RuntimeError, MemoryError) as error:
-                if len(batch) == 1 or rank.sharded or not out_of_memory(error):
-                    raise
-            else:
-                del waiting[0]
-                for index, nats in zip(mine, found, strict=bool(mine)):
-                    example = examples[index]
-                    tokens = sum(label != IGNORED for label in example.labels[1:])
-                    scores[index] = Score(example.number, nats, tokens, example.category)
+            found = _nats_or_less(model, [examples[i] for i in rows], pad_id, split=len(batch) > 1 and not rank.sharded)
+            if found is None:
+                half = len(batch) * len(examples[batch[-1]].input_ids) // 2
+                waiting = _batches(examples, itertools.chain(*waiting), half)
                 continue
-            # Only now, when the error is gone and with it the frames that hold the batch's tensors.
-            torch.cuda.empty_cache()
-            half = len(batch) * len(examples[batch[-1]].input_ids) // 2
-            waiting = _batches(examples, itertools.chain(*waiting), half)
+            del waiting[0]
+            for index, nats in zip(mine, found, strict=bool(mine)):
+                example = examples[index]
+                tokens = sum(label != IGNORED for label in example.labels[1:])
+                scores[index] = Score(example.number, nats, tokens, example.category)
     finally:
         model.train(training)
         if rank.sharded:  # else embeddings stay gathered until something is saved, which is in the first rank alone
@@ -147,6 +137,22 @@ def _batches(examples: Sequence[Example], which: Iterable[int], tokens: int) -> 
             batches.append([])
         batches[-1].append(index)
     return batches
+
+
+def _nats_or_less(model: Any, examples: Sequence[Example], pad_id: int, *, split: bool) -> list[float] | None:
+    """`_nats`; None where memory ran out and the examples may be `split`."""
+    import torch
+
+    try:
+        # Not inference_mode: a sharded base would keep what it gathers in, which training could not use.
+        with torch.no_grad():
+            return _nats(model, examples, pad_id)
+    except (RuntimeError, MemoryError) as error:
+        if not split or not out_of_memory(error):
+            raise
+    # Only now, when the error is gone and with it the frames that hold the batch's tensors.
+    torch.cuda.empty_cache()
+    return None
 
 
 def _nats(model: Any, examples: Sequence[Example], pad_id: int) -> list[float]:

@@ -175,6 +175,156 @@ class Estimate:
         return words if self.seconds is None else f"{words}; {duration(self.seconds)} of training"
 
 
+# Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,
+# operations a second, and bytes of memory a second. Hopper's are from docs/benchmarks.md. No T4 was at hand: its bytes
+# are its data sheet's less a fifth, and the rest gives the 1,033.9 s that the notebook that this package grew out of
+# recorded there for 1,000 Dolly rows one by one.
+_SPEED: Final[dict[tuple[int, int], tuple[float, float, float]]] = {
+    (7, 5): (0.011, 1.35e13, 2.5e11),
+    (9, 0): (0.0063, 3.2e14, 2.5e12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A base of that shape with an adapter of that rank, in training by an engine on a device."""
+
+    model: Shape
+    rank: int
+    engine: Engine
+    on: Device
+
+    def peak(self, rows: Sequence[int], *, checkpointing: bool) -> dict[str, float]:
+        """GiB that the device holds at its fullest, by what takes it, when rows of these lengths go through at once."""
+        tokens = _tokens(rows, self.engine)
+        block = self._kept(rows)
+        inputs = self.model.hidden * self.on.width
+        matrix = self.model.hidden * self.model.intermediate * self.on.width  # a weight in the dtype of arithmetic
+        logits = self._logits(tokens)
+        # (bytes of an adapter weight, activations, scratch) at the moments that may be the fullest
+        plain = self.on.on_gpu and self.engine.name == "transformers" and not self.engine.graphs
+        if not checkpointing:
+            kept = tokens * (self.model.layers * block + 2 * inputs)
+            if self.engine.graphs:  # what a pass holds when the logits are there stays taken
+                moments = [(_ADAPTER, kept, logits)]
+            else:
+                moments = [(12, kept, logits)] if plain else [(_ADAPTER, kept, 2 * matrix + logits)]
+        elif own_kernels(self.engine, on_gpu=self.on.on_gpu):  # it moves the blocks' inputs to RAM, all but two
+            passing = tokens * (2 * inputs + block + 1.5 * self.model.intermediate * self.on.width)
+            moments = [(12, 2 * tokens * inputs, logits), (_ADAPTER, passing, 2 * matrix)]
+        else:  # the loss, before there are gradients, or a block on the way back
+            inputs *= self.model.layers
+            moments = [(12, tokens * inputs, logits), (_ADAPTER, tokens * (inputs + block), matrix)]
+        adapter, activations, scratch = max(
+            moments, key=lambda moment: self.model.adapter(self.rank) * moment[0] + sum(moment[1:])
+        )
+        return {
+            "weights": self.weights,
+            "adapter": self.model.adapter(self.rank) * adapter / GIB,
+            "activations": activations / GIB,
+            "scratch": scratch / GIB,
+        }
+
+    def need(self, rows: Sequence[int], *, checkpointing: bool) -> float:
+        """The same in one number."""
+        return sum(self.peak(rows, checkpointing=checkpointing).values())
+
+    @property
+    def weights(self) -> float:
+        """GiB of the base; where it is spread: a device's part, scales, embeddings, the block at hand and the next."""
+        spread = float(self.model.linear)
+        if self.on.sharing > 1:
+            spread = min(spread, spread / self.on.sharing + 2 * spread / self.model.layers)
+        return (spread * 0.5 + self.model.linear * _SCALES + self.model.embeddings * self.on.width) / GIB
+
+    @property
+    def unpacked(self) -> float:
+        """GiB of the base's matrices in the dtype of arithmetic."""
+        return self.model.linear * self.on.width / GIB
+
+    @property
+    def room(self) -> float:
+        """GiB that a run may take of the device."""
+        return self.on.free * (1 - _SPARE) - _MARGIN
+
+    def roomy(self, lengths: Sequence[Sequence[int]], size: int) -> int:
+        """Tokens of the largest micro-batch of the run that fits without checkpointing, as all smaller ones do."""
+        most = 0
+        batches = (rows for step in lengths for rows in micro_batches(step, size))
+        for rows in sorted(batches, key=lambda rows: _tokens(rows, self.engine)):
+            if self.need(rows, checkpointing=False) > self.room:
+                break
+            most = _tokens(rows, self.engine)
+        return most
+
+    def longest_that_fits(self, *, beside: bool = False) -> int:
+        """Tokens of a row that fits alone with checkpointing, a multiple of 64; 0 if none does.
+
+        `beside` weights and adapter that are loaded already, where it is True, so that the free memory is without them.
+        """
+        fits = 0
+        for tokens in range(64, 131_072, 64):
+            parts = self.peak([tokens], checkpointing=True)
+            if (
+                sum(size for name, size in parts.items() if not beside or name in ("activations", "scratch"))
+                > self.room
+            ):
+                break
+            fits = tokens
+        return fits
+
+    def work(self, lengths: Sequence[Sequence[int]], fit: Fit) -> float:
+        """Seconds of training: of each micro-batch, the longer of launching its kernels and running them.
+
+        Where the device is not known they are a Hopper's, which is good enough to compare by.
+        """
+        launch, operations, bandwidth = _SPEED.get(self.on.capability, _SPEED[9, 0])
+        launch *= self.model.layers
+        read = (
+            self.on.width if fit.unpacked else _NF4 + 2 * self.on.width
+        )  # or read, written in 16 bits, and read again
+        weights = 2 * self.model.linear * read / bandwidth
+        each = (
+            4 * self.model.linear / operations
+        )  # a token's two passes, as gradients of the base's weights are not wanted
+        seconds = 0.0
+        for step in lengths:
+            checkpointed = fit.checkpoints(step, self.engine)
+            launches = launch * (1 if self.engine.name == "unsloth" else 0.15 if fit.graphs and not checkpointed else 2)
+            batches = micro_batches(step, fit.micro_batch)
+            each_takes = (max(launches, weights + each * _tokens(rows, self.engine)) for rows in batches)
+            seconds += (1.5 if checkpointed else 1) * sum(each_takes)
+        return seconds
+
+    def _kept(self, rows: Sequence[int]) -> float:
+        """Bytes that one block keeps of a token for the way back."""
+        h, i, q, kv = self.model.hidden, self.model.intermediate, self.model.query, self.model.key_value
+        if own_kernels(self.engine, on_gpu=self.on.on_gpu):
+            # What goes into and comes out of both norms, attention's four, gate and up; its kernels compute the rest.
+            return self.on.width * (4 * h + 4 * q + 2 * i)
+        if (
+            self.engine.graphs
+        ):  # what goes into norms, linear layers and attention, its output, gate, up and their product
+            return self.on.width * (4 * h + 4 * q + 2 * kv + 4 * i)
+        if (
+            not self.on.on_gpu
+        ):  # as measured (tests/benchmarks/cpu_memory.py), with what the allocator of the process keeps
+            return self.on.width * 7 * (h + q + i)
+        # Norms go through float32. A batch with padding has a mask, with which keys and values are kept for every head.
+        masked = 2 * (q - kv) + max(rows) if len(set(rows)) > 1 else 0
+        return 8 * h + self.on.width * (2 * h + 2 * q + 2 * kv + 4 * i + 13 * self.rank + masked)
+
+    def _logits(self, tokens: int) -> float:
+        """Bytes of the logits that exist at once: both engines' losses go through the tokens in chunks."""
+        if own_kernels(self.engine, on_gpu=self.on.on_gpu):
+            return max(512, min(8192, tokens // 8)) * self.model.vocabulary * 8
+        return (
+            min(tokens, 1024) * self.model.vocabulary * 14
+            if self.engine.graphs
+            else min(tokens, 256) * self.model.vocabulary * 20
+        )
+
+
 def process_ram(on: Device) -> float:
     """GiB of RAM of a worker without weights and what goes through them."""
     return _PROCESS_RAM[on.name]
@@ -225,25 +375,25 @@ def estimate(
     if lengths is None:
         count = -(-settings.subset * settings.epochs // settings.batch_size)
         lengths = [[settings.max_length] * settings.batch_size] * min(count, 10_000)
-    return _estimate(settings, engine, shape(base.source), on or device(), lengths)
+    place = Placement(shape(base.source), settings.rank, engine, on or device())
+    return estimate_on(place, settings, lengths)
 
 
-def _estimate(
-    settings: Settings, engine: Engine, model: Shape, on: Device, lengths: Sequence[Sequence[int]]
-) -> Estimate:
-    fit = choose(settings, engine, model, on, lengths)
+def estimate_on(place: Placement, settings: Settings, lengths: Sequence[Sequence[int]]) -> Estimate:
+    """`estimate` for a given device, from the tokens of each row, step by step."""
+    model, engine, on = place.model, place.engine, place.on
+    fit = choose(settings, place, lengths)
     rows = longest(lengths, fit.micro_batch, engine)
-    parts = peak(model, settings.rank, engine, on, rows, checkpointing=fit.checkpointing)
+    parts = place.peak(rows, checkpointing=fit.checkpointing)
     if fit.unpacked:
-        parts["unpacked weights"] = unpacked(model, on)
+        parts["unpacked weights"] = place.unpacked
     if fit.kept:  # the fullest may be a step that does without checkpointing
         spared = [step for step in lengths if not fit.checkpoints(step, engine)]
-        most = longest(spared, fit.micro_batch, engine)
-        whole = peak(model, settings.rank, engine, on, most, checkpointing=False)
+        whole = place.peak(longest(spared, fit.micro_batch, engine), checkpointing=False)
         parts = max(parts, whole, key=lambda found: sum(found.values()))
-    adapter = model.adapter(settings.rank)
     # On the way to a GPU weights are mapped into RAM; on a CPU all is there.
-    ram = process_ram(on) + _weights(model, dataclasses.replace(on, sharing=1)) if on.on_gpu else _cpu_ram(on, parts)
+    mapped = dataclasses.replace(place, on=dataclasses.replace(on, sharing=1)).weights
+    ram = process_ram(on) + mapped if on.on_gpu else _cpu_ram(on, parts)
     if fit.checkpointing and own_kernels(engine, on_gpu=on.on_gpu):
         # That is where Unsloth moves the blocks' inputs.
         ram += _tokens(rows, engine) * model.layers * model.hidden * on.width / GIB
@@ -254,8 +404,8 @@ def _estimate(
         free=on.free,
         memory=on.memory,
         ram=ram,
-        disk=saved * adapter / GIB,
-        seconds=_seconds(model, engine, on, lengths, fit),
+        disk=saved * model.adapter(place.rank) / GIB,
+        seconds=place.work(lengths, fit) if on.capability in _SPEED else None,  # else the device's speed is not known
     )
 
 
@@ -263,70 +413,44 @@ def _cpu_ram(on: Device, parts: dict[str, float]) -> float:
     return process_ram(on) + max(sum(parts.values()), parts["weights"] + _SCORING)
 
 
-def choose(settings: Settings, engine: Engine, model: Shape, on: Device, lengths: Sequence[Sequence[int]]) -> Fit:
+def choose(settings: Settings, place: Placement, lengths: Sequence[Sequence[int]]) -> Fit:
     """How steps are cut so that they take the least time, of all ways in which the longest rows that will occur fit.
 
     A step that has room for its activations goes without checkpointing, which does the forward pass twice; and fewer
     micro-batches mean fewer launches of kernels. Which of the two weighs more, the device decides (see `_SPEED`).
     """
-    graphs = engine.graphs and settings.dropout == 0
     sizes = [settings.micro_batch] if isinstance(settings.micro_batch, int) else divisors(settings.batch_size)
-    room = on.free * (1 - _SPARE) - _MARGIN
-
-    def need(size: int, checkpointing: bool) -> float:
-        rows = longest(lengths, size, engine)
-        return sum(peak(model, settings.rank, engine, on, rows, checkpointing=checkpointing).values())
-
-    def fit(size: int) -> Fit | None:
-        if need(size, False) <= room:
-            also = unpacked(model, on) if graphs and need(size, False) + unpacked(model, on) <= room else 0
-            why = _why(settings, need(size, False) + also, on)
-            return Fit(size, False, on.precision, why, graphs=graphs, unpacked=bool(also))
-        if need(size, True) > room:
-            return None
-        why = f"{_why(settings, need(size, True), on)}; without checkpointing {need(size, False):.1f}"
-        found = Fit(size, True, on.precision, why, roomy(size), graphs)
-        spared = any(not found.checkpoints(step, engine) for step in lengths)
-        return found if spared else dataclasses.replace(found, kept=0, graphs=False)
-
-    def roomy(size: int) -> int:
-        """Tokens of the largest micro-batch of the run that fits without checkpointing, as all smaller ones do."""
-        kept = 0
-        batches = (rows for step in lengths for rows in micro_batches(step, size))
-        for rows in sorted(batches, key=lambda rows: _tokens(rows, engine)):
-            if sum(peak(model, settings.rank, engine, on, rows, checkpointing=False).values()) > room:
-                break
-            kept = _tokens(rows, engine)
-        return kept
-
-    fits = [found for size in sizes if (found := fit(size))]
+    fits = [found for size in sizes if (found := _fit(settings, place, lengths, size))]
     if fits:
-        return min(fits, key=lambda found: _work(model, engine, on, lengths, found))
-    most = longest_that_fits(settings.rank, engine, model, on)
-    reason = f"even so the longest row is expected to take {need(sizes[-1], True):.1f} GiB of {on.free:.1f} free; " + (
+        return min(fits, key=lambda found: place.work(lengths, found))
+    on, most = place.on, place.longest_that_fits()
+    need = place.need(longest(lengths, sizes[-1], place.engine), checkpointing=True)
+    reason = f"even so the longest row is expected to take {need:.1f} GiB of {on.free:.1f} free; " + (
         f"max_length = {most} would fit" if most else "the model itself is too large for this device"
     )
     return Fit(sizes[-1], True, on.precision, reason)
 
 
+def _fit(settings: Settings, place: Placement, lengths: Sequence[Sequence[int]], size: int) -> Fit | None:
+    """The best with micro-batches of that size; None if none fits."""
+    engine, on = place.engine, place.on
+    graphs = engine.graphs and settings.dropout == 0
+    rows = longest(lengths, size, engine)
+    whole, checkpointed = (place.need(rows, checkpointing=each) for each in (False, True))
+    if whole <= place.room:
+        also = place.unpacked if graphs and whole + place.unpacked <= place.room else 0
+        return Fit(size, False, on.precision, _why(settings, whole + also, on), graphs=graphs, unpacked=bool(also))
+    if checkpointed > place.room:
+        return None
+    why = f"{_why(settings, checkpointed, on)}; without checkpointing {whole:.1f}"
+    found = Fit(size, True, on.precision, why, place.roomy(lengths, size), graphs)
+    spared = any(not found.checkpoints(step, engine) for step in lengths)
+    return found if spared else dataclasses.replace(found, kept=0, graphs=False)
+
+
 def _why(settings: Settings, need: float, on: Device) -> str:
     asked = "asked for" if isinstance(settings.micro_batch, int) else f"of the {settings.batch_size} of a step"
     return f"{asked}: the longest take about {need:.1f} GiB of {on.free:.1f} free"
-
-
-def longest_that_fits(rank: int, engine: Engine, model: Shape, on: Device, *, beside: bool = False) -> int:
-    """Tokens of a row that fits alone with checkpointing, a multiple of 64; 0 if none does.
-
-    `beside` weights and adapter that are loaded already, where it is True, so that the free memory is without them.
-    """
-    room = on.free * (1 - _SPARE) - _MARGIN
-    fits = 0
-    for tokens in range(64, 131_072, 64):
-        parts = peak(model, rank, engine, on, [tokens], checkpointing=True)
-        if sum(size for name, size in parts.items() if not beside or name in ("activations", "scratch")) > room:
-            break
-        fits = tokens
-    return fits
 
 
 def divisors(batch_size: int) -> list[int]:
@@ -360,108 +484,6 @@ def padded(tokens: int) -> int:
     """
     step = max(32, (1 << (tokens - 1).bit_length()) // 8)
     return -(-tokens // step) * step
-
-
-def peak(
-    model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[int], *, checkpointing: bool
-) -> dict[str, float]:
-    """GiB that the device holds at its fullest, by what takes it, when rows of these lengths go through at once."""
-    tokens = _tokens(rows, engine)
-    block = _kept(model, rank, engine, on, rows)
-    inputs = model.hidden * on.width
-    matrix = model.hidden * model.intermediate * on.width  # a weight in the dtype of arithmetic
-    logits = _logits(model, engine, on, tokens)
-    # (bytes of an adapter weight, activations, scratch) at the moments that may be the fullest
-    plain = on.on_gpu and engine.name == "transformers" and not engine.graphs
-    if not checkpointing:
-        kept = tokens * (model.layers * block + 2 * inputs)
-        if engine.graphs:  # what a pass holds when the logits are there stays taken
-            moments = [(_ADAPTER, kept, logits)]
-        else:
-            moments = [(12, kept, logits)] if plain else [(_ADAPTER, kept, 2 * matrix + logits)]
-    elif own_kernels(engine, on_gpu=on.on_gpu):  # it moves the blocks' inputs to RAM, all but two
-        passing = tokens * (2 * inputs + block + 1.5 * model.intermediate * on.width)
-        moments = [(12, 2 * tokens * inputs, logits), (_ADAPTER, passing, 2 * matrix)]
-    else:  # the loss, before there are gradients, or a block on the way back
-        inputs *= model.layers
-        moments = [(12, tokens * inputs, logits), (_ADAPTER, tokens * (inputs + block), matrix)]
-    adapter, activations, scratch = max(moments, key=lambda moment: model.adapter(rank) * moment[0] + sum(moment[1:]))
-    return {
-        "weights": _weights(model, on),
-        "adapter": model.adapter(rank) * adapter / GIB,
-        "activations": activations / GIB,
-        "scratch": scratch / GIB,
-    }
-
-
-def _weights(model: Shape, on: Device) -> float:
-    """GiB of the base; where it is spread: a device's part, scales, embeddings, the block at hand and the next."""
-    spread = float(model.linear)
-    if on.sharing > 1:
-        spread = min(spread, spread / on.sharing + 2 * spread / model.layers)
-    return (spread * 0.5 + model.linear * _SCALES + model.embeddings * on.width) / GIB
-
-
-def unpacked(model: Shape, on: Device) -> float:
-    """GiB of the base's matrices in the dtype of arithmetic."""
-    return model.linear * on.width / GIB
-
-
-def _kept(model: Shape, rank: int, engine: Engine, on: Device, rows: Sequence[int]) -> float:
-    """Bytes that one block keeps of a token for the way back."""
-    h, i, q, kv = model.hidden, model.intermediate, model.query, model.key_value
-    if own_kernels(engine, on_gpu=on.on_gpu):
-        # What goes into and comes out of both norms, attention's four, gate and up. Its kernels compute the rest anew.
-        return on.width * (4 * h + 4 * q + 2 * i)
-    if engine.graphs:  # what goes into norms, linear layers and attention, its output, gate, up and their product
-        return on.width * (4 * h + 4 * q + 2 * kv + 4 * i)
-    if not on.on_gpu:  # as measured (tests/benchmarks/cpu_memory.py), with what the allocator of the process keeps
-        return on.width * 7 * (h + q + i)
-    # Norms go through float32. A batch with padding has a mask, with which keys and values are kept for every head.
-    masked = 2 * (q - kv) + max(rows) if len(set(rows)) > 1 else 0
-    return 8 * h + on.width * (2 * h + 2 * q + 2 * kv + 4 * i + 13 * rank + masked)
-
-
-def _logits(model: Shape, engine: Engine, on: Device, tokens: int) -> float:
-    """Bytes of the logits that exist at once: both engines' losses go through the tokens in chunks."""
-    if own_kernels(engine, on_gpu=on.on_gpu):
-        return max(512, min(8192, tokens // 8)) * model.vocabulary * 8
-    return min(tokens, 1024) * model.vocabulary * 14 if engine.graphs else min(tokens, 256) * model.vocabulary * 20
-
-
-# Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,
-# operations a second, and bytes of memory a second. Hopper's are from docs/benchmarks.md. No T4 was at hand: its bytes
-# are its data sheet's less a fifth, and the rest gives the 1,033.9 s that the notebook that this package grew out of
-# recorded there for 1,000 Dolly rows one by one.
-_SPEED: Final[dict[tuple[int, int], tuple[float, float, float]]] = {
-    (7, 5): (0.011, 1.35e13, 2.5e11),
-    (9, 0): (0.0063, 3.2e14, 2.5e12),
-}
-
-
-def _seconds(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[int]], fit: Fit) -> float | None:
-    """Seconds of training, where the device's speed is known."""
-    return _work(model, engine, on, lengths, fit) if on.capability in _SPEED else None
-
-
-def _work(model: Shape, engine: Engine, on: Device, lengths: Sequence[Sequence[int]], fit: Fit) -> float:
-    """Seconds of training: of each micro-batch, the longer of launching its kernels and running them.
-
-    Where the device is not known they are a Hopper's, which is good enough to compare by.
-    """
-    launch, operations, bandwidth = _SPEED.get(on.capability, _SPEED[9, 0])
-    launch *= model.layers
-    read = on.width if fit.unpacked else _NF4 + 2 * on.width  # or read, written in 16 bits, and read again
-    weights = 2 * model.linear * read / bandwidth
-    each = 4 * model.linear / operations  # a token's two passes, as gradients of the base's weights are not wanted
-    seconds = 0.0
-    for step in lengths:
-        checkpointed = fit.checkpoints(step, engine)
-        launches = launch * (1 if engine.name == "unsloth" else 0.15 if fit.graphs and not checkpointed else 2)
-        batches = micro_batches(step, fit.micro_batch)
-        each_takes = (max(launches, weights + each * _tokens(rows, engine)) for rows in batches)
-        seconds += (1.5 if checkpointed else 1) * sum(each_takes)
-    return seconds
 
 
 def _free_ram() -> float:

@@ -23,6 +23,7 @@ from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.models import base as models
 from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
+from bizassist_nb.training.checkpoints import Checkpoint
 from bizassist_nb.training.cuda_graphs import CaptureError, Graphs
 from bizassist_nb.training.distributed import fsdp
 from bizassist_nb.training.distributed.rank import NoRoomError, this_rank
@@ -91,24 +92,12 @@ def train(training: Training, fit: Fit) -> int:
         journal.write("resumed", step=checkpoint.step if checkpoint else 0)
     while True:
         trainer = build_trainer(training, fit)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-        except pickle.UnpicklingError as error:  # torch reads nothing else than weights from it
-            assert checkpoint
-            raise RunError(
-                f"{checkpoint.path} holds something else than tensors, and was not read ({brief(error)}); it is not "
-                "what this package wrote. Delete that folder, and go on from the one before with --resume"
-            ) from error
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            problem = brief(error)
-        else:
-            # accelerate leaves an autocast around the model's forward: base was scored without, and so is tuned.
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            return int(trainer.state.global_step)
-        # Only now, when the error is gone and with it the frames that hold the half-done step's tensors.
+        problem = _run(trainer, checkpoint)
         done, fit = int(trainer.state.global_step), trainer.fit
+        # accelerate leaves an autocast around the model's forward: base was scored without, and so is tuned.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if problem is None:
+            return done
         alone = this_rank().count == 1
         model.zero_grad(set_to_none=True)
         if alone and done > (checkpoint.step if checkpoint else 0):
@@ -116,7 +105,6 @@ def train(training: Training, fit: Fit) -> int:
             checkpoint = journal.newest_checkpoint()
             if checkpoint is None or checkpoint.step < done:  # there is no room for one either
                 journal.write("resumed", step=checkpoint.step if checkpoint else 0)
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()
@@ -125,6 +113,26 @@ def train(training: Training, fit: Fit) -> int:
         if not alone:
             raise NoRoomError(dataclasses.asdict(fit))
         journal.write("fit", step=done, **dataclasses.asdict(fit))
+
+
+def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
+    """Train to the end or to a stop; what the error says where memory ran out, None otherwise.
+
+    When it returns, the error is gone, and with it the frames that hold the half-done step's tensors.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    except pickle.UnpicklingError as error:  # torch reads nothing else than weights from it
+        assert checkpoint
+        raise RunError(
+            f"{checkpoint.path} holds something else than tensors, and was not read ({brief(error)}); it is not "
+            "what this package wrote. Delete that folder, and go on from the one before with --resume"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return brief(error)
+    return None
 
 
 def _smaller(training: Training, fit: Fit, step: list[Example], problem: str) -> Fit:
@@ -150,7 +158,8 @@ def _smaller(training: Training, fit: Fit, step: list[Example], problem: str) ->
         why = f"memory ran out with a single row at once ({problem})"
         return dataclasses.replace(fit, checkpointing=True, reason=why)
     row = max(lengths)
-    most = preflight.longest_that_fits(settings.rank, engine, preflight.Shape.of(model.config), on, beside=True)
+    place = preflight.Placement(preflight.Shape.of(model.config), settings.rank, engine, on)
+    most = place.longest_that_fits(beside=True)
     raise RunError(
         f"memory ran out with a single row at once and checkpointing on ({problem}). The longest row of this step has "
         f"{row} tokens; try max_length = {max(16, min(most, row // 2))}, under a new name. What is done so far is kept"

@@ -50,7 +50,7 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
                     Run(Path(path)), SpoolingJournal(Path(path)), stop, engine, model, chat, [step] * 2
                 )
                 trainer.train(training, fit)
-            parts = preflight.peak(shape, settings.rank, engine, on, rows, checkpointing=checkpointing)
+            parts = preflight.Placement(shape, settings.rank, engine, on).peak(rows, checkpointing=checkpointing)
             expected, measured = preflight.process_ram(on) + sum(parts.values()), high_water()
             found = {
                 "model": base.name, "engine": engine.name, "rank": settings.rank, "rows": rows,

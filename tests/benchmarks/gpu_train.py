@@ -410,7 +410,7 @@ def memory(
     finally:
         trainer.RunCallback.on_step_end = before
     for shape, (allocated, reserved) in zip(shapes, peaks, strict=False):
-        parts = preflight.peak(model_shape, rank, engine, on, shape, checkpointing=checkpointing)
+        parts = preflight.Placement(model_shape, rank, engine, on).peak(shape, checkpointing=checkpointing)
         expected = sum(parts.values())
         write(
             out,

@@ -11,13 +11,13 @@ Each GPU has the whole base in NF4 and 4 rows a step. With N of them a step take
     scoring    0.7 s of the first GPU once in 48 steps, the others waiting (7B, measured), 70B as for compute
     bandwidth  inside a machine of 8 GPUs NVLink; between machines the network card that all 8 share. The slower counts
 
-Memory of a GPU is what `preflight.peak` expects, and DDP's buckets, a second copy of the gradients.
+Memory of a GPU is what `preflight` expects, and DDP's buckets, a second copy of the gradients.
 """
 
 from typing import Final
 
 from bizassist_nb.training.engines import Engine
-from bizassist_nb.training.preflight import MISTRAL, Device, Fit, Shape, _work, peak
+from bizassist_nb.training.preflight import MISTRAL, Device, Fit, Placement, Shape
 
 LLAMA_70B: Final = Shape(
     layers=80, hidden=8192, intermediate=28672, query=8192, key_value=1024, vocabulary=128256, tied=False
@@ -40,7 +40,9 @@ FIT: Final = Fit(4, False, "bfloat16", "on paper")
 
 def step(shape: Shape, gpus: int, network: float) -> tuple[float, float, float]:
     """(seconds of a step, of which exchange, bytes that each GPU sends) of so many GPUs."""
-    times = _work(shape, ENGINE, H100, [ROWS], FIT) / _work(MISTRAL, ENGINE, H100, [ROWS], FIT)
+    times = Placement(shape, RANK, ENGINE, H100).work([ROWS], FIT) / Placement(MISTRAL, RANK, ENGINE, H100).work(
+        [ROWS], FIT
+    )
     sent = 2 * (gpus - 1) / gpus * shape.adapter(RANK) * 4
     bandwidth = NVLINK if gpus <= 8 else min(NVLINK, network)
     exchange = sent / bandwidth + 2 * (gpus - 1) * 1e-5
@@ -60,7 +62,7 @@ def table() -> str:
             for network, bandwidth in (NETWORKS if gpus > 8 else inside).items():
                 seconds, exchange, sent = step(shape, gpus, bandwidth)
                 speed = gpus * sum(ROWS) / seconds
-                memory = sum(peak(shape, RANK, ENGINE, H100, ROWS, checkpointing=False).values())
+                memory = Placement(shape, RANK, ENGINE, H100).need(ROWS, checkpointing=False)
                 memory += shape.adapter(RANK) * 4 / 2**30 if gpus > 1 else 0
                 lines.append(
                     f"| {name} | {network} | {gpus} | {speed:,.0f} | {speed / one:.2f} | {sent / 1e6:,.0f} MB | "

@@ -65,6 +65,27 @@ class Chat:
         panes.add_class("bn-panes")
         self._suggested = w.Box([self._suggestion(text, update_loop) for text in SUGGESTED])
         self._suggested.add_class("bn-chips")
+        ask = self._question_row(update_loop)
+        self._long = w.Textarea(description="long question", rows=6, **tip("a question of several lines"))
+        send_long = w.Button(description="Send", button_style="primary", icon="paper-plane")
+        clicked(send_long, update_loop, lambda: self._take(self._long))
+        self._options = Options()
+        self._blind = w.Checkbox(
+            description="blind", indent=False, **tip("hide whose answer is whose until you have voted")
+        )
+        self._ballot = VoteRow(update_loop, self._vote)
+        folded = [
+            fold("A longer question", self._long, send_long),
+            fold("Generation settings", self._options.view),
+        ]
+        self._status = w.HTML()
+        self._status.add_class("bn-status")
+        run = w.Box([self._run, self._blind])
+        run.add_class("bn-row")
+        self.view = w.VBox([run, panes, self._ballot.view, self._suggested, ask, self._status, *folded])
+
+    def _question_row(self, update_loop: UpdateLoop) -> Any:
+        """The question box and its buttons."""
         self._question = w.Text(
             description="question",
             placeholder="Ask both, then press Enter",
@@ -83,23 +104,7 @@ class Chat:
         clicked(self._clear, update_loop, self._forget)
         ask = w.Box([self._question, self._send, self._stop, self._again, self._clear])
         ask.add_class("bn-ask")
-        self._long = w.Textarea(description="long question", rows=6, **tip("a question of several lines"))
-        send_long = w.Button(description="Send", button_style="primary", icon="paper-plane")
-        clicked(send_long, update_loop, lambda: self._take(self._long))
-        self._options = Options()
-        self._blind = w.Checkbox(
-            description="blind", indent=False, **tip("hide whose answer is whose until you have voted")
-        )
-        self._ballot = VoteRow(update_loop, self._vote)
-        folded = [
-            fold("A longer question", self._long, send_long),
-            fold("Generation settings", self._options.view),
-        ]
-        self._status = w.HTML()
-        self._status.add_class("bn-status")
-        run = w.Box([self._run, self._blind])
-        run.add_class("bn-row")
-        self.view = w.VBox([run, panes, self._ballot.view, self._suggested, ask, self._status, *folded])
+        return ask
 
     def _suggestion(self, text: str, update_loop: UpdateLoop) -> Any:
         button = w.Button(description=text, tooltip="ask this")
