@@ -93,11 +93,12 @@ def train(training: Training, fit: Fit) -> int:
     while True:
         trainer = build_trainer(training, fit)
         problem = _run(trainer, checkpoint)
-        done, fit = int(trainer.state.global_step), trainer.fit
+        done = int(trainer.state.global_step)
         # accelerate leaves an autocast around the model's forward: base was scored without, and so is tuned.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if problem is None:
             return done
+        fit = trainer.fit
         alone = this_rank().count == 1
         model.zero_grad(set_to_none=True)
         if alone and done > (checkpoint.step if checkpoint else 0):
