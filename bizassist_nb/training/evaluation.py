@@ -174,7 +174,8 @@ def _nats(model: Any, examples: Sequence[Example], pad_id: int) -> list[float]:
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
     targets = labels[:, -keep + 1 :]
     # Flat, because over a dimension that is not the last torch sums float32 naively on a CPU: 1e-4 nats a token off.
+    exact = torch.promote_types(logits.dtype, torch.float32)
     losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        logits[:, :-1].to(exact).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     ).view(targets.shape)
     return [float(nats) for nats in losses.double().sum(dim=1)]
