@@ -31,8 +31,8 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-# In float64, so that a tight bound holds on any CPU: torch sums up 49,152 exponentials in float32, and their logarithm is
-# up to 2e-5 nats off with AVX2, 7e-6 with AVX-512.
+# In float64, so that a tight bound holds on any CPU: torch sums up 49,152 exponentials in float32, and the logarithm of
+# that is up to 2e-5 nats off with AVX2, 7e-6 with AVX-512.
 @pytest.fixture(scope="module")
 def model(embedded):
     return AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float64).eval()
