@@ -68,7 +68,7 @@ def test_a_change_that_is_certain_but_tiny_is_no_difference():
     found = assess(judge(scored([30.0] * 64), scored([29.95] * 64), seed=0), shifted(0.0), None)
     assert found["interval"][1] < 0
     assert found["verdict"] == "no difference"
-    assert found["sentence"].startswith("Fine-tuning made no difference worth the name (less than 1 % of perplexity): ")
+    assert found["sentence"].startswith("Fine-tuning made no practical difference (less than 1 % of perplexity): ")
 
 
 def test_answers_that_broke_down_outweigh_a_lower_loss():

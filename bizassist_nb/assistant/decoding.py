@@ -113,7 +113,7 @@ class _ModuleSteps:
         self._prefix: PrefixCache | None = None
 
     def remember_in(self, prefix: PrefixCache, prompts: Sequence[Sequence[int]]) -> None:
-        """Note what is read from now on, after these prompts; `remember` leaves it to `prefix`, once."""
+        """Record the tokens after these prompts; `remember` stores them in the prefix cache, once."""
         self._prefix, self._read = prefix, [list(prompt) for prompt in prompts]
 
     def remember(self) -> None:

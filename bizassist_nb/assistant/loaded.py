@@ -123,7 +123,7 @@ active_answers: Final["weakref.WeakSet[Answerer]"] = weakref.WeakSet()
 def unload() -> None:
     """Let go of the bases in GPU memory, so that a worker finds room; they are loaded anew when next asked.
 
-    On any device the answers of all `answerers` end where they are.
+    On any device the answers of all `active_answers` end where they are.
     """
     for answerer in tuple(active_answers):
         answerer.halt()

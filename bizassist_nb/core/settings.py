@@ -168,7 +168,7 @@ class Settings:
         return dataclasses.replace(self, batch_size=self.batch_size // processes, gpus=_AUTO)
 
     def _uneven(self, processes: int) -> list[str]:
-        """What does not come out even when the examples of a step go to so many processes, and through each of them."""
+        """Problems with dividing batch_size among so many processes, and each one's share into micro-batches."""
         if self.batch_size % processes:
             below = self.batch_size // processes * processes
             return [

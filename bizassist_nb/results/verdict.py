@@ -156,7 +156,7 @@ def _summary(scores: Sequence[Score]) -> dict[str, float]:
 def _sentence(found: Mapping[str, Any]) -> str:
     low, high = found["interval"]
     if found["verdict"] == "no difference" and not low <= 0 <= high:
-        return f"Fine-tuning made no difference worth the name (less than 1 % of perplexity): {_figures(found)}."
+        return f"Fine-tuning made no practical difference (less than 1 % of perplexity): {_figures(found)}."
     opening = {
         "helped": "Fine-tuning helped",
         "no difference": "Fine-tuning made no measurable difference",

@@ -88,7 +88,7 @@ class RunDirectory:
         self._unread = 0
         self._kept = spool_folder(path)
         self._offsets = {path: 0, self._kept: 0}
-        self._ahead: set[bytes] = set()  # lines that were read where they are kept, before they were delivered
+        self._ahead: set[bytes] = set()  # lines already read from the spool; skipped when they reach the directory
         self._events: list[dict[str, Any]] = []
         self._newest: dict[str, dict[str, Any]] = {}  # of each kind
         self._steps: list[Step] = []

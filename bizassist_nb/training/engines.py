@@ -73,7 +73,7 @@ def _end_to_end() -> bool:
 
 
 def _graphs() -> bool:
-    """Whether passes can be CUDA graphs: in bfloat16, as what float16 scales the loss by changes while training."""
+    """Whether passes can be CUDA graphs. bfloat16 only: float16's loss scale changes, and a graph would freeze it."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

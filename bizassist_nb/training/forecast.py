@@ -21,7 +21,7 @@ from bizassist_nb.training.distributed import launcher
 from bizassist_nb.training.distributed.rank import Rank
 
 _SLICE: Final = 50
-"""Rows tokenised between two looks at whether the survey is still wanted: some 50 ms."""
+"""Rows tokenised between two looks at whether the forecast is still wanted: some 50 ms."""
 _WHOLE: Final = 1 << 40
 """A max_length that cuts nothing."""
 
@@ -171,7 +171,7 @@ def _counted(found: Forecast, rows: Sequence[Row], lengths: _Lengths) -> Forecas
     )
 
 
-# Kept between surveys, so that only what a change touches is done again.
+# Kept between forecasts, so that only what a change touches is done again.
 
 
 @lru_cache(maxsize=2)
@@ -200,26 +200,26 @@ def _lengths(_source: str, _fingerprint: str, _system_prompt: str) -> _Lengths:
 
 
 class ForecastThread:
-    """Surveys the newest settings it was given on a thread of its own, which writes nothing but `found`."""
+    """Forecasts a run of the newest settings on a thread of its own, which writes nothing but `found`."""
 
     def __init__(self) -> None:
-        """Nothing to survey yet."""
+        """Nothing to forecast yet."""
         self.found: Forecast | None = None
         """What is known about the settings wanted; None as long as nothing is."""
         self.problem: Exception | None = None
-        """Why they cannot be surveyed."""
+        """Why there is no forecast."""
         self._wanted: Settings | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def want(self, settings: Settings | None) -> None:
-        """Survey these from now on; what was found about others is forgotten. None to stop."""
+        """Forecast a run of these from now on; what was found about others is forgotten. None to stop."""
         with self._changed:
             if settings == self._wanted:
                 return
             self._wanted, self.found, self.problem = settings, None, None
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="bizassist-survey", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="bizassist-forecast", daemon=True)
                 self._thread.start()
             self._changed.notify()
 

@@ -130,8 +130,7 @@ class Fit:
     """dtype of arithmetic: "bfloat16", "float16" or "float32"."""
     reason: str
     kept: int = 0
-    """With checkpointing: tokens up to which a micro-batch has room for its activations, and does without it; 0 where
-    every step has a larger one."""
+    """Micro-batches with more tokens than this are checkpointed; 0 means all of them."""
     graphs: bool = False
     """Whether passes without checkpointing are replayed as CUDA graphs."""
     unpacked: bool = False

@@ -1,8 +1,7 @@
-"""What a worker has for its run's directory: written there, or kept on this machine until it can be.
+"""A journal that spools events and checkpoints on this machine while the run directory cannot be written.
 
-A Drive that has dropped, a disk that is full or a folder that may not be written any more does not end training: events
-and checkpoints go into a folder of this machine, where `Run` reads them, too, and follow when the directory is back,
-even if that is after the worker was killed.
+A Drive that has dropped, a full disk or a folder that may no longer be written does not end training. `RunDirectory`
+reads the spool too. What is in it is delivered when the directory is back, even if the worker was killed before that.
 """
 
 import contextlib

@@ -50,7 +50,7 @@ class Chat:
         self._conversation = Conversation()
         self._answering: Answering | None = None
         self._entered: tuple[float, str] | None = None
-        self._awaited = 0.0  # until when text that comes is that of an Enter before it
+        self._awaited = 0.0  # deadline for text that the browser sends after its Enter
         self._picked: str | None = None
         self._newest: str | None = None
         self._notice = ""

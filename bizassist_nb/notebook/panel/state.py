@@ -13,7 +13,7 @@ _RUNS_EVERY: Final = 1.0
 
 
 class State:
-    """Read and written by the pump's turns only, but for `Watch`, which has a thread of its own."""
+    """Read and written by the update loop only, but for `ForecastThread`, which has a thread of its own."""
 
     def __init__(self, runs_dir: str):
         """Look for runs; follow the one in training, if there is one."""

@@ -157,7 +157,7 @@ def processes(settings: Settings) -> Processes:
         which = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--machine_rank", "0"]
         which += ["--gpu_ids", "all", *_ANY_PORT]
     settings.share(count)
-    # Of precision and compiling the trainer is told by us.
+    # Precision and compilation are set in SFTConfig, not here.
     return Processes(count, [*which, "--mixed_precision", "no", "--dynamo_backend", "no"], sharded)
 
 

@@ -47,7 +47,7 @@ class Rank:
         return self.number == 0
 
     def join(self) -> None:
-        """Meet the others, of which there are some, and take a GPU of one's own if there are any."""
+        """Join the process group and claim this process's GPU, if there is one."""
         import torch
         from accelerate import PartialState
 
@@ -61,7 +61,7 @@ class Rank:
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
     def shares(self, rows: Sequence[T]) -> list[list[T]]:
-        """A step's rows as the ranks have them, dealt out like cards: of rows by falling length, each gets as much."""
+        """Rank r gets rows r, r + count, …: where rows are sorted by length, loads are even."""
         return [list(rows[number :: self.count]) for number in range(self.count)]
 
     def longest(self, lengths: Sequence[int]) -> list[int]:
