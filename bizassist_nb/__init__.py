@@ -41,9 +41,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version  # importing this takes longer than all of `import bizassist_nb`
+        from bizassist_nb.core.versions import own_version  # its imports take longer than `import bizassist_nb` does
 
-        return version("bizassist-nb")
+        return own_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

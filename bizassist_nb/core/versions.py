@@ -21,5 +21,5 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def own_version() -> str:
-    """The version of this package, which pyproject.toml has."""
-    return importlib.metadata.version("bizassist-nb")
+    """The version of this package, which pyproject.toml has; "not installed" where it runs from its source alone."""
+    return versions(["bizassist-nb"]).get("bizassist-nb", "not installed")
