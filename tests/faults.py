@@ -60,7 +60,7 @@ FAULTS = [
         "assistant/assistant.py",
         "generation.strength if row.run is run else 0.0",
         "0.0 if row.run is run else generation.strength",
-        "test_assistant.py::test_both_answer_in_one_batch_as_each_does_alone",
+        "test_assistant.py::test_each_row_of_the_batch_is_answered_by_whom_it_is_named_after",
     ),
     Fault(
         "a lost resume step",

@@ -225,6 +225,7 @@ def test_fifty_questions_are_answered_as_by_each_model_alone(assistant, fifty):
     assert differ > 25
 
 
+@pytest.mark.slow
 def test_several_runs_answer_beside_the_base_as_each_does_alone(assistant, trained, twin, alone):
     together = Assistant(trained, twin).ask(QUESTIONS[0], max_new_tokens=24)
     assert list(together.answers) == ["base", "tuned (quickstart)", "tuned (twin)"]
@@ -287,6 +288,15 @@ def test_everyone_goes_on_from_what_they_said_themselves(assistant, trained):
     assert talk.turns("base") == []
 
 
+def test_each_row_of_the_batch_is_answered_by_whom_it_is_named_after(small):
+    assistant = Assistant(small[0][0])
+    both, base, tuned = (
+        assistant.ask("How?", who=who, max_new_tokens=12) for who in (("base", "tuned"), ("base",), ("tuned",))
+    )
+    assert (both.base, both.tuned) == (base.base, tuned.tuned)
+    assert both.base != both.tuned
+
+
 def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_went(small):
     talk = Conversation()
     stream = Assistant(small[0][0]).stream("How?", Generation(max_new_tokens=50, temperature=1.0), conversation=talk)
@@ -322,6 +332,7 @@ def read(loaded, prompts, strengths, prefix):
             return found, columns[0]
 
 
+@pytest.mark.slow
 def test_a_conversation_is_read_from_where_it_goes_on_with_the_same_logits(assistant, trained):
     loaded = loaded_base("smollm2-135m")
     strengths = {loaded.adapter(trained): [0.0, 1.0]}

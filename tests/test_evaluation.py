@@ -79,6 +79,7 @@ def test_scores_agree_with_a_plain_forward_pass(model, chat):
     assert mean_loss(scores) < 5  # by chance it were 10.8: the model does know its language
 
 
+@pytest.mark.slow
 def test_scores_in_float32_are_as_exact_as_its_arithmetic(embedded, chat):
     model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).eval()
     examples = some_examples(chat)

@@ -60,6 +60,7 @@ def close(tensor, reference):
 # What it is
 
 
+@pytest.mark.slow
 def test_merged_model_answers_as_the_tuned_assistant(trained, merged):
     """With nothing but transformers, and the tokenizer and generation config that lie beside it."""
     plain = AutoModelForCausalLM.from_pretrained(merged)
@@ -73,6 +74,7 @@ def test_merged_model_answers_as_the_tuned_assistant(trained, merged):
     assert tokenizer.decode(answer, skip_special_tokens=True).strip() == tuned
 
 
+@pytest.mark.slow
 def test_merged_weights_are_peft_s_to_rounding(trained, merged):
     base = PeftModel.from_pretrained(models.load_nf4(embedded_folder()).dequantize(), trained.adapter)
     reference = base.merge_and_unload().state_dict()
@@ -80,6 +82,7 @@ def test_merged_weights_are_peft_s_to_rounding(trained, merged):
         close(tensor, reference[name])
 
 
+@pytest.mark.slow
 def test_record_and_card_say_how_it_compared(trained, merged):
     event = trained.last("merge")
     found = event["parity"]
@@ -95,6 +98,7 @@ def test_record_and_card_say_how_it_compared(trained, merged):
     assert f"{found['equal_next_tokens']:.1%} of {found['positions']} next tokens" in card
 
 
+@pytest.mark.slow
 def test_merged_folder_has_what_loaders_ask_for(trained, merged):
     assert files(merged) == {
         "model.safetensors", "config.json", "generation_config.json", "README.md",
@@ -283,6 +287,7 @@ def test_a_broken_merge_is_found_out(copy, monkeypatch, capsys, breaking, said):
     assert any(said in failure for failure in found["failures"])
 
 
+@pytest.mark.slow
 def test_logits_alone_tell_a_zeroed_matrix_in_a_trained_model(trained, merged, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "_largest_weight_error", lambda *_: 0.0)
     folder = shutil.copytree(merged, tmp_path / "broken")

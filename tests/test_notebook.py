@@ -288,6 +288,7 @@ def test_runs_are_compared(trained, live):
     assert "data:image/png;base64" in cell.mime("text/html")[0]
 
 
+@pytest.mark.slow
 def test_a_saved_notebook_shows_everything_without_a_kernel(place, quick):
     notebook = nbformat.v4.new_notebook()
     for code in ("%load_ext bizassist_nb", f"%%finetune saved\n{quick}", "%%ask --max-new-tokens 4\nHow?"):
