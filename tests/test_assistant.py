@@ -291,7 +291,8 @@ def test_everyone_goes_on_from_what_they_said_themselves(assistant, trained):
 def test_each_row_of_the_batch_is_answered_by_whom_it_is_named_after(small):
     assistant = Assistant(small[0][0])
     both, base, tuned = (
-        assistant.ask("How?", who=who, max_new_tokens=12) for who in (("base", "tuned"), ("base",), ("tuned",))
+        assistant.ask("How?", who=who, max_new_tokens=24, repetition_penalty=2.0)
+        for who in (("base", "tuned"), ("base",), ("tuned",))
     )
     assert (both.base, both.tuned) == (base.base, tuned.tuned)
     assert both.base != both.tuned
