@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from bizassist_nb.core.errors import BizassistError, RunError
+from bizassist_nb.core.files import write_atomic
 
 T = TypeVar("T")
 
@@ -167,6 +168,6 @@ def leave_reason(message: str, error: Exception) -> None:
         "expected": isinstance(error, BizassistError),
         "fit": error.fit if isinstance(error, NoRoomError) and rank.beside == rank.count else None,
     }
-    Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
-        json.dumps({"message": {"message": message, "extraInfo": extra}}), "utf-8"
-    )
+    text = json.dumps({"message": {"message": message, "extraInfo": extra}})
+    # Whole or absent: the launcher, which fails over half of it, may end this rank while it writes.
+    write_atomic(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), lambda part: part.write_text(text, "utf-8"))
