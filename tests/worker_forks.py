@@ -3,7 +3,7 @@
 What starts a worker (pytest, a kernel) calls `install`; from then on `training.launch` gets workers from the server,
 of which each pytest process has its own. A forked worker runs the same `python -m` code in a session of its own, with
 the command line, environment and descriptors that a started one has. Real starts remain where an import is the point:
-for Unsloth, for several processes, where PYTHONPATH is changed, and for whoever calls `uninstall`.
+for Unsloth, for several processes, and where PYTHONPATH is changed.
 """
 
 import contextlib
@@ -43,13 +43,6 @@ def install() -> None:
     launch.subprocess = SimpleNamespace(Popen=_popen, STDOUT=subprocess.STDOUT)
 
 
-def uninstall() -> None:
-    """Have this process's workers started as a user's are."""
-    from bizassist_nb.training import launch
-
-    launch.subprocess = subprocess
-
-
 def ipython_profile(folder: Path) -> dict[str, str]:
     """Environment of kernels whose workers are forked by this process's server."""
     startup = folder / "profile_default" / "startup"
@@ -70,7 +63,7 @@ def _popen(command, *, stdin, stdout, stderr, start_new_session, env):
         )
     with socket.socket(socket.AF_UNIX) as connection:
         _connect(connection, os.environ.get(SOCKET) or start())
-        what = json.dumps({"command": command, "env": env, "folder": os.getcwd()}).encode()  # noqa: PTH109
+        what = json.dumps({"command": command, "env": env, "folder": str(Path.cwd())}).encode()
         socket.send_fds(connection, [what], [stdin, stdout.fileno()])
         return SimpleNamespace(pid=int(connection.recv(32)))
 
@@ -83,7 +76,7 @@ def _connect(connection: socket.socket, path: str) -> None:
         except (FileNotFoundError, ConnectionRefusedError):
             if time.monotonic() > end:
                 raise
-            time.sleep(0.05)
+            time.sleep(0.05)  # the server is still importing
 
 
 def _serve(path: str) -> None:
@@ -91,8 +84,8 @@ def _serve(path: str) -> None:
     from setproctitle import setproctitle
     from transformers.models.llama import modeling_llama  # noqa: F401 - what models of the tests are
 
-    from bizassist_nb.assistant import decoding  # noqa: F401
-    from bizassist_nb.training import trainer  # noqa: F401
+    from bizassist_nb.assistant import decoding  # noqa: F401 - which a worker answers by
+    from bizassist_nb.training import trainer  # noqa: F401 - which a worker trains by
 
     torch.set_num_threads(1)  # more would not survive the fork
     setproctitle(" ".join(sys.orig_argv))  # finds its place in memory now, before a child changes the environment

@@ -28,14 +28,10 @@ def finetune(
     resume: bool = False,
     show: Callable[[RunDirectory], None] = lambda _: None,
 ) -> RunDirectory:
-    """Train a run to its end in a process of its own, calling `show` all the while, and give it back.
-
-    Resuming a run whose worker lives, as it does when its kernel was restarted, is following it to its end.
-
-    The first interrupt (Ctrl-C, ■) stops the run after its step, with a checkpoint; the second ends it at once.
+    """What `api.finetune` does, with the run as a `RunDirectory`.
 
     Raises:
-        RunError: if the name cannot be used, or the run failed, with the reason.
+        RunError, SettingsError: as there.
     """
     with _Interrupts() as interrupts:
         run = (_running(settings, name) if resume and name else None) or start(settings, name, resume=resume)
