@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bizassist_nb.api import open_run as open_run
     from bizassist_nb.assistant.assistant import Assistant as Assistant
     from bizassist_nb.assistant.comparison import Comparison as Comparison
-    from bizassist_nb.assistant.conversation import Conversation as Conversation
+    from bizassist_nb.assistant.comparison import Conversation as Conversation
     from bizassist_nb.core.errors import BizassistError as BizassistError
     from bizassist_nb.core.settings import Settings as Settings
     from bizassist_nb.notebook.panel import Panel as Panel
@@ -25,7 +25,7 @@ _HOMES = {
     "Assistant": "bizassist_nb.assistant.assistant",
     "BizassistError": "bizassist_nb.core.errors",
     "Comparison": "bizassist_nb.assistant.comparison",
-    "Conversation": "bizassist_nb.assistant.conversation",
+    "Conversation": "bizassist_nb.assistant.comparison",
     "Panel": "bizassist_nb.notebook.panel",
     "Run": "bizassist_nb.api",
     "Settings": "bizassist_nb.core.settings",
@@ -33,10 +33,7 @@ _HOMES = {
     "finetune": "bizassist_nb.api",
     "open_run": "bizassist_nb.api",
 }
-__all__ = [
-    "Assistant", "BizassistError", "Comparison", "Conversation", "Panel", "Run", "Settings", "compare",
-    "finetune", "open_run",
-]  # fmt: skip
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bizassist_nb.core.errors import RunError
-from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs import run as runs
-from bizassist_nb.runs.run import RunDirectory
+from bizassist_nb.core.settings import Settings, user_path
+from bizassist_nb.runs.run import RunDirectory, check_name, list_runs
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+    from bizassist_nb.results.loss_plot import LossFigure
     from bizassist_nb.results.run_comparison import RunComparison
 
 
@@ -22,7 +20,7 @@ class Run(RunDirectory):
         RunError: where the directory holds no run.
     """
 
-    def plot(self) -> "Figure":
+    def plot(self) -> "LossFigure":
         """The loss curve as a matplotlib Figure."""
         from bizassist_nb.results.loss_plot import loss_figure
 
@@ -47,9 +45,8 @@ class Run(RunDirectory):
 
         `base` is for "merged", `repo` and `private` are for "hub"; `show` is told what is being done.
         """
-        from bizassist_nb.export.adapter import complete_adapter
+        from bizassist_nb.export.adapter import complete_adapter, upload
         from bizassist_nb.export.gguf import convert
-        from bizassist_nb.export.hub import upload
         from bizassist_nb.export.merge import merge
 
         if to != "hub" and (repo or private):
@@ -73,10 +70,12 @@ def finetune(
     name: str | None = None,
     *,
     resume: bool = False,
+    replace: bool = False,
     show: Callable[[RunDirectory], None] = lambda _: None,
 ) -> Run:
     """Train a run to its end in a process of its own, calling `show` all the while, and give it back.
 
+    `replace` moves a run that has the name already into the folder .bin beside it.
     Resuming a run whose worker lives, as it does when its kernel was restarted, is following it to its end.
 
     The first interrupt (Ctrl-C, ■) stops the run after its step, with a checkpoint; the second ends it at once.
@@ -87,7 +86,11 @@ def finetune(
     """
     from bizassist_nb.training import launch
 
-    return Run(launch.finetune(settings, name, resume=resume, show=show).path)
+    def begin() -> RunDirectory:
+        followed = launch.running(settings, name) if resume and name else None
+        return followed or launch.start(settings, name, resume=resume, replace=replace)
+
+    return Run(launch.follow(begin, show).path)
 
 
 def open_run(name: str, runs_dir: str | Path = "runs") -> Run:
@@ -96,7 +99,12 @@ def open_run(name: str, runs_dir: str | Path = "runs") -> Run:
     Raises:
         RunError: if there is none; the message lists those there are.
     """
-    return Run(runs.open_run(name, runs_dir).path)
+    known = [run.name for run in list_runs(runs_dir)]
+    if check_name(name) not in known:
+        raise RunError(
+            f"there is no run {name!r} in {Path(runs_dir).absolute()}; the runs there: {', '.join(known) or 'none yet'}"
+        )
+    return Run(user_path(runs_dir) / name)
 
 
 def compare(*runs_or_names: RunDirectory | str) -> "RunComparison":

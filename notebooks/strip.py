@@ -1,4 +1,4 @@
-"""Strip from notebooks what differs each time they are run: times, widget state, counts. Outputs stay.
+"""Strip from notebooks what differs each time they are run: times, widgets, counts. Outputs stay.
 
 Usage: python strip.py [NOTEBOOK ...]; without names all beside this file. Exit status 1 if one of those named changed.
 """
@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import nbformat
+
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+_NOTHING = {"text/plain": ""}
 
 
 def strip(path: Path) -> bool:
@@ -19,8 +22,10 @@ def strip(path: Path) -> bool:
         cell.metadata.pop("execution", None)
         cell.execution_count = count  # nbval takes a cell without one for a cell that was never run
         for output in cell.outputs:
+            output.get("data", {}).pop(_WIDGET, None)  # without its state; the HTML beside it says so
             if "execution_count" in output:
                 output.execution_count = count
+        cell.outputs = [output for output in cell.outputs if output.get("data") != _NOTHING]
     after = nbformat.writes(notebook) + "\n"
     path.write_text(after, "utf-8")
     return after != before

@@ -20,10 +20,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 # What takes longest begins first, so that processes side by side end at about the same time; the notebooks before all
-# that: quickstart.ipynb makes `trained`, for which others would wait.
+# that. quickstart.ipynb makes `trained`, so what others can do without it comes before the files that wait for it.
 LONGEST = (
-    "test_quickstart", "test_experiment", "test_hurt", "test_panel", "test_several", "test_training", "test_notebook",
-    "test_kills", "test_fits", "test_assistant", "test_export", "test_hub", "test_looks", "test_outages",
+    "test_quickstart", "test_experiment", "test_panel_tour", "test_hurt", "test_panel", "test_notebook", "test_kills",
+    "test_fits", "test_outages", "test_cli", "test_bad_input", "test_rows", "test_several", "test_training",
+    "test_assistant", "test_export", "test_hub", "test_looks",
 )  # fmt: skip
 
 
@@ -145,6 +146,12 @@ def quickstart(embedded, session_folder) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="session")
+def panel_tour(embedded, session_folder) -> subprocess.CompletedProcess:
+    """The same of the notebook that shows the panel."""
+    return _compared("panel.ipynb", session_folder / "panel")
+
+
+@pytest.fixture(scope="session")
 def experiment(embedded, dolly, session_folder) -> subprocess.CompletedProcess:
     """The same of the notebook with the whole experiment."""
     return _compared("mistral-business-assistant-lora.ipynb", session_folder / "experiment")
@@ -157,7 +164,11 @@ def _compared(name: str, folder: Path) -> subprocess.CompletedProcess:
             folder.mkdir()
             shutil.copy(ROOT / "notebooks" / name, folder)
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--nbval"]
-            result = subprocess.run([*command, name], cwd=folder, capture_output=True, text=True, check=False)
+            forks = worker_forks.ipython_profile(Path(tempfile.mkdtemp(prefix="ipython-", dir=folder.parent)))
+            environment = {**os.environ, **forks}
+            result = subprocess.run(
+                [*command, name], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            )
             (folder / "nbval.json").write_text(json.dumps([result.returncode, result.stdout + result.stderr]))
         return subprocess.CompletedProcess(name, *json.loads((folder / "nbval.json").read_text()))
 

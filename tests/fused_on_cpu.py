@@ -19,16 +19,16 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21, 22], [30] * 40]
 
 
 def adapter(rank):
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(models.TARGETS))
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
 def differences(model, strengths, count):
-    ids, mask = decoding._left_padded(PROMPTS, 0, "cpu")
+    ids, mask = decoding.left_padded(PROMPTS, 0, "cpu")
     cache = DynamicCache(config=model.config)
-    modules = decoding._ModuleSteps(model, strengths, cache, mask)
+    modules = decoding.ModuleSteps(model, decoding.Batch(PROMPTS, strengths, frozenset(), 0), cache, mask)
     logits = modules.forward(ids)
     steps = decode_graph.FusedSteps(model, list(strengths), len(PROMPTS), 64)
-    steps.begin(cache, mask, decoding._scales(model, strengths))
+    steps.begin(cache, mask, decoding.scales(model, strengths))
     for _ in range(count):
         tokens = logits.argmax(-1).tolist()
         logits = modules(tokens)

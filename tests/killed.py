@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from bizassist_nb.api import Run
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.results import degeneration
+from bizassist_nb.runs import records
 from bizassist_nb.training import launch, worker
 
 FILES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
@@ -103,12 +104,13 @@ def main(file: str, name: str, kills: int, seed: int) -> None:
     from bizassist_nb.training import (
         evaluation,
         fixed_prompts,
+        scoring,
     )
 
     torch.set_num_threads(1)
     # The model has nothing to say and knows nothing: a few words and rows do.
     fixed_prompts.max_new_tokens = lambda: 8
-    evaluation._BATCH_LOGITS //= 16
+    scoring._BATCH_LOGITS //= 16
     fixed_prompts.prompts = lambda: degeneration.prompts()[:12]
     whole = evaluation.EvaluationSet.__init__
 
@@ -138,9 +140,9 @@ def main(file: str, name: str, kills: int, seed: int) -> None:
 def look(settings: Settings, name: str) -> dict[str, object]:
     """What is left of a run whose worker was killed."""
     run = Run(settings.run_path(name))
-    saved, resumed = ((run.last(kind) or {"step": 0})["step"] for kind in ("checkpoint", "resumed"))
+    saved, resumed = (((event := run.last(kind)) and event.step) or 0 for kind in (records.Checkpoint, records.Resumed))
     return {
-        "state": (run.last("state") or {}).get("state"),
+        "state": (state := run.last(records.State)) and state.state,
         "events": len(run.events),
         "steps": len(run.steps),
         "checkpoint": max(saved, resumed),

@@ -72,9 +72,13 @@ class Kernel:
                 cell.outputs.clear()
             elif kind == "comm_open":
                 cell.widgets[content["comm_id"]] = content["data"].get("state", {})
+            elif kind == "update_display_data":
+                for output in cell.outputs:
+                    if output.get("transient") == content["transient"]:
+                        output["data"] = content["data"]
             elif kind in ("stream", "display_data", "execute_result", "error"):
                 cell.outputs.append(content)
-                cell.shown.append(content)
+                cell.shown.append(dict(content))
             elif kind == "comm_msg" and "value" in content["data"].get("state", {}):
                 cell.updates.append(content["data"]["state"]["value"])
         while True:  # the reply says whether a front end would go on to the next cell

@@ -77,7 +77,9 @@ def main() -> int:
     if not chromium():
         problems.append("The browser tests need Chromium or Chrome: install one, or name it: CHROMIUM=/path make test")
     if not compiler():
-        problems.append("tests/test_nf4.py needs a C++ compiler: install g++ or clang, or name it: CXX=/path make test")
+        problems.append(
+            "assistant/test_nf4.py needs a C++ compiler: install g++ or clang, or name it: CXX=/path make test"
+        )
     print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
     return 1 if problems else 0
 

@@ -12,7 +12,9 @@ from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table
 from bizassist_nb.models import base as models
+from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal
+from bizassist_nb.runs.rows import SPLIT
 
 
 def random_run(path: Path, base: Path, **changes) -> Run:
@@ -25,7 +27,7 @@ def random_run(path: Path, base: Path, **changes) -> Run:
     write_json(path / "environment.json", environment(str(base), read_table(settings.data).fingerprint))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(models_config(base))
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(models.TARGETS))
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=models.linear_layers(model))
     model = get_peft_model(model, config)
     random = torch.Generator().manual_seed(1)
     tensors = {
@@ -37,16 +39,16 @@ def random_run(path: Path, base: Path, **changes) -> Run:
     model.peft_config["default"].save_pretrained(path / "adapter")
     save(tensors, path / "adapter" / "adapter_model.safetensors")
     models.load_tokenizer(base).tokenizer.save_pretrained(path / "adapter")
-    Journal(path).write("state", state="finished")
+    Journal(path).write(records.State(state="finished"))
     return Run(path)
 
 
-def environment(model: str, fingerprint: str) -> dict[str, object]:
+def environment(model: str, fingerprint: str) -> records.Environment:
     """What environment.json holds."""
-    return {
-        "model": model, "source": model, "engine": "transformers", "data": "sample", "fingerprint": fingerprint,
-        "device": "CPU", "python": "3", "versions": {"torch": torch.__version__},
-    }  # fmt: skip
+    return records.Environment(
+        model=model, source=model, engine="transformers", data="sample", fingerprint=fingerprint, device="CPU",
+        python="3", versions={"torch": str(torch.__version__)}, split=SPLIT,
+    )  # fmt: skip
 
 
 def models_config(base: Path):

@@ -31,7 +31,7 @@ class Accelerator:
 def base(folder: Path):
     """NF4 with a fresh adapter; output layer and embeddings are two."""
     torch.manual_seed(1)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=list(models.TARGETS))
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
     return get_peft_model(models.load_nf4(folder, "cpu"), config)
 
 
@@ -81,7 +81,7 @@ def main(folder: Path) -> None:
         block = bytes_at_hand(whole.get_decoder().layers[0].parameters())
         outside = bytes_at_hand(whole.parameters()) - LAYERS * block
         fsdp.shard(model)
-        held, of = fsdp.held(model)
+        held, of = fsdp.weight_bytes(model)
         for each in (whole, model):
             each.train()
             if checkpointing:

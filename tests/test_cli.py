@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from live_kernel import wait_until
@@ -32,19 +34,22 @@ def test_finetune_trains_from_a_file_with_overrides(file, tmp_path, capsys):
     assert (run.status, run.settings.subset, len(run.steps)) == ("finished", 8, 2)
     out = capsys.readouterr().out
     assert "one: training" in out
-    assert run.evaluation["sentence"] in out
+    assert run.evaluation.sentence in out
     assert main(["runs", "--runs-dir", str(tmp_path / "r")]) == 0
     assert "one" in capsys.readouterr().out
     assert main(arguments) == 1
-    assert "there is a run 'one' already" in capsys.readouterr().err
+    assert "move it to the bin with --replace" in capsys.readouterr().err
+    assert main([*arguments, "--set", "subset=4", "--replace"]) == 0
+    assert open_run("one", tmp_path / "r").settings.subset == 4
+    assert [len(Run(path).steps) for path in (tmp_path / "r" / ".bin").iterdir()] == [2]
 
 
-def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys):
+def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys, monkeypatch):
     run = random_run(tmp_path / "random", tiny)
     where = ["--runs-dir", str(tmp_path)]
     assert main(["ask", "random", "How should we price?", "--max-new-tokens", "5", *where]) == 0
     out = capsys.readouterr().out
-    assert "--- base, cut short ---" in out
+    assert f"--- base ({tiny.name}), cut short ---" in out
     assert "--- tuned (random), cut short ---" in out
     assert main(["ask", "random", "Why?", "--max-new-tokens", "5", "--strength", "0", *where]) == 0
     assert "--- tuned (random), strength 0, cut short ---" in capsys.readouterr().out
@@ -52,12 +57,17 @@ def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys):
     assert "tuned" not in capsys.readouterr().out
     assert main(["evaluate", "random", *where]) == 0
     card = capsys.readouterr().out
-    assert card.startswith(f"Did it help?\n{run.evaluation['sentence']}\n")
+    assert re.match(rf"Did it help\?\n\[. .*\] .*\n{re.escape(run.evaluation.sentence)}\n", card)
     assert "answers that loop" in card
     assert main(["evaluate", "random", "--json", *where]) == 0
-    assert json.loads(capsys.readouterr().out) == run.evaluation
-    assert main(["doctor"]) == 0
-    assert "Mistral-7B takes" in capsys.readouterr().out
+    assert json.loads(capsys.readouterr().out) == json.loads((run.path / "evaluation.json").read_text())
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert main(["doctor", *where]) == 0
+    report = capsys.readouterr().out
+    for words in ("Mistral-7B takes", "float32", "GiB free; can be written and locked", "hub token", str(tmp_path)):
+        assert words in report
+    assert "hf_secret" not in report
+    assert "⚠" not in report  # every version is within its range
 
 
 @pytest.mark.parametrize(
@@ -98,7 +108,12 @@ def test_demo_shows_loss_verdict_and_both_answers(tiny, tmp_path, capsys):
     settings = [part for change in changes for part in ("--set", change)]
     assert main(["demo", *settings, "--runs-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    for text in ("training loss:", "95 % interval", "--- base, cut short ---", "--- tuned (sample-1), cut short ---"):
+    for text in (
+        "training loss:",
+        "95 % interval",
+        f"--- base ({tiny.name}), cut short ---",
+        "--- tuned (sample-1), cut short ---",
+    ):
         assert text in out
 
 
@@ -115,24 +130,44 @@ def test_ctrl_c_stops_cleanly(file, tmp_path):
 
 
 def test_a_second_ctrl_c_ends_the_run_and_exits_as_interrupted(tmp_path, monkeypatch):
-    """A worker that does not mind a stop, and both interrupts before the launcher has it."""
+    """A worker that does not mind a stop, and the first interrupt before the launcher has it."""
 
-    def start(settings, name, *, resume):
+    def start(settings, name, *, resume, replace):
         path = settings.run_path(name)
         path.mkdir()
         (path / "settings.toml").write_text(settings.to_toml())
         lock = take_lock(path)
-        command = ["bash", "-c", "trap '' TERM; sleep 600"]
-        worker = subprocess.Popen(command, pass_fds=(lock,), start_new_session=True)
+        command = ["bash", "-c", "trap '' TERM; echo ready; sleep 600"]
+        worker = subprocess.Popen(command, pass_fds=(lock,), start_new_session=True, stdout=subprocess.PIPE)
+        worker.stdout.readline()  # from here on it does not mind SIGTERM
         os.write(lock, str(worker.pid).encode())
         os.close(lock)
         workers.append(worker)
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        second.start()
         return Run(path)
 
     workers = []
+    second = threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT))
     monkeypatch.setattr(launch, "start", start)
-    assert main(["finetune", "--name", "ended", "--runs-dir", str(tmp_path)]) == 130
+    try:
+        assert main(["finetune", "--name", "ended", "--runs-dir", str(tmp_path)]) == 130
+    finally:
+        second.cancel()
     assert Run(tmp_path / "ended").status == "lost"
-    assert workers[0].wait() == -signal.SIGKILL
+    with workers[0] as worker:
+        assert worker.wait() == -signal.SIGKILL
+
+
+def test_data_are_checked_without_training(rows_file, capsys):
+    file = rows_file([{"text": f"Text {i}", "label": True} for i in range(3)] + [{"text": "Call 555-123-4567"}])
+    template = 'template = { user = "{text}?", assistant = "{label}" }'
+    assert main(["data", str(file), "--set", template]) == 0
+    out = capsys.readouterr().out
+    assert f"{file}: 3 rows can be used" in out
+    assert "1  cannot be used: has no column 'label' (named in template)" in out
+    assert "rows 4" in out
+    assert main(["data", str(file)]) == 1
+    assert "no usable row among 4: row 1: has no instruction column" in capsys.readouterr().err
+    assert main(["data", "sample"]) == 0
+    assert capsys.readouterr().out == "the sample rows of this package: 120 rows can be used\nnothing odd\n"

@@ -32,12 +32,11 @@ MAY = {
     "assistant/cuda/decode_graph.py": {"torch", "peft"},
     "assistant/cuda/nf4.py": {"torch"},
     "assistant/prefix_cache.py": {"torch", "transformers"},
-    "training/cuda_graphs.py": {"torch", "peft"},
+    "training/cuda_graphs.py": {"torch", "peft", "transformers"},
     "training/trainer.py": {"torch", "transformers", "trl", "datasets"},
     "results/loss_plot.py": {"matplotlib"},
-    "notebook/vote_view.py": {"IPython"},
     "notebook/magics.py": {"IPython"},
-    "notebook/views.py": {"IPython"},
+    "notebook/views.py": {"IPython", "ipywidgets"},
     **{f"notebook/panel/{path.name}": {"IPython", "ipywidgets"} for path in (PACKAGE / "notebook/panel").glob("*.py")},
 }
 

@@ -14,6 +14,7 @@ import ipywidgets, matplotlib.figure, psutil
 from pathlib import Path
 from bizassist_nb import Panel, open_run
 from bizassist_nb.notebook import views
+from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import take_lock, Journal
 %load_ext bizassist_nb
 run = open_run("one")
@@ -42,15 +43,15 @@ def measured(act, count=200, warm=50):
     return found
 
 def step(i):
-    journal.write("step", step=i + 1, loss=2.0, learning_rate=1e-4, gradient_norm=1.0, tokens=100, seconds=1.0)
+    journal.write(records.Step(step=i + 1, loss=2.0, learning_rate=1e-4, gradient_norm=1.0, tokens=100, seconds=1.0))
 """
 
 TRAINING = """
-journal.write("plan", steps=1000)
-journal.write("state", state="training")
+journal.write(records.Plan(steps=1000))
+journal.write(records.State(state="training"))
 lock = take_lock(run.path)
 view = views.TrainingView()
-views._PLOT_EVERY = 0.0
+views.PLOT_EVERY = 0.0
 def update(i):
     step(i)
     view(run)
@@ -61,20 +62,20 @@ view.finish()
 PANEL = """
 panel = Panel()
 panel.show()
-panel._update_loop._task.cancel()  # turned here instead, so that no turn is missed
-controls = panel._tabs[0]._settings.controls
+panel.update_loop.task.cancel()  # turned here instead, so that no turn is missed
+controls = panel.tabs[0].settings.controls
 for name, value in (("model", run.settings.model), ("data", "sample"), ("subset", 24)):
     controls[name].put(value)
-state, counted = panel._state, lambda: panel._state.watch.found and panel._state.watch.found.finished
+state, counted = panel.state, lambda: panel.state.watch.found and panel.state.watch.found.finished
 while state.unsettled or not counted():  # the rows are counted once, on a thread
-    panel._update_loop.turn()
-    assert not (panel._update_loop.problem or state.watch.problem)
+    panel.update_loop.turn()
+    assert not (any(panel.update_loop.problems) or state.watch.problem)
 def turn(i):
     step(200 + i)
-    panel._state.looked = 0.0
-    panel._update_loop.turn()
+    panel.state.looked = 0.0
+    panel.update_loop.turn()
 found["panel"] = measured(turn)
-journal.write("state", state="finished")
+journal.write(records.State(state="finished"))
 import os
 os.close(lock)
 """
@@ -86,16 +87,16 @@ found["questions by magic"] = measured(question)
 """
 
 CHAT = """
-chat = panel._tabs[2]
+chat = panel.tabs[2]
 def question(i):
     if i % 10 == 0:
-        chat._forget()
-    panel._update_loop.post(lambda: chat._ask(f"Question {i}?"))
-    panel._update_loop.turn()
-    while chat._answering:
-        panel._update_loop.turn()
-    assert chat._turns[-1].ended, panel._update_loop.problem
-chat._options._fields["max_new_tokens"].value = 2
+        chat.forget()
+    panel.update_loop.post(lambda: chat.ask(f"Question {i}?"))
+    panel.update_loop.turn()
+    while chat.answering:
+        panel.update_loop.turn()
+    assert chat.turns[-1].ended, panel.update_loop.problems
+chat.options["max_new_tokens"].value = 2
 found["questions in the panel"] = measured(question)
 """
 

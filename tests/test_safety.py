@@ -26,14 +26,12 @@ from bizassist_nb.assistant.comparison import Comparison, Comparisons
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import BizassistError, RunError, printable
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.notebook.panel.preview import _page, _row
-from bizassist_nb.notebook.panel.train import RunView, _outcome
-from bizassist_nb.notebook.tables import runs_table
-from bizassist_nb.notebook.vote_view import BallotView
+from bizassist_nb.notebook.panel.preview import page_html, row_html
+from bizassist_nb.notebook.views import outcome_html, progress_html
 from bizassist_nb.results import loss_plot
 from bizassist_nb.results.ballot import Ballot
 from bizassist_nb.results.model_card import card
-from bizassist_nb.results.run_comparison import RunComparison, runs_text
+from bizassist_nb.results.run_comparison import RunComparison, runs_section
 from bizassist_nb.results.summary import run_html, run_text
 from bizassist_nb.training.forecast import forecast
 
@@ -82,42 +80,34 @@ def structure(page):
     return Structure(page).found
 
 
-def in_training(run, monkeypatch):
-    """What the panel shows of a run that is at work."""
-    monkeypatch.setattr("bizassist_nb.notebook.panel.train.over", lambda _: False)
-    view = RunView.__new__(RunView)
-    view._stopping = None
-    return view._progress(run)
-
-
 VIEWS = {
-    "report": lambda run, _: run_html(run),
-    "panel, ended": lambda run, _: _outcome(run),
-    "panel, in training": in_training,
-    "table": lambda run, _: runs_table([run, run])._repr_html_(),
-    "comparison of runs": lambda run, _: RunComparison([run, run])._repr_html_(),
-    "plot": lambda run, _: loss_plot.loss_svg(run),
+    "report": run_html,
+    "panel, ended": outcome_html,
+    "panel, in training": progress_html,
+    "table": lambda run: runs_section([run, run]).page(),
+    "comparison of runs": lambda run: RunComparison([run, run])._repr_html_(),
+    "plot": loss_plot.loss_svg,
 }
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_no_text_of_a_run_adds_to_the_structure_of_a_view(view, tmp_path, monkeypatch):
-    expected = structure(VIEWS[view](hostile_run(tmp_path / "plain", "x"), monkeypatch))
+def test_no_text_of_a_run_adds_to_the_structure_of_a_view(view, tmp_path):
+    expected = structure(VIEWS[view](hostile_run(tmp_path / "plain", "x")))
     for i, text in enumerate(TEXTS):
-        page = VIEWS[view](hostile_run(tmp_path / f"run{i}", text), monkeypatch)
+        page = VIEWS[view](hostile_run(tmp_path / f"run{i}", text))
         assert structure(page) == expected, text
         page.encode()  # it can be sent
 
 
-def test_no_name_of_a_folder_adds_to_the_structure_of_a_view(tmp_path, monkeypatch):
+def test_no_name_of_a_folder_adds_to_the_structure_of_a_view(tmp_path):
     """A folder may have any name, once somebody unpacked it here."""
     plain = hostile_run(tmp_path / "plain", "x")
     for i, text in enumerate(CLEAN):
         name = text.replace("/", "∕")[:60].strip(".") or "x"
         run = hostile_run(tmp_path / str(i) / name, "x")
-        assert runs_table([run]).html.count("<") == runs_table([run]).html.count(">")
-        assert len(structure(runs_table([run])._repr_html_())) == len(structure(runs_table([plain])._repr_html_())) + 1
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", run_text(run) + runs_text([run]))
+        assert runs_section([run]).page().count("<") == runs_section([run]).page().count(">")
+        assert len(structure(runs_section([run]).page())) == len(structure(runs_section([plain]).page())) + 1
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", run_text(run) + repr(runs_section([run])))
         assert loss_plot.overlaid_figure([run, plain])._repr_png_().startswith(b"\x89PNG")  # no formula, no formats
 
 
@@ -131,10 +121,10 @@ def test_no_text_of_a_row_adds_to_the_structure_of_the_preview(tiny, tmp_path):
     def page(text):
         path = tmp_path / "rows.json"
         clean = (text.encode("utf-8", "replace").decode()).strip() or "x"
-        rows = [{"instruction": f"{clean} {i}", "response": clean, "context": clean} for i in range(5)]
+        rows = [{"instruction": f"{clean} {i}", "response": clean, "context": f"{clean} {i}"} for i in range(5)]
         path.write_text(json.dumps(rows), "utf-8")
         *_, found = forecast(Settings(model=str(tiny), data=str(path), subset=3, held_out=2, engine="transformers"))
-        tags = structure(_page(found, 0)), structure(_row(found, found.training[0]))
+        tags = structure(page_html(found, 0)), structure(row_html(found, found.training[0]))
         return tags[0], {tag for tag, _ in tags[1]}, {name for _, all_ in tags[1] for name, _ in all_}
 
     expected = page("x")
@@ -148,11 +138,10 @@ def test_no_text_of_a_question_adds_to_the_structure_of_answers_and_votes(tmp_pa
     def pages(text):
         both = Comparison(text, {"base": "x", "tuned": "y"}, (text,), note=text)
         ballot = Ballot(run, Comparison(text, {"base": "x", "tuned": "y"}, ("one",)), ("base", "tuned"))
-        view = BallotView(ballot)
-        before = structure(view._html.value)
+        before = structure(ballot._repr_html_())
         ballot.cast("tie")
         return [
-            structure(page) for page in (both._repr_html_(), Comparisons([both])._repr_html_(), ballot.html())
+            structure(page) for page in (both._repr_html_(), Comparisons([both])._repr_html_(), ballot._repr_html_())
         ], before
 
     expected = pages("x")
@@ -168,7 +157,7 @@ def test_descriptions_of_the_panels_controls_are_plain_text(tmp_path):
         for child in getattr(at, "children", ()):
             yield from widgets(child)
 
-    for widget in widgets(Panel(str(tmp_path / "runs"))._view):
+    for widget in widgets(Panel(str(tmp_path / "runs")).view):
         assert not getattr(widget, "description_allow_html", False)
         assert not re.search("[<>]", getattr(widget, "description", ""))
 
@@ -199,7 +188,7 @@ def test_no_text_of_a_run_adds_to_the_model_card(tiny, tmp_path):
         rendered = MARKDOWN.render(body)
         tags = {tag for tag, _ in structure(rendered)}
         assert not tags & {"script", "iframe", "style", "svg", "form", "object", "math", "a comment", "a", "em", "s"}
-        assert rendered.count("<img") == 1  # the loss curve
+        assert rendered.count("<img") == 2  # the verdict and the loss curve
         (code,) = [token.content for token in MARKDOWN.parse(body) if token.type == "fence"]
         calls = {node.func.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and
                  isinstance(node.func, ast.Name)}  # fmt: skip
@@ -219,7 +208,7 @@ def test_nothing_that_is_printed_moves_the_cursor(text, tmp_path, capsys):
         repr(Comparisons([both])),
         repr(ballot),
         run_text(run),
-        runs_text([run]),
+        repr(runs_section([run])),
         repr(RunComparison([run])),
     ]
     shown += BizassistError(text)._render_traceback_()

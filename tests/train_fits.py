@@ -4,11 +4,11 @@ Usage: train_fits.py ENGINE MODEL_FOLDER FOLDER. Prints JSON: for each way, the 
 first way's, and what the run's events say of its fits.
 """
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
+import msgspec
 import torch
 
 from bizassist_nb.api import Run
@@ -16,8 +16,8 @@ from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import read_table, split
 from bizassist_nb.models import base as models
+from bizassist_nb.runs import records
 from bizassist_nb.training import engines
-from bizassist_nb.training.preflight import Fit
 from bizassist_nb.training.spool import SpoolingJournal
 from bizassist_nb.training.stop import Stop
 
@@ -38,7 +38,9 @@ def main(engine_name: str, folder: str, target: str) -> None:
     first: list[torch.Tensor] = []
     shortest = min(len(step) * max(len(example.input_ids) for example in step) for step in steps)  # tokens, padded
 
-    def train(name, micro_batch, checkpointing=False, kept=0, graphs=False, unpacked=False, full=lambda _: False):
+    def train(
+        name, micro_batch, checkpointing=False, checkpoint_above=0, graphs=False, unpacked=False, full=lambda _: False
+    ):
         """`full` says of (step, rows, checkpointing) whether memory runs out, once the backward pass is through."""
 
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -50,9 +52,9 @@ def main(engine_name: str, folder: str, target: str) -> None:
 
         checkpointed: list[bool] = []
 
-        def a_pass(self, ids, labels, count):
+        def a_pass(self, ids, labels, lengths, count):
             through_graphs.append(len(checkpointed))
-            return whole_pass(self, ids, labels, count)
+            return whole_pass(self, ids, labels, lengths, count)
 
         through_graphs: list[int] = []  # which passes, counted from 0
         trainer.Graphs.__call__ = a_pass
@@ -64,7 +66,11 @@ def main(engine_name: str, folder: str, target: str) -> None:
         path.mkdir()
         (path / "settings.toml").write_text(settings.to_toml())
         model = engines.load(engine, models.resolve(folder), settings, checkpointing=checkpointing)
-        fit = Fit(micro_batch, checkpointing, "float32", "asked for", kept, graphs, unpacked)
+        fit = records.Fit(
+            micro_batch=micro_batch, checkpointing=checkpointing, precision="float32", reason="asked for",
+            checkpoint_above=checkpoint_above,
+            graphs=graphs, unpacked=unpacked,
+        )  # fmt: skip
         found: dict[str, object] = {}
         try:
             training = trainer.Training(Run(path), SpoolingJournal(path), stop, engine, model, chat, steps)
@@ -79,15 +85,15 @@ def main(engine_name: str, folder: str, target: str) -> None:
         found["apart"] = max(float((a - b).abs().max()) for a, b in zip(first, adapter, strict=True))
         found["moved"] = max(float(a.abs().max()) for a in adapter)
         found["fits"] = [
-            [e["step"], e["micro_batch"], e["checkpointing"], e["reason"]] for e in run.events if e["event"] == "fit"
+            [e.step, e.micro_batch, e.checkpointing, e.reason] for e in run.events if isinstance(e, records.Fit)
         ]
         found["checkpointed"], found["through graphs"] = checkpointed, through_graphs
-        found["checkpoints"] = [e["step"] for e in run.events if e["event"] == "checkpoint"]
+        found["checkpoints"] = [e.step for e in run.events if isinstance(e, records.Checkpoint)]
         return found
 
     result = {
         "4": train("4", 4),
-        "sparing": train("sparing", 4, checkpointing=True, kept=shortest, full=lambda now: not now[2]),
+        "sparing": train("sparing", 4, checkpointing=True, checkpoint_above=shortest, full=lambda now: not now[2]),
         "halved": train("halved", 4, full=lambda now: now[0] == 1 and now[1] == 4),
         "from the start": train("from-the-start", 4, full=lambda now: not now[2]),
         "never": train("never", 2, full=lambda now: now[0] == 2),
@@ -95,8 +101,10 @@ def main(engine_name: str, folder: str, target: str) -> None:
     if engine.name == "transformers":
         result["graphs"] = train("graphs", 4, graphs=True, unpacked=True)
         result["halved graphs"] = train("halved-graphs", 4, graphs=True, full=lambda now: now[0] == 1 and now[1] == 4)
-        result["sparing graphs"] = train("sparing-graphs", 4, checkpointing=True, kept=shortest, graphs=True)
-    print(json.dumps(result | {"engine": dataclasses.asdict(engine), "shapes": [len(step) for step in steps]}))
+        result["sparing graphs"] = train(
+            "sparing-graphs", 4, checkpointing=True, checkpoint_above=shortest, graphs=True
+        )
+    print(json.dumps(result | {"engine": msgspec.to_builtins(engine), "shapes": [len(step) for step in steps]}))
 
 
 main(*sys.argv[1:])

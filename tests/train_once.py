@@ -48,7 +48,8 @@ def main(engine_name: str, folder: str, run_folder: str) -> None:
     before = snapshot(model)
     run = Run(path)
     steps = plan(examples, settings)
-    fit = preflight.estimate(settings, engine, base, [[len(row.input_ids) for row in step] for step in steps]).fit
+    place = preflight.Placement(preflight.shape(base.source), settings.rank, engine, preflight.device())
+    fit, _ = preflight.estimate(place, settings, [[len(row.input_ids) for row in step] for step in steps])
     train(Training(run, SpoolingJournal(path), Stop(), engine, model, chat, steps), fit)
     after = snapshot(model)
     moved = [name for name in before if not torch.equal(before[name], after[name])]

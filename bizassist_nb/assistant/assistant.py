@@ -1,29 +1,24 @@
 """The assistant: asks base and tuned the same question, in one batch, and gives all answers."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from bizassist_nb.assistant.comparison import Comparison
-from bizassist_nb.assistant.conversation import Conversation
-from bizassist_nb.assistant.loaded import MOST_ADAPTERS, LoadedBase, loaded_base
-from bizassist_nb.core.errors import QuestionError
-from bizassist_nb.core.generation import BASE, TUNED, Generation
+from bizassist_nb.assistant.comparison import Comparison, Conversation
+from bizassist_nb.assistant.loaded import MOST_ADAPTERS, LoadedBase, check_room, loaded_base
+from bizassist_nb.core.errors import QuestionError, without_locals
+from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, Generation
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.chat import conversation as messages
+from bizassist_nb.data.chat import question as user_turn
+from bizassist_nb.runs.rows import prompt_examples, rows_of
 from bizassist_nb.runs.run import RunDirectory
 
 _GREEDY: Final = Generation()
-_NO_RUN: Final = "There is no run yet, so only the base answers; fine-tune one with %%finetune."
-
-
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """One row of the batch: who answers."""
-
-    name: str
-    run: RunDirectory | None
-    """None for the base."""
+_NO_RUN: Final = "There is no tuned model yet, so only the base answers; fine-tune one with %%finetune."
+_Rows = dict[str, RunDirectory | None]
+"""Who answers, by name, in the order of the batch's rows; None for the base."""
 
 
 class Assistant:
@@ -33,17 +28,36 @@ class Assistant:
         QuestionError: if the runs were made on different bases, or are more than there is room for at once.
     """
 
-    def __init__(self, *runs: RunDirectory):
-        """The assistant of these runs; without one, the base that `model = "auto"` stands for, alone."""
-        self.runs = tuple({run.path: run for run in runs}.values())
-        self._settings = runs[0].settings if runs else Settings()
-        bases = {run.name: run.model for run in self.runs}
-        if len(set(bases.values())) > 1:
-            made = ", ".join(f"{name} on {base}" for name, base in bases.items())
-            raise QuestionError(f"only runs on the same base can answer together; these are {made}")
-        if len(bases) > MOST_ADAPTERS:
-            raise QuestionError(f"{len(bases)} runs cannot answer together; ask at most {MOST_ADAPTERS}")
-        self._model = next(iter(bases.values()), "auto")
+    def __init__(self, *runs: RunDirectory, base: Settings | None = None, anyway: bool = False):
+        """The assistant of these runs; without one, the base alone that `base`, else the default settings, name.
+
+        With `anyway` it takes GPU memory that a run in training may need.
+        """
+        self._anyway = anyway
+        self.runs = tuple({run.path.resolve(): run for run in runs}.values())
+        self._settings = runs[0].settings if runs else base or Settings()
+        names = [run.name for run in self.runs]
+        self._named = {run.name if names.count(run.name) == 1 else str(run.path): run for run in self.runs}
+        bases = {run.model for run in self.runs}
+        revisions = {run.environment.revision for run in self.runs} - {""}
+        if len(bases) > 1 or len(revisions) > 1:
+            made = (f"{name} on {run.model} {run.environment.revision}".rstrip() for name, run in self._named.items())
+            raise QuestionError(f"only runs on the same base can answer together; these are {', '.join(made)}")
+        if len(self.runs) > MOST_ADAPTERS:
+            raise QuestionError(f"{len(self.runs)} runs cannot answer together; ask at most {MOST_ADAPTERS}")
+        self.model, self._revision = next(iter(bases), self._settings.model), next(iter(revisions), "")
+        """Name of the base, and the revision that the runs were made on."""
+
+    def load(self) -> LoadedBase:
+        """The base, loaded if it is not in memory yet.
+
+        Raises:
+            ModelError: if it cannot be loaded, is no longer what the runs were made on, or a run in training is
+                expected to need the memory.
+        """
+        if not self._anyway:
+            check_room(self.model, self._revision)
+        return loaded_base(self.model, self._revision)
 
     def ask(
         self,
@@ -54,7 +68,8 @@ class Assistant:
         **options: Any,
     ) -> Comparison:
         """All answers, whole; as `stream`, with the fields of `Generation` as `options`."""
-        return list(self.stream(question, Generation(**options), who=who, conversation=conversation))[-1]
+        stream = self.stream(question, Generation(**options), who=who, conversation=conversation)
+        return deque(stream, maxlen=1).pop()
 
     def stream(
         self,
@@ -66,60 +81,65 @@ class Assistant:
     ) -> Iterator[Comparison]:
         """The comparison as it grows, after every token; the last one is whole. May be closed at any time.
 
-        `who` is "base", "tuned" or both. Everyone goes on from what they said themselves in `conversation`, and what
-        they answer now is added to it, also if the stream is closed before the end.
+        `who` is any of "base", "tuned" and "prompted" (base with examples). Each continues its own answers in
+        `conversation`; the new answers are added to it, even if the stream is closed before the end.
 
         Raises:
             QuestionError: for an empty question, or one that leaves no room for an answer.
             ModelError: if the model or an adapter cannot be loaded.
         """
+        with without_locals():
+            yield from self._stream(question, generation, who, Conversation() if conversation is None else conversation)
+
+    def _stream(
+        self, question: str, generation: Generation, who: tuple[str, ...], conversation: Conversation
+    ) -> Iterator[Comparison]:
         if not question.strip():
             raise QuestionError("the question is empty; write it in the cell below %%ask, or after %ask")
-        rows = self._rows(who)
-        loaded = loaded_base(self._model)
-        prompts, dropped = self._prompts(
-            loaded, rows, question, conversation or Conversation(), generation.max_new_tokens
-        )
-        no_run = None if self.runs or TUNED not in who else _NO_RUN
+        rows, loaded = self._rows(who), self.load()
+        said = {name: conversation.turns(name) for name in rows}
+        if PROMPTED in rows:
+            said[PROMPTED] = [*self._examples(), *said[PROMPTED]]
+        fitted = [self._fitted(loaded, run, said[name], question, generation) for name, run in rows.items()]
+        prompts, dropped = zip(*fitted, strict=True)
+        notes = [] if self.runs or TUNED not in who else [_NO_RUN]
+        if most := max(dropped):
+            turns = "the first question and its answer were" if most == 1 else f"the first {most} turns were"
+            room = f"the {loaded.model.config.max_position_embeddings:,} tokens that the model reads"
+            notes.append(f"The conversation has outgrown {room}: {turns} left out.")
         comparison = begun = Comparison(
             question.strip(),
-            dict.fromkeys((row.name for row in rows), ""),
-            tuple(run.name for run in self.runs if any(row.run is run for row in rows)),
+            dict.fromkeys(rows, ""),
+            tuple(run.name for run in rows.values() if run),
             generation.strength,
-            note=" ".join(filter(None, [no_run, dropped])) or None,
+            note=" ".join(notes) or None,
+            model=loaded.base.name,
         )
         yield comparison
         try:
             for comparison in self._answers(loaded, rows, prompts, begun, generation):
                 yield comparison
         finally:
-            if conversation is not None:
-                conversation.add(question, comparison.answers)
+            conversation.add(question, comparison.answers)
 
     def _answers(
-        self,
-        loaded: LoadedBase,
-        rows: list[_Row],
-        prompts: list[list[int]],
-        begun: Comparison,
-        generation: Generation,
+        self, loaded: LoadedBase, rows: _Rows, prompts: Sequence[list[int]], begun: Comparison, generation: Generation
     ) -> Iterator[Comparison]:
         import torch
 
         from bizassist_nb.assistant.decoding import Batch, texts
 
-        adapters = {run: loaded.adapter(run) for run in self.runs if any(row.run is run for row in rows)}
-        loaded.use(list(adapters.values()))
         strengths = {
-            adapter: [generation.strength if row.run is run else 0.0 for row in rows]
-            for run, adapter in adapters.items()
+            loaded.adapter(run): [generation.strength if each is run else 0.0 for each in rows.values()]
+            for run in rows.values()
+            if run
         }
         batch = Batch(prompts, strengths, loaded.chat.stop_ids, loaded.chat.pad_id)
         answers = dict(begun.answers)
-        lengths = dict.fromkeys(answers, 0)
+        names, lengths = list(rows), dict.fromkeys(rows, 0)
         try:
-            for number, text in texts(loaded.model, loaded.chat, batch, generation, loaded.prefix_cache):
-                name = rows[number].name
+            for row, text in texts(loaded.model, loaded.chat, batch, generation, loaded.prefix_cache):
+                name = names[row]
                 answers[name] += text
                 lengths[name] += 1
                 yield dataclasses.replace(begun, answers=dict(answers))
@@ -133,41 +153,37 @@ class Assistant:
         whole = {name: text.strip() for name, text in answers.items()}
         yield dataclasses.replace(begun, answers=whole, cut=cut)
 
-    def _rows(self, who: tuple[str, ...]) -> list[_Row]:
-        rows = [_Row(BASE, None)] if BASE in who or not self.runs else []
-        if TUNED in who:
-            one = len(self.runs) == 1
-            rows += [_Row(TUNED if one else f"{TUNED} ({run.name})", run) for run in self.runs]
-        return rows
+    def _rows(self, who: tuple[str, ...]) -> _Rows:
+        rows: _Rows = {BASE: None} if BASE in who or not self.runs else {}
+        tuned = self._named if TUNED in who else {}
+        rows |= {TUNED if len(tuned) == 1 else f"{TUNED} ({name})": run for name, run in tuned.items()}
+        return rows | ({PROMPTED: None} if PROMPTED in who else {})
 
-    def _prompts(
-        self, loaded: LoadedBase, rows: list[_Row], question: str, conversation: Conversation, max_new_tokens: int
-    ) -> tuple[list[list[int]], str | None]:
-        """Every row's input ids, and what the reader should know about what was left out of them."""
-        prompts, dropped = [], 0
-        most = loaded.model.config.max_position_embeddings - max_new_tokens
-        for row in rows:
-            turns = conversation.turns(row.name)
-            prompt = self._prompt(loaded, row, turns, question)
-            while len(prompt) > most and turns:
-                turns = turns[1:]
-                prompt = self._prompt(loaded, row, turns, question)
-            if len(prompt) > most:
-                raise QuestionError(
-                    f"the question has {len(prompt):,} tokens with its template and the model reads "
-                    f"{most + max_new_tokens:,} at most, answer included: shorten it, or set max_new_tokens below "
-                    f"{max_new_tokens:,}"
-                )
-            dropped = max(dropped, len(conversation.turns(row.name)) - len(turns))
-            prompts.append(prompt)
-        if not dropped:
-            return prompts, None
-        return prompts, (
-            f"The conversation has outgrown the {most + max_new_tokens:,} tokens that the model reads: "
-            f"{'the first question and its answer were' if dropped == 1 else f'the first {dropped} turns were'} "
-            "left out."
+    def _examples(self) -> list[tuple[str, str]]:
+        """Earlier turns of the prompted base: the training rows that the first run's verdict is held against."""
+        if not self.runs:
+            raise QuestionError("a prompt takes its examples from the rows of a run; make one with %%finetune")
+        rows = prompt_examples(rows_of(self.runs[0])[1])
+        return [
+            turn for row in rows for turn in (*row.history, (user_turn(row.instruction, row.context), row.response))
+        ]
+
+    def _fitted(
+        self,
+        loaded: LoadedBase,
+        run: RunDirectory | None,
+        turns: list[tuple[str, str]],
+        question: str,
+        generation: Generation,
+    ) -> tuple[list[int], int]:
+        """A row's input ids, and how many turns were left out, from the oldest on, so that the answer has room."""
+        settings = run.settings if run else self._settings
+        context = loaded.model.config.max_position_embeddings
+        for dropped in range(len(turns) + 1):
+            prompt = loaded.chat.prompt(messages(settings.system_prompt, turns[dropped:], question.strip()))
+            if len(prompt) <= context - generation.max_new_tokens:
+                return prompt, dropped
+        raise QuestionError(
+            f"the question has {len(prompt):,} tokens with its template and the model reads {context:,} at most, "
+            f"answer included: shorten it, or set max_new_tokens below {generation.max_new_tokens:,}"
         )
-
-    def _prompt(self, loaded: LoadedBase, row: _Row, turns: list[tuple[str, str]], question: str) -> list[int]:
-        settings = row.run.settings if row.run else self._settings
-        return loaded.chat.prompt(messages(settings.system_prompt, turns, question.strip()))

@@ -1,13 +1,14 @@
-"""A question with the answers of base and tuned, and how they look."""
+"""A question with the answers of base and tuned, how they look, and a conversation of several."""
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from bizassist_nb.assistant.differences import marked
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import printable
-from bizassist_nb.core.generation import BASE, TUNED
+from bizassist_nb.core.generation import BASE, PROMPTED, TUNED
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -16,15 +17,17 @@ class Comparison:
 
     question: str
     answers: dict[str, str]
-    """By who gave them, in the order of the columns: "base", "tuned"; with several runs "base", "tuned (NAME)" each."""
+    """By who gave them, in the order of the columns: "base", "tuned", "prompted"; "tuned (NAME)" with several runs."""
     runs: tuple[str, ...] = ()
     """Names of the runs whose adapters answered."""
     strength: float = 1.0
     """What the tuned answers' adapters were multiplied by."""
     cut: tuple[str, ...] = ()
-    """Whose answer had not come to its end when it had max_new_tokens."""
+    """Names of those whose answer was cut off at max_new_tokens."""
     note: str | None = None
     """What the reader should know about how these answers came to be."""
+    model: str = ""
+    """Name of the base."""
 
     @property
     def base(self) -> str | None:
@@ -34,7 +37,7 @@ class Comparison:
     @property
     def tuned(self) -> str | None:
         """The (first) tuned model's answer; None if none was asked, or there is none."""
-        return next((text for name, text in self.answers.items() if name != BASE), None)
+        return next((text for name, text in self.answers.items() if name not in (BASE, PROMPTED)), None)
 
     @property
     def heads(self) -> list[str]:
@@ -42,11 +45,18 @@ class Comparison:
         return [f"{self.head(name)}, cut short" if name in self.cut else self.head(name) for name in self.answers]
 
     def head(self, name: str) -> str:
-        """Who that is, with the run and the strength."""
+        """Who that is, with the base's name (of a folder its last part), or the run and the strength."""
         head = f"{name} ({self.runs[0]})" if name == TUNED and self.runs else name
-        if name != BASE and self.strength != 1:
+        if name == BASE and self.model:
+            head += f" ({self.model.rpartition('/')[2]})"
+        if name not in (BASE, PROMPTED) and self.strength != 1:
             head += f", strength {self.strength:g}"
         return head
+
+    def unfinished(self) -> "Comparison":
+        """The same with a note that these answers were interrupted."""
+        notes = filter(None, [self.note, "Interrupted: these answers are not complete."])
+        return dataclasses.replace(self, note=" ".join(notes))
 
     def to_dict(self) -> dict[str, Any]:
         """Question, each answer, and how they came to be, in one flat record: a row of a data frame."""
@@ -54,7 +64,6 @@ class Comparison:
         return record | {"runs": list(self.runs), "strength": self.strength, "cut": list(self.cut), "note": self.note}
 
     def __repr__(self) -> str:
-        """Question and answers as plain text."""
         answers = zip(self.heads, self.answers.values(), strict=True)
         parts = [f"Question: {self.question}", *(f"--- {head} ---\n{text}" for head, text in answers)]
         return printable("\n\n".join([*parts, *filter(None, [self.note])]))
@@ -65,13 +74,9 @@ class Comparison:
     def _repr_markdown_(self) -> str:
         """For documents: question and answers as blocks of plain text, in which no Markdown of theirs takes effect."""
         answers = zip(self.heads, self.answers.values(), strict=True)
-        return "\n\n".join(
-            [
-                _block(self.question),
-                *(f"**{rendering.plain_markdown(head)}**\n\n{_block(text)}" for head, text in answers),
-                *([rendering.plain_markdown(self.note)] if self.note else []),
-            ]
-        )
+        parts = [f"**{rendering.plain_markdown(head)}**\n\n{_block(text)}" for head, text in answers]
+        note = [rendering.plain_markdown(self.note)] if self.note else []
+        return "\n\n".join([_block(self.question), *parts, *note])
 
 
 class Comparisons(tuple[Comparison, ...]):
@@ -85,19 +90,18 @@ class Comparisons(tuple[Comparison, ...]):
         return {key: [record[key] for record in records] for key in (records[0] if records else ())}
 
     def __repr__(self) -> str:
-        """All of them as plain text."""
         return "\n\n".join(map(repr, self))
 
     def _repr_html_(self) -> str:
         heads = [self[0].head(name) for name in self[0].answers] if self else []
-        return rendering.grid(["question", *heads], [_cells(each) for each in self])
+        return rendering.untypeset(rendering.grid(["question", *heads], *map(_cells, self)))
 
 
 def comparison_html(comparison: Comparison, *, finished: bool) -> str:
     """Answers in adjacent columns: the text as it comes; once finished rendered, with the differing words marked."""
     note = f"<i>{rendering.plain(comparison.note)}</i>" if comparison.note else ""
-    body = rendering.columns(comparison.heads, _bodies(comparison, finished=finished))
-    return f"<b>{rendering.plain(comparison.question)}</b>{body}{note}"
+    body = rendering.grid(comparison.heads, _bodies(comparison, finished=finished))
+    return rendering.untypeset(f"<b>{rendering.plain(comparison.question)}</b>{body}{note}")
 
 
 def _cells(comparison: Comparison) -> list[str]:
@@ -113,10 +117,9 @@ def _bodies(comparison: Comparison, *, finished: bool) -> list[str]:
     bodies = [shape(text) for text in comparison.answers.values()]
     if not finished or len(bodies) < 2:
         return bodies
-    first = bodies[0]
-    if len(bodies) == 2:  # with more there is no one other whose words the first could lack
-        first, _ = marked(bodies[0], bodies[1])
-    return [first, *(marked(bodies[0], body)[1] for body in bodies[1:])]
+    pairs = [marked(bodies[0], body) for body in bodies[1:]]
+    first = pairs[0][0] if len(pairs) == 1 else bodies[0]  # with more there is no one other whose words it could lack
+    return [first, *(other for _, other in pairs)]
 
 
 def _block(text: str) -> str:
@@ -125,6 +128,17 @@ def _block(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def lines(text: str) -> list[str]:
-    """The questions of a text that has one a line."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+class Conversation(list[tuple[str, dict[str, str]]]):
+    """The questions so far, each with the answers to it, by the names that they have in `Comparison.answers`."""
+
+    def turns(self, name: str) -> list[tuple[str, str]]:
+        """(question, answer) of every question that this one answered, oldest first."""
+        return [(question, answers[name]) for question, answers in self if answers.get(name)]
+
+    def add(self, question: str, answers: Mapping[str, str]) -> None:
+        """Remember a question with the answer each gave."""
+        self.append((question.strip(), {name: answer.strip() for name, answer in answers.items()}))
+
+    def forget_last(self) -> None:
+        """Take the last question and its answers back, to ask it again."""
+        del self[-1:]

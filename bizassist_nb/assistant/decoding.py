@@ -5,24 +5,19 @@ A LoRA layer adds `B(A(x)) * scaling` to the base's output. `scaling` is a numbe
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from tokenizers.decoders import DecodeStream
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.generation import logits_process
 
 from bizassist_nb.assistant.cuda import decode_graph
-from bizassist_nb.assistant.prefix_cache import PrefixCache
+from bizassist_nb.assistant.prefix_cache import PrefixCache, Strengths
 from bizassist_nb.core.generation import Generation
 from bizassist_nb.data.tokens import ChatTokenizer
 
@@ -33,11 +28,13 @@ class Batch:
 
     prompts: Sequence[Sequence[int]]
     """Input ids of each row, question included."""
-    strengths: Mapping[str, Sequence[float]]
+    strengths: Strengths
     """Of each adapter, by name, its strength in every row; 1 is as trained."""
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
     pad_id: int
+    penalties: Sequence[float] = ()
+    """Repetition penalty of each row; without any, the `Generation`'s."""
 
 
 def decode(
@@ -46,22 +43,21 @@ def decode(
     """Yield (row, token id) as answers grow: every living row's next token, step by step, end tokens left out.
 
     The model is only altered while a step is computed: between yields, and however the generator ends, it is as it was.
-    What `prefix` has of the prompts is not read again; it is given what is read now. The strength of `generation` is
-    not looked at: the batch has one for each row.
+    What `prefix` has cached of the prompts is not read again; what is read now is stored there. Strengths come from the
+    batch, which has one for each row, not from `generation`.
     """
-    choose = _Chooser(generation, batch.prompts)
+    choose = _Chooser(generation, batch)
     rows = list(range(len(batch.prompts)))  # those still growing, as indices into prompts
-    max_new_tokens = generation.max_new_tokens
-    with _steps(model, batch, max_new_tokens, prefix) as (logits, steps):
-        for count in range(1, max_new_tokens + 1):
+    with read_prompts(model, batch, generation.max_new_tokens, prefix) as (logits, steps):
+        for count in range(1, generation.max_new_tokens + 1):
             chosen = choose(rows, logits)
             living = [i for i, token in enumerate(chosen) if token not in batch.stop_ids]
             for i in living:
                 yield rows[i], chosen[i]
-            if not living or count == max_new_tokens:
+            if not living or count == generation.max_new_tokens:
                 return
             if len(living) < len(rows):
-                steps.keep(living)
+                steps.select(living)
                 rows = [rows[i] for i in living]
             logits = steps([chosen[i] for i in living])
 
@@ -77,71 +73,71 @@ def texts(
 
 
 @contextmanager
-def _steps(
+def read_prompts(
     model: Any, batch: Batch, max_new_tokens: int, prefix: PrefixCache | None
-) -> Iterator[tuple[torch.Tensor, "_ModuleSteps | _GraphSteps"]]:
+) -> Iterator[tuple[torch.Tensor, "ModuleSteps | decode_graph.FusedSteps"]]:
     """The logits (rows, vocabulary) after the prompts, and what computes those after each further token."""
-    prompts, strengths = batch.prompts, batch.strengths
-    ids, mask = _left_padded(prompts, batch.pad_id, model.device)
+    ids, mask = left_padded(batch.prompts, batch.pad_id, model.device)
     cache = DynamicCache(config=model.config)
-    known = prefix.begin(prompts, strengths, cache) if prefix else 0
-    steps = _ModuleSteps(model, strengths, cache, mask)
+    known = prefix.take(batch.prompts, batch.strengths, cache) if prefix else 0
+    steps = ModuleSteps(model, batch, cache, mask)
     logits = steps.forward(ids[:, known:])
-    if not decode_graph.fits(model, len(prompts)):
-        if prefix:
-            steps.remember_in(prefix, prompts)
+    if not decode_graph.fits(model, len(batch.prompts)):
+        steps.prefix = prefix
         try:
             yield logits, steps
         finally:
-            steps.remember()
+            steps.store_prefix()
         return
-    graph = decode_graph.take(model, list(strengths), len(prompts), ids.shape[1] + max_new_tokens)
+    graph = decode_graph.take(model, list(batch.strengths), len(batch.prompts), ids.shape[1] + max_new_tokens)
     try:
-        graph.begin(cache, mask, _scales(model, strengths))
+        graph.begin(cache, mask, scales(model, batch.strengths))
         del cache, steps  # copied: their memory is free for the answer
-        yield logits, _GraphSteps(graph)
+        yield logits, graph
     finally:
-        decode_graph.give_back(model, graph)
+        decode_graph.idle[model] = graph
 
 
-class _ModuleSteps:
+class ModuleSteps:
     """Steps through the model's own modules: any model, any device. An answer that is over costs nothing more."""
 
-    def __init__(self, model: Any, strengths: Mapping[str, Sequence[float]], cache: DynamicCache, mask: torch.Tensor):
+    def __init__(self, model: Any, batch: Batch, cache: DynamicCache, mask: torch.Tensor):
         self._model, self._cache, self._mask = model, cache, mask
-        self._strengths = {name: list(values) for name, values in strengths.items()}
-        self._prefix: PrefixCache | None = None
+        self._strengths = batch.strengths
+        self._read = [list(prompt) for prompt in batch.prompts]
+        self.prefix: PrefixCache | None = None
+        """Where `store_prefix` stores what was read, once."""
 
-    def remember_in(self, prefix: PrefixCache, prompts: Sequence[Sequence[int]]) -> None:
-        """Record the tokens after these prompts; `remember` stores them in the prefix cache, once."""
-        self._prefix, self._read = prefix, [list(prompt) for prompt in prompts]
+    def store_prefix(self) -> None:
+        """Store what was read, for the next question."""
+        if self.prefix:
+            self.prefix.store(self._read, self._strengths, self._cache)
+        self.prefix = None
 
-    def remember(self) -> None:
-        if self._prefix:
-            self._prefix.keep(self._read, self._strengths, self._cache)
-        self._prefix = None
-
-    def keep(self, living: list[int]) -> None:
-        self.remember()  # while all rows are there
-        kept = torch.tensor(living, device=self._mask.device)
-        self._cache.batch_select_indices(kept)
-        self._mask = self._mask[kept]
+    def select(self, living: list[int]) -> None:
+        """Leave out the rows that are over."""
+        self.store_prefix()  # while all rows are there
+        rows = torch.tensor(living, device=self._mask.device)
+        self._cache.batch_select_indices(rows)
+        self._mask = self._mask[rows]
         self._strengths = {name: [values[i] for i in living] for name, values in self._strengths.items()}
 
     def __call__(self, tokens: list[int]) -> torch.Tensor:
-        if self._prefix:
+        """The logits (rows that are left, vocabulary) in float32 after one more token in each of them."""
+        if self.prefix:
             for read, token in zip(self._read, tokens, strict=True):
                 read.append(token)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
         return self.forward(torch.tensor(tokens, device=self._mask.device)[:, None])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The logits after these further input ids (rows, columns)."""
         activate(self._model, list(self._strengths))  # another question may have come in between
         with torch.inference_mode(), scaled(self._model, self._strengths):
             output = self._model(
                 input_ids=ids,
                 attention_mask=self._mask,
-                position_ids=(self._mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+                position_ids=positions(self._mask)[:, -ids.shape[1] :],
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -150,106 +146,66 @@ class _ModuleSteps:
             return logits.float()
 
 
-class _FewRows(torch.nn.Linear):
-    """An output layer on a CPU: for two rows MKL takes three times as long over `linear` as over this product."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.numel() > 8 * self.in_features:
-            return super().forward(input)
-        product = self.weight @ input.reshape(-1, self.in_features).T
-        return product.T.reshape(*input.shape[:-1], self.out_features)
-
-
-def quicken(model: Any) -> None:
-    """Have the output layer, a small model's largest matrix, not waste time on a CPU; for inference only."""
-    head: Any = model.get_output_embeddings()
-    if model.device.type == "cpu" and head.bias is None and type(head) is torch.nn.Linear:
-        head.__class__ = _FewRows
-
-
-class _GraphSteps:
-    """Steps by replaying a CUDA graph; its rows stay, those that are over are computed and not looked at."""
-
-    def __init__(self, graph: decode_graph.FusedSteps):
-        self._graph = graph
-        self._living = list(range(graph.rows))
-
-    def keep(self, living: list[int]) -> None:
-        self._living = [self._living[i] for i in living]
-
-    def __call__(self, tokens: list[int]) -> torch.Tensor:
-        whole = [0] * self._graph.rows
-        for row, token in zip(self._living, tokens, strict=True):
-            whole[row] = token
-        logits = self._graph(whole)
-        # Which rows to take would have to be told the GPU first.
-        return (logits if len(self._living) == len(whole) else logits[self._living]).float()
-
-
 def activate(model: Any, adapters: Sequence[str]) -> None:
     """Have these adapters, and where there are any no others, take part in the forward pass.
 
     Raises:
         KeyError: if one has been removed.
     """
-    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
-    if gone := set(adapters) - set(layer.scaling if layer else ()):
+    if not adapters:
+        return
+    if gone := set(adapters) - set(getattr(model, "peft_config", ())):
         raise KeyError(f"the adapters {sorted(gone)} are not there any more")
-    if layer and adapters and set(layer.active_adapters) != set(adapters):
+    if set(model.active_adapters) != set(adapters):
         model.base_model.set_adapter(list(adapters), inference_mode=True)
 
 
-def _scales(model: Any, strengths: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+def scales(model: Any, strengths: Strengths) -> dict[str, list[float]]:
     """Strengths times each adapter's own scaling (alpha / rank)."""
-    layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
-    return {name: [value * layer.scaling[name] for value in values] for name, values in strengths.items() if layer}
+    own = {name: config.lora_alpha / config.r for name, config in getattr(model, "peft_config", {}).items()}
+    return {name: [value * own[name] for value in values] for name, values in strengths.items()}
 
 
 @contextmanager
-def scaled(model: Any, strengths: Mapping[str, Sequence[float]]) -> Iterator[None]:
-    """Give every LoRA layer one strength a row, of adapters not named none, and its own scaling back afterwards."""
+def scaled(model: Any, strengths: Strengths) -> Iterator[None]:
+    """Give every LoRA layer one strength a row, 0 for adapters not named, and its own scaling back afterwards."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     before = [dict(layer.scaling) for layer in layers]
-    tensors: dict[tuple[str, float], torch.Tensor] = {}
+    rows = {name: torch.tensor(values, device=model.device).view(-1, 1, 1) for name, values in strengths.items()}
+    scale = functools.cache(lambda name, own: rows[name] * own if name in rows else 0.0)  # one tensor for all layers
     try:
-        for layer in layers:
-            for name in layer.scaling:
-                if name not in strengths:
-                    layer.scaling[name] = 0.0
-                    continue
-                own = float(layer.scaling[name])
-                if (name, own) not in tensors:
-                    values = torch.tensor(strengths[name], device=model.device) * own
-                    tensors[name, own] = values.view(-1, 1, 1)
-                layer.scaling[name] = tensors[name, own]
+        for layer, own in zip(layers, before, strict=True):
+            layer.scaling.update({name: scale(name, float(value)) for name, value in own.items()})
         yield
     finally:
-        for layer, own_scaling in zip(layers, before, strict=True):
-            layer.scaling.update(own_scaling)
+        for layer, own in zip(layers, before, strict=True):
+            layer.scaling.update(own)
 
 
 class _Chooser:
     """Takes each row's next token; each draws from a random stream of its own, so none disturbs another."""
 
-    def __init__(self, generation: Generation, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, generation: Generation, batch: Batch) -> None:
         self._greedy = generation.temperature == 0
-        self._histories = [list(prompt) for prompt in prompts]
-        self._generators = [torch.Generator().manual_seed(generation.seed + row) for row in range(len(prompts))]
+        self._histories = [list(prompt) for prompt in batch.prompts]
+        rows = range(len(batch.prompts))
+        self._generators = [torch.Generator().manual_seed(generation.seed + row) for row in rows]
+        penalties = batch.penalties or [generation.repetition_penalty for _ in rows]
+        self._penalties = [
+            logits_process.RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None for penalty in penalties
+        ]
         self._processors = LogitsProcessorList()
-        if generation.repetition_penalty != 1:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(generation.repetition_penalty))
         if not self._greedy:
-            self._processors.append(TemperatureLogitsWarper(generation.temperature))
+            self._processors.append(logits_process.TemperatureLogitsWarper(generation.temperature))
             if generation.top_k:
-                self._processors.append(TopKLogitsWarper(generation.top_k))
+                self._processors.append(logits_process.TopKLogitsWarper(generation.top_k))
             if generation.top_p < 1:
-                self._processors.append(TopPLogitsWarper(generation.top_p))
+                self._processors.append(logits_process.TopPLogitsWarper(generation.top_p))
 
     def __call__(self, rows: list[int], logits: torch.Tensor) -> list[int]:
         """The next token of each of these rows, from logits (rows, vocabulary)."""
-        if self._processors:
-            processed = [self._process(row, logits[i]) for i, row in enumerate(rows)]
-            logits = torch.stack(processed)
+        if self._processors or any(self._penalties):
+            logits = torch.cat([self._processed(row, logits[i : i + 1]) for i, row in enumerate(rows)])
         if self._greedy:
             chosen = logits.argmax(-1).tolist()
         else:
@@ -261,15 +217,20 @@ class _Chooser:
             self._histories[row].append(token)
         return chosen
 
-    def _process(self, row: int, logits: torch.Tensor) -> torch.Tensor:
-        history = torch.tensor([self._histories[row]], device=logits.device)
-        processed: torch.Tensor = self._processors(history, logits[None])
-        return processed[0]
+    def _processed(self, row: int, logits: torch.Tensor) -> torch.Tensor:
+        read, penalty = torch.tensor([self._histories[row]], device=logits.device), self._penalties[row]
+        found: torch.Tensor = self._processors(read, penalty(read, logits) if penalty else logits)
+        return found
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(input ids, attention mask), both (rows, longest prompt), padded on the left: all answers begin together."""
     width = max(len(prompt) for prompt in prompts)
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """The position of each token in its row, padding left out."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)

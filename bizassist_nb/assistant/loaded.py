@@ -2,15 +2,17 @@
 
 import gc
 import itertools
+import sys
 import threading
 import weakref
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from bizassist_nb.core.errors import ModelError, brief
 from bizassist_nb.models import base as models
 from bizassist_nb.models.adapters import REMEDY, WEIGHTS, adapter_folder, check_adapter
-from bizassist_nb.runs.run import RunDirectory
+from bizassist_nb.runs.records import Preflight
+from bizassist_nb.runs.run import RunDirectory, running
 
 MOST_ADAPTERS: Final = 8
 """Adapters beside a base; one of rank 16 for Mistral-7B takes 0.17 GB."""
@@ -23,14 +25,13 @@ class LoadedBase:
         """Load the base in 4 bits, as it was for training."""
         import torch
 
-        from bizassist_nb.assistant import decoding
         from bizassist_nb.assistant.prefix_cache import PrefixCache
 
         self.base = base
-        self.chat = models.load_tokenizer(base.source)
+        self.chat = models.load_tokenizer(base.source, base.commit)
         before = torch.cuda.memory_allocated()  # 0 without a GPU
         try:
-            self.model: Any = models.load_nf4(base.source)
+            self.model: Any = models.load_nf4(base.source, commit=base.commit)
         except torch.OutOfMemoryError as error:
             free = torch.cuda.mem_get_info()[0] / 2**30
             raise ModelError(
@@ -39,9 +40,8 @@ class LoadedBase:
             ) from error
         self.memory = torch.cuda.memory_allocated() - before
         """Bytes of GPU memory that its weights take."""
-        decoding.quicken(self.model)
         self.prefix_cache = PrefixCache() if self.model.device.type == "cpu" else None
-        self._adapters: dict[tuple[str, int], str] = {}  # the least lately used first
+        self.adapters: dict[Path, tuple[int, str]] = {}  # (time of its weights, name), the least lately used first
         self._count = itertools.count()
 
     def adapter(self, run: RunDirectory) -> str:
@@ -50,27 +50,27 @@ class LoadedBase:
         Raises:
             ModelError: if the run has none, or one that cannot be read or was made for another base.
         """
-        folder = adapter_folder(run)
-        key = (str(folder.resolve()), (folder / WEIGHTS).stat().st_mtime_ns)
-        if key not in self._adapters:
+        folder = adapter_folder(run).resolve()
+        written = (folder / WEIGHTS).stat().st_mtime_ns
+        if self.adapters.get(folder, (None,))[0] != written:
             check_adapter(folder, self.base, self.model)
-            for old in [known for known in self._adapters if known[0] == key[0]]:
-                self._remove(old)
-            while len(self._adapters) >= MOST_ADAPTERS:
-                self._remove(next(iter(self._adapters)))
-            self._adapters[key] = self._load(run.name, folder, f"run{next(self._count)}")
-        self._adapters[key] = self._adapters.pop(key)
-        return self._adapters[key]
+            self.forget(folder)
+            while len(self.adapters) >= MOST_ADAPTERS:
+                self.forget(next(iter(self.adapters)))
+            self.adapters[folder] = written, self._load(run.name, folder)
+        self.adapters[folder] = self.adapters.pop(folder)
+        return self.adapters[folder][1]
 
-    def _load(self, run: str, folder: Path, name: str) -> str:
+    def _load(self, run: str, folder: Path) -> str:
         from peft import PeftModel
         from safetensors import SafetensorError
 
+        name = f"run{next(self._count)}"
         try:
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(folder, adapter_name=name, torch_device=models.device())
             else:
-                self.forget_cache()  # it is kept for the model that there was
+                self.forget_cache()  # a PeftModel replaces the model it is for
                 self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=name)
         except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
@@ -80,25 +80,22 @@ class LoadedBase:
         self.model.eval()
         return name
 
-    def _remove(self, key: tuple[str, int]) -> None:
+    def forget(self, folder: Path) -> None:
+        """Free the adapter that was loaded from that folder, if one was."""
+        if folder not in self.adapters:
+            return
         self.forget_cache()  # it may be that adapter's
-        name = self._adapters.pop(key)
-        if self._adapters:
+        _, name = self.adapters.pop(folder)
+        if self.adapters:
             self.model.delete_adapter(name)
         else:
             self.model = self.model.unload()  # PEFT 0.21 does not compute with no adapter at all
 
-    def forget(self, run: RunDirectory) -> None:
-        """Let go of the run's adapter and its memory; asked again, it is loaded anew."""
-        folder = str((run.path / "adapter").resolve())
-        for key in [known for known in self._adapters if known[0] == folder]:
-            self._remove(key)
-
     def forget_cache(self) -> None:
-        """Let go of what is kept between questions."""
+        """Free what is cached between questions."""
         from bizassist_nb.assistant.cuda import decode_graph
 
-        decode_graph.forget(self.model)
+        decode_graph.idle.pop(self.model, None)
         if self.prefix_cache:
             self.prefix_cache.forget()
 
@@ -109,56 +106,65 @@ class LoadedBase:
         decoding.activate(self.model, adapters)
 
 
-class Answerer(Protocol):
-    """Someone who may be half-way through an answer, and so hold a base that is to go."""
-
-    def halt(self) -> None:
-        """End the answer that is being written, if one is."""
-
-
-active_answers: Final["weakref.WeakSet[Answerer]"] = weakref.WeakSet()
-"""Whoever `unload` has to tell, for as long as they live."""
+active_answers: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
+"""Chats that may be half-way through an answer, and so refer to a base that is to go: `unload` calls their `halt`."""
 
 
 def unload() -> None:
-    """Let go of the bases in GPU memory, so that a worker finds room; they are loaded anew when next asked.
+    """Free the bases in GPU memory, so that a worker finds room; they are loaded again when next asked.
 
     On any device the answers of all `active_answers` end where they are.
     """
     for answerer in tuple(active_answers):
         answerer.halt()
-    if not (_loaded or _loading.locked()) or models.device() == "cpu":
+    if "torch" not in sys.modules or models.device() == "cpu":
         return
     import torch
 
     with _loading:  # one that is being loaded is waited for
-        _loaded.clear()
-        _sources.clear()
-    gc.collect()
+        bases.clear()
+    gc.collect()  # also what a base that could not be loaded has left
     torch.cuda.empty_cache()
 
 
-def held() -> float:
+def reclaimable() -> float:
     """GiB of GPU memory, at least, that `unload` would give back."""
-    return sum(loaded.memory for loaded in tuple(_loaded.values())) / 2**30
+    return sum(loaded.memory for loaded in set(bases.values())) / 2**30
 
 
-_loaded: dict[str, LoadedBase] = {}
-_sources: dict[str, str] = {}
-"""What names were found to stand for: "auto" depends on the free memory, of which the loaded base itself takes some."""
+bases: dict[tuple[str, str], LoadedBase] = {}
+"""By the name and revision asked for: what "auto" is depends on free memory, of which the base itself takes some."""
 _loading = threading.Lock()
 
 
-def loaded_base(model: str) -> LoadedBase:
-    """The base for a `Settings.model` name, loaded at the first call.
+def check_room(model: str, revision: str = "") -> None:
+    """Refuse to load a base into GPU memory that a run in training is expected to need: the run may be what fails.
+
+    Raises:
+        ModelError: if the base is not loaded, and there is such a run.
+    """
+    if (model, revision) in bases or models.device() == "cpu":
+        return
+    for run in running():
+        plan = run.last(Preflight)
+        weights = plan.parts.get("weights", 0.0) if plan else 0.0
+        if plan and plan.memory == "GPU memory" and plan.peak + weights > plan.free:
+            raise ModelError(
+                f"the run {run.name!r} is being trained and is expected to take {plan.peak:.1f} of {plan.free:.1f} GiB "
+                f"of GPU memory; a base for chat takes about {weights:.1f} more, and the run may fail over it. Wait "
+                "until it has ended, or stop it; or chat all the same with --anyway (in the panel: 'chat anyway')"
+            )
+
+
+def loaded_base(model: str, revision: str = "") -> LoadedBase:
+    """The base for a `Settings.model` name, of the revision that a run was made on, loaded at the first call.
 
     Raises:
         ModelError: if it cannot be.
     """
     with _loading:
-        if _sources.get(model) not in _loaded:
-            base = models.resolve(model)
-            if base.source not in _loaded:
-                _loaded[base.source] = LoadedBase(base)
-            _sources[model] = base.source
-        return _loaded[_sources[model]]
+        if (model, revision) not in bases:
+            base = models.pinned(models.resolve(model), revision)
+            known = {(each.base.source, each.base.revision): each for each in bases.values()}
+            bases[model, revision] = known.get((base.source, base.revision)) or LoadedBase(base)
+        return bases[model, revision]

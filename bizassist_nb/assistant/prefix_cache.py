@@ -1,16 +1,19 @@
-"""What was read for the last question, so that the next one is read only from where the two part.
+"""Keys and values of the last question and its answers, so that the next one is read only from where the two part.
 
 System prompt and template begin every question, and in a conversation all earlier turns do; the keys and values of
 tokens do not depend on what comes after them.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_Strengths = dict[str, list[float]]
+Strengths = Mapping[str, Sequence[float]]
+"""Of each adapter, by name, its strength in every row."""
 
 
 class PrefixCache:
@@ -20,36 +23,34 @@ class PrefixCache:
     """
 
     def __init__(self) -> None:
-        """Nothing was read yet."""
         self.forget()
 
     def forget(self) -> None:
-        """Let go of it all."""
-        self._kept: tuple[_Strengths, list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]] = ({}, [], [])
+        """Free it all."""
+        self.cached: tuple[Strengths, list[list[int]], list[tuple[torch.Tensor, torch.Tensor]]] = ({}, [], [])
+        """Strengths and tokens of the rows, and keys and values of each layer."""
 
-    def keep(self, rows: Sequence[list[int]], strengths: Mapping[str, Sequence[float]], cache: DynamicCache) -> None:
-        """Keep what was read of these rows, padded on the left, under these strengths of adapters."""
+    def store(self, rows: Sequence[list[int]], strengths: Strengths, cache: DynamicCache) -> None:
+        """Store what was read of these rows, padded on the left, under these strengths of adapters."""
         if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return  # a sliding window has let go of the beginning
+            return  # a sliding window has dropped the beginning
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         columns = min(tensor.shape[2] for layer in layers for tensor in layer)
         unread = max(map(len, rows)) - columns  # an interrupted step has come through some of the layers only
-        self._kept = (
-            _copied(strengths),
+        self.cached = (
+            strengths,
             [row[: len(row) - unread] for row in rows],
             [(keys[:, :, :columns], values[:, :, :columns]) for keys, values in layers],
         )
 
-    def begin(
-        self, prompts: Sequence[Sequence[int]], strengths: Mapping[str, Sequence[float]], cache: DynamicCache
-    ) -> int:
-        """Move the beginning that these prompts share with what was kept into an empty cache, padded on the left.
+    def take(self, prompts: Sequence[Sequence[int]], strengths: Strengths, cache: DynamicCache) -> int:
+        """Move what is cached of these prompts' beginnings into an empty cache, padded on the left.
 
         Gives the number of columns that need not be read any more; the last one always has to be, for its logits.
         """
-        strengths_before, rows, layers = self._kept
+        strengths_before, rows, layers = self.cached
         self.forget()
-        if len(rows) != len(prompts) or strengths_before != _copied(strengths):
+        if len(rows) != len(prompts) or strengths_before != strengths:
             return 0
         width, width_before = max(map(len, prompts)), max(map(len, rows))
         pairs = list(zip(prompts, rows, strict=True))
@@ -65,8 +66,30 @@ class PrefixCache:
         return known
 
 
-def _copied(strengths: Mapping[str, Sequence[float]]) -> _Strengths:
-    return {name: list(values) for name, values in strengths.items()}
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of each layer."""
+
+
+def read(model: Any, ids: Sequence[int]) -> Layers:
+    """Keys and values of tokens that several rows begin with; none where these cannot be gone on from.
+
+    A layer with a sliding window forgets them, and on a GPU Unsloth's models read on by single tokens only.
+    """
+    if not ids or ("unsloth" in sys.modules and model.device.type == "cuda"):
+        return []
+    cache, row = DynamicCache(config=model.config), torch.tensor([ids], device=model.device)
+    with torch.no_grad():
+        model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    whole = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return [(layer.keys, layer.values) for layer in cache.layers] if whole else []
+
+
+def begun(model: Any, layers: Layers, rows: int) -> DynamicCache:
+    """A cache for so many rows that begin with what `read` has read."""
+    cache = DynamicCache(config=model.config)
+    for number, layer in enumerate(layers):
+        cache.update(*(part.expand(rows, -1, -1, -1) for part in layer), number)
+    return cache
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:

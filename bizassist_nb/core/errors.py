@@ -3,20 +3,22 @@
 Every message says what is wrong, the value, and what to do about it.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Characters that a terminal acts on (but for tab and new line), and halves of characters, which it cannot be sent."""
+"""Control characters, except tab and new line, and lone surrogates, which cannot be encoded."""
 
 _SECRETS: Final = re.compile(r"(?<=:/)(/?)[^/\s?#\"']+@|\bhf_[A-Za-z0-9]{20,}")
 """What stands before the @ of an address, and tokens of the hub."""
 
 
 def printable(text: str) -> str:
-    r"""Others' text for a terminal: characters that would move its cursor or set its colours are spelt out (\x1b)."""
+    r"""The text with control characters spelt out (\x1b), so that it cannot move a terminal's cursor or set colours."""
     return _CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
@@ -29,6 +31,11 @@ def without_secrets(text: str) -> str:
     return _SECRETS.sub(lambda found: "(the token)" if found[1] is None else f"{found[1]}(the password)@", text)
 
 
+def cut(text: str, most: int = 80) -> str:
+    """The beginning of a text, with at most that many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def brief(error: BaseException) -> str:
     """Another library's error on one line: its type and what it begins with, without secrets."""
     lines = without_secrets(str(error)).strip().splitlines()
@@ -36,11 +43,27 @@ def brief(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether that is what the error means: torch has a type for it, its libraries have only words."""
+    """Whether memory ran out: torch has a type of error for that, its libraries only a message."""
     import torch
 
     words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def without_locals() -> Iterator[None]:
+    """Clear the local variables of the frames that an error passed before it left this block.
+
+    IPython stores the last error. A model in one of its frames would stay in GPU memory until the next error.
+    """
+    try:
+        yield
+    except BaseException as error:  # IPython stores an interrupt's traceback, too; the error goes on
+        chain = [error]
+        for each in chain:
+            traceback.clear_frames(each.__traceback__)
+            chain += [cause for cause in (each.__cause__, each.__context__) if cause and cause not in chain]
+        raise
 
 
 class BizassistError(Exception):

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import sys
 from collections.abc import Iterable
 from typing import Final
 
@@ -18,6 +19,20 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def replaced(package: str) -> str | None:
+    """Why a package cannot be used that was replaced after this process imported it; None if it was not.
+
+    Of a package with compiled modules, those imported later are the new ones, and they refuse the old ones.
+    """
+    loaded, installed = sys.modules.get(package), versions([package]).get(package)
+    if loaded is None or installed in (None, loaded.__version__):
+        return None
+    return (
+        f"{package} {loaded.__version__} was imported before {installed} was installed (on Colab by pandas). "
+        "Restart the kernel (Colab: Runtime → Restart session) and run the cells again"
+    )
 
 
 def own_version() -> str:

@@ -1,5 +1,7 @@
 """Chat messages: the one place that decides what the model reads, in training, scoring and chat alike."""
 
+from collections.abc import Sequence
+
 from bizassist_nb.data.rows import Row
 
 Message = dict[str, str]
@@ -17,6 +19,13 @@ def conversation(system: str, history: list[tuple[str, str]], asked: str) -> lis
     for user, assistant in history:
         messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return [*messages, {"role": "user", "content": asked}]
+
+
+def with_examples(messages: list[Message], rows: Sequence[Row]) -> list[Message]:
+    """The messages with those of `rows` as earlier turns, behind the system message."""
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    earlier = [message for row in rows for message in row_messages(row, "") if message["role"] != "system"]
+    return [*system, *earlier, *messages[len(system) :]]
 
 
 def row_messages(row: Row, system_prompt: str) -> list[Message]:

@@ -3,58 +3,28 @@
 Nothing is dropped silently: a row that cannot be used is listed with its number and the reason.
 """
 
-import csv
+import contextlib
 import dataclasses
-import hashlib
-import json
-import os
+import functools
+import itertools
 import random
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from importlib import resources
-from pathlib import Path
-from typing import IO, Any, Final
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
 
 from bizassist_nb.core.errors import DataError, brief, printable
-from bizassist_nb.core.settings import ROLES, user_path
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.data.formats import BadRowError, row_of
+from bizassist_nb.data.formats import Row as Row  # rows are what others come here for
+from bizassist_nb.data.sources import Records, Source, comes_at_once, path_of, reader, source_of
 
-DOLLY: Final = "databricks/databricks-dolly-15k"
-DOLLY_FILE: Final = "databricks-dolly-15k.jsonl"
-DOLLY_SHA256: Final = "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec"
-"""Of the file as published on the hub."""
-
-SUFFIXES: Final = (".jsonl", ".json", ".csv", ".parquet")
-
-_LONGEST: Final = 16 * 2**20
-"""Bytes or characters of a line or a CSV field at most: longer ones are no rows, and are never whole in memory."""
-_LARGEST_JSON: Final = 2**30
-"""Bytes of a .json file, which can only be read whole."""
-
-# Column names recognised without being told, by role, in order of preference.
-_ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
-    "instruction": ("instruction", "prompt", "question", "input", "query"),
-    "context": ("context", "input"),
-    "response": ("response", "completion", "answer", "output"),
-    "category": ("category", "topic"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One usable row: a question with its answer."""
-
-    number: int
-    """Its place in the source, counted from 1."""
-    instruction: str
-    response: str
-    context: str = ""
-    category: str = ""
-    system: str | None = None
-    """The row's own system message, which goes before `Settings.system_prompt`."""
-    history: tuple[tuple[str, str], ...] = ()
-    """Earlier turns, as (question, answer)."""
+_HELD_OUT_SEED: Final = 0
+"""Of the order in which rows are held out, so that runs on the same data have the same ones."""
+_BEGINNING: Final = 1000
+"""Rows of a file that are looked at before a run is started: some 50 ms of Dolly's."""
+_SIGNS: Final = re.compile(r"[\W_]+")
+"""White space and punctuation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +35,15 @@ class Rejected:
     reason: str
 
 
+def refused_words(rejected: "Sequence[Rejected]") -> str:
+    """A warning about rows of a source that cannot be used."""
+    first = rejected[0]
+    return (
+        f"{len(rejected):,} rows of the data cannot be used; the first is row {first.number}: {first.reason}. Correct "
+        "them, or take them out"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """What a source holds."""
@@ -73,8 +52,10 @@ class Table:
     """Where the rows came from, in words."""
     fingerprint: str
     """SHA-256 of the file, or of the rows of a hub data set."""
-    rows: tuple[Row, ...]
+    usable: int
     rejected: tuple[Rejected, ...]
+    rows: tuple[Row, ...] = ()
+    """All usable ones, where they were asked for."""
 
 
 def read_table(data: str, columns: Mapping[str, str] | None = None) -> Table:
@@ -84,338 +65,192 @@ def read_table(data: str, columns: Mapping[str, str] | None = None) -> Table:
         DataError: if the source is missing, unreachable, empty, of an unknown kind, or holds no usable row.
     """
     rows: list[Row] = []
-    rejected: list[Rejected] = []
+    table = read_rows(Settings(data=data, columns=columns or {}), rows.append)
+    return dataclasses.replace(table, rows=tuple(rows))
+
+
+def read_rows(settings: Settings, take: Callable[[Row], object]) -> Table:
+    """Give each row of a source to `take`, which need not hold them all; the source without its rows.
+
+    Raises:
+        DataError: as `read_table`.
+    """
+    usable = itertools.count()
+    source = open_source(settings)
+    with _said_of(settings.data):
+        rejected = _check(source.words, source.records(None), settings, lambda row: (take(row), next(usable)))
+    return Table(source.words, source.fingerprint, next(usable), rejected)
+
+
+def open_source(settings: Settings) -> Source:
+    """The source that `Settings.data` names, with its fingerprint.
+
+    Raises:
+        DataError: if it is missing, unreachable, or of an unknown kind.
+    """
+    with _said_of(settings.data):
+        return source_of(settings)
+
+
+def check_beginning(settings: Settings) -> None:
+    """Look at the first 1,000 rows of a file, so that a person is told at once what cannot be used.
+
+    What takes longer is left to the worker: Dolly, what is on the hub, a .json of more than 16 MiB, an .xlsx of one.
+
+    Raises:
+        DataError: if the file is missing, cannot be read, has no usable row there, or has too few rows in all.
+    """
+    with _said_of(settings.data):
+        path = None if settings.data.startswith("hf://") else path_of(settings)
+        if path is None or not comes_at_once(path):
+            return
+        keys = _Keys(settings.train_on)
+        records = reader(path)(None)
+        _check(str(path), itertools.islice(records, _BEGINNING), settings, keys.add)
+        if next(records, None) is None:  # that were all
+            keys.split(subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
+
+
+def draw(source: Source, settings: Settings, *, exact: bool = False) -> tuple[Table, list[Row], list[Row]]:
+    """(the source without its rows, training rows, held-out rows) of a run: `split`, with only these rows in memory.
+
+    `exact` compares texts with their punctuation, as runs begun before `runs.rows.SPLIT` was 3 do.
+
+    Raises:
+        DataError: as `read_table` and `split`.
+    """
+    keys = _Keys(settings.train_on, exact=exact)
+    with _said_of(settings.data):
+        rejected = _check(source.words, source.records(None), settings, keys.add)
+        places = keys.split(subset=settings.subset, held_out=settings.held_out, seed=settings.seed)
+        training, held = ([keys.numbers[place] for place in some] for some in places)
+        wanted = {*training, *held}
+        records = (each for each in source.records(wanted) if each[0] in wanted)
+        rows = {number: row_of(number, record, settings) for number, record in records}
+    table = Table(source.words, source.fingerprint, len(keys.numbers), rejected)
+    return table, [rows[number] for number in training], [rows[number] for number in held]
+
+
+def split(
+    rows: Sequence[Row], *, subset: int, held_out: int, seed: int, train_on: str = "response"
+) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows), the latter drawn first; no training row has a question or context of theirs, nor
+    learns their answers among its earlier turns (unless `train_on` = "last").
+
+    Raises:
+        DataError: if there are too few rows.
+    """
+    keys = _Keys(train_on)
+    for row in rows:
+        keys.add(row)
+    training, held = keys.split(subset=subset, held_out=held_out, seed=seed)
+    return [rows[place] for place in training], [rows[place] for place in held]
+
+
+@contextlib.contextmanager
+def _said_of(data: str) -> Iterator[None]:
+    """Raise a DataError for what the system will not read."""
     try:
-        source, fingerprint, records = _open(data)
-        for number, record in records:
-            try:
-                rows.append(_row(number, record, columns or {}))
-            except _BadRowError as problem:
-                rejected.append(Rejected(number, printable(str(problem))))  # names in it may hold half characters
-        if not rows and not rejected:
-            raise DataError(f"{source} holds no rows")
-        if not rows:
-            first = "; ".join(f"row {bad.number}: {bad.reason}" for bad in rejected[:3])
-            raise DataError(f"{source} holds no usable row among {len(rejected):,}: {first}")
-        return Table(source, fingerprint(), tuple(rows), tuple(rejected))
+        yield
     except OSError as error:
         reason = error.strerror or brief(error)
         raise DataError(f"{data} cannot be read ({reason}); check that it is there and that you may read it") from error
 
 
-def split(rows: Iterable[Row], *, subset: int, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows), drawn by a seeded shuffle; no instruction is in both.
+def _check(words: str, records: Records, settings: Settings, take: Callable[[Row], object]) -> tuple[Rejected, ...]:
+    """Give each usable row to `take`; those that cannot be used."""
+    usable, rejected = 0, []
+    for number, record in records:
+        try:
+            take(row_of(number, record, settings))
+            usable += 1
+        except BadRowError as problem:
+            rejected.append(Rejected(number, printable(str(problem))))  # names in it may hold half characters
+    if not usable and not rejected:
+        raise DataError(f"{words} holds no rows")
+    if not usable:
+        reasons = {bad.reason: bad.number for bad in reversed(rejected)}  # each with the first row that has it
+        first = "; ".join(f"row {number}: {reason}" for reason, number in list(reversed(reasons.items()))[:3])
+        raise DataError(f"{words} holds no usable row among {len(rejected):,}: {first}")
+    return tuple(rejected)
 
-    Raises:
-        DataError: if there are too few rows.
-    """
-    shuffled = list(rows)
-    random.Random(seed).shuffle(shuffled)
-    training = shuffled[:subset]
-    trained = {_folded(row.instruction) for row in training}
-    held = [row for row in shuffled[subset:] if _folded(row.instruction) not in trained][:held_out]
-    if len(training) < subset or len(held) < held_out:
-        first: dict[str, int] = {}
-        firsts = [first.setdefault(_folded(row.instruction), place) for place, row in enumerate(shuffled)]
-        # A row can be held out behind the first n if its instruction first occurs there; the largest such n:
-        most = sorted(firsts, reverse=True)[held_out - 1] if held_out <= len(firsts) else 0
-        advice = f"set subset to at most {most:,}" if most > 0 else f"set held_out below {len(shuffled):,}"
-        raise DataError(
-            f"the data has {len(shuffled):,} usable rows; subset = {subset:,} and held_out = {held_out:,} "
-            f"(with instructions of their own) need more: {advice}, or a smaller held_out"
+
+class _Keys:
+    """What decides how rows are split, in some 32 bytes a row: hashes of what two sides may not share."""
+
+    def __init__(self, train_on: str, *, exact: bool = False):
+        self._folded = functools.partial(folded, exact=exact)
+        self.numbers = array("q")
+        self._asked, self._contexts, self._turns = array("q"), array("q"), array("q")
+        self._earlier: dict[int, list[int]] | None = {} if train_on != "last" else None
+
+    def add(self, row: Row) -> None:
+        """Add a row behind those there are."""
+        instruction, context = self._folded(row.instruction), self._folded(row.context)
+        history = tuple((self._folded(question), self._folded(answer)) for question, answer in row.history)
+        if self._earlier is not None and history:
+            self._earlier[len(self.numbers)] = [hash(turn) for turn in history]
+        self.numbers.append(row.number)
+        self._asked.append(hash((instruction, context, history)))
+        self._contexts.append(hash(context) if context else 0)
+        self._turns.append(hash((instruction, self._folded(row.response))))
+
+    def split(self, *, subset: int, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+        """(places of training rows, of held-out rows)."""
+        count = len(self.numbers)
+        order = random.Random(_HELD_OUT_SEED).sample(range(count), count)
+        held = order[:held_out]
+        taken = {key for place in held for key in self._taken(place)}
+        shuffled = list(range(count))
+        random.Random(seed).shuffle(shuffled)
+        free = (place for place in shuffled if taken.isdisjoint(self._needed(place)))
+        training = list(itertools.islice(free, subset))
+        if len(training) < subset or len(held) < held_out:
+            raise self._too_few(order, subset, held_out)
+        return training, held
+
+    def _taken(self, place: int) -> Iterator[int]:
+        """What no training row may have beside this held-out one: its question as asked, its context, its answer."""
+        yield from self._both(place)
+        yield self._turns[place]
+
+    def _needed(self, place: int) -> Iterator[int]:
+        """What no held-out row may have beside this training one, of which earlier turns may be learned, too."""
+        yield from self._both(place)
+        yield from (self._earlier or {}).get(place, ())
+
+    def _both(self, place: int) -> Iterator[int]:
+        yield self._asked[place]
+        if context := self._contexts[place]:
+            yield context
+
+    def _too_few(self, order: Sequence[int], subset: int, held_out: int) -> DataError:
+        """The error for data that lacks rows; `order` is that in which they are held out."""
+        first: dict[int, int] = {}
+        for turn, place in enumerate(order):
+            for key in self._taken(place):
+                first.setdefault(key, turn)
+        # A row can be trained on beside the first n held-out rows if what it shares with any first occurs behind them.
+        count = len(order)
+        behind = sorted((min(first.get(key, count) for key in self._needed(place)) for place in order), reverse=True)
+
+        def free(held: int) -> int:
+            return sum(turn >= held for turn in behind)
+
+        most = behind[subset - 1] if subset <= count else 0
+        advice = [f"subset to at most {free(held_out):,}"] if free(held_out) else []
+        advice += [f"held_out to at most {most:,}"] if most > 1 else []
+        if not advice:  # neither alone helps
+            fewer = [few for few in (count // 5, 2) if few > 1 and free(few)]
+            advice = [f"held_out to {few:,} and subset to at most {free(few):,}" for few in fewer[:1]]
+        return DataError(
+            f"the data has {count:,} usable rows; beside held_out = {held_out:,} of them there are "
+            f"{free(held_out):,} with another question and context to train on, and subset = {subset:,}: "
+            + (f"set {', or '.join(advice)}" if advice else "add rows; a context of all rows belongs in system_prompt")
         )
-    return training, held
 
 
-class _BadRowError(Exception):
-    """Why a row cannot be used."""
-
-
-_Records = Iterator[tuple[int, Any]]
-"""(number from 1, the record or the _BadRowError that stands for it)."""
-
-
-def _open(data: str) -> tuple[str, Callable[[], str], _Records]:
-    """(source in words, what works out its fingerprint, records)."""
-    if data == "dolly":
-        path = _dolly_file()
-        return f"Databricks Dolly 15k ({path})", lambda: DOLLY_SHA256, _jsonl(path)
-    if data == "sample":
-        with resources.as_file(resources.files("bizassist_nb.data") / "samples" / "business.jsonl") as path:
-            return "the sample rows of this package", partial(str, _sha256(path)), iter(list(_jsonl(path)))
-    path = user_path(data)
-    if path.suffix.lower() in SUFFIXES:
-        return str(path), *_open_file(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not path.exists():
-        return _open_hub(data)
-    raise DataError(
-        f'data = "{data}" is neither "dolly" nor "sample", nor a path ending in {", ".join(SUFFIXES)}, '
-        'nor a hub id like "owner/name"'
-    )
-
-
-def _dolly_file() -> Path:
-    """The published file: the one BIZASSIST_DOLLY names, else the hub's, checked by its fingerprint."""
-    if local := os.environ.get("BIZASSIST_DOLLY"):
-        path = Path(local)
-        if not path.is_file():
-            raise DataError(f"BIZASSIST_DOLLY names {local}, which is not a file; correct it or unset it")
-    else:
-        path = _download_dolly()
-    if _sha256(path) != DOLLY_SHA256:
-        raise DataError(f"{path} is not {DOLLY_FILE} as published (its SHA-256 is another); fetch it again")
-    return path
-
-
-def _download_dolly() -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(DOLLY, DOLLY_FILE, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise DataError(
-            f'the hub, where "dolly" comes from, cannot be reached ({type(error).__name__}). Check the network, '
-            f'or fetch {DOLLY_FILE} elsewhere and set BIZASSIST_DOLLY to its path, or use data = "sample"'
-        ) from None  # a server's words may repeat the token
-
-
-def _open_hub(name: str) -> tuple[str, Callable[[], str], _Records]:
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        dataset = datasets.load_dataset(name, split="train")
-    except (HfHubHTTPError, datasets.exceptions.DatasetNotFoundError, OSError, ValueError) as error:
-        raise DataError(
-            f'the hub data set "{name}" cannot be loaded ({brief(error)}). '
-            "Check its name, that it has a split named train, and the network"
-        ) from None
-    records = [dict(record) for record in dataset]
-    digest = hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()
-    return f"{name} on the hub", lambda: digest, enumerate(records, 1)
-
-
-def _open_file(path: Path) -> tuple[Callable[[], str], _Records]:
-    try:
-        kind = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"there is no file {path} (looked in {path.absolute().parent})") from None
-    if not stat.S_ISREG(kind):  # a folder has no rows, a pipe or a device no end
-        raise DataError(f"{path} is a folder, a pipe or a device; rows are read from a file")
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
-    return partial(_sha256, path), readers[path.suffix.lower()](path)
-
-
-def _jsonl(path: Path) -> _Records:
-    _check_encoding(path)
-    with path.open("rb") as file:
-        for number, line in enumerate(_lines(file), 1):
-            if line is None:
-                yield (
-                    number,
-                    _BadRowError(
-                        f"has more than {_LONGEST // 2**20} MiB in one line; write each row on one of its own"
-                    ),
-                )
-                continue
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
-            except UnicodeDecodeError as error:
-                yield number, _BadRowError(f"is not UTF-8 (byte {error.start + 1} of the line); save the file as UTF-8")
-            except RecursionError:
-                yield number, _BadRowError("is not JSON that can be read: its brackets are nested too deeply")
-            except ValueError as error:
-                yield number, _BadRowError(f'is not JSON ({error}); a row is {{"instruction": "…", "response": "…"}}')
-
-
-def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """The file's lines; None for one that is too long, of which only a part at a time is in memory."""
-    while line := file.readline(_LONGEST):
-        if len(line) < _LONGEST or line.endswith(b"\n"):
-            yield line
-            continue
-        while rest := file.read(2**20):  # far quicker than readline, which looks at 8 kB at a time
-            if (end := rest.find(b"\n")) >= 0:
-                file.seek(end + 1 - len(rest), os.SEEK_CUR)
-                break
-        yield None
-
-
-def _json(path: Path) -> _Records:
-    _check_encoding(path)
-    if path.stat().st_size > _LARGEST_JSON:
-        raise DataError(f"{path} has more than {_LARGEST_JSON // 2**30} GiB; as .jsonl, a row a line, it can be read")
-    try:
-        records = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object)
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not JSON in UTF-8 ({_first_not_utf8(path)}); save it as UTF-8") from None
-    except RecursionError:
-        raise DataError(f"{path} is not JSON that can be read: its brackets are nested too deeply") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}; it has to hold a list of rows") from error
-    if not isinstance(records, list):
-        kind = type(records).__name__ if not isinstance(records, _BadRowError) else "dict"
-        raise DataError(f"{path} has to hold a JSON list of rows; it holds a {kind}")
-    return enumerate(records, 1)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Any:
-    """A JSON object; one that names something twice, or holds one that does, is the error that stands for it."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in record if keys.count(key) > 1)
-        return _BadRowError(f"has {twice!r} twice; which one counts cannot be known, so leave one out")
-    inner = (item for value in record.values() for item in (value if isinstance(value, list) else [value]))
-    return next((item for item in inner if isinstance(item, _BadRowError)), record)
-
-
-def _csv(path: Path) -> _Records:
-    _check_encoding(path)
-    csv.field_size_limit(_LONGEST)  # the default refuses texts of 128 kB
-    line = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(_csv_lines(file), strict=True)
-            names = [name for name in reader.fieldnames or () if name]
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise DataError(f"{path} has two columns named {twice!r}; rename or delete one")
-            line = reader.line_num
-            for number, record in enumerate(reader, 1):
-                line = reader.line_num
-                yield number, record
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not CSV in UTF-8 ({_first_not_utf8(path)}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise DataError(
-            f"{path} is not CSV with a line of column names: in the row that begins after line {line}: {error}; "
-            'a text with commas, quotes or several lines is written "in quotes", a quote in it twice'
-        ) from error
-
-
-def _csv_lines(file: IO[str]) -> Iterator[str]:
-    while line := file.readline(_LONGEST):
-        if len(line) == _LONGEST and not line.endswith(("\n", "\r")):
-            raise csv.Error(f"a line has more than {_LONGEST // 2**20} Mi characters")
-        yield line
-
-
-def _check_encoding(path: Path) -> None:
-    """Refuse what is plainly not UTF-8 in one word, rather than line by line."""
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in start:
-        raise DataError(f"{path} is UTF-16 or UTF-32, or no text at all; save it as UTF-8")
-
-
-def _first_not_utf8(path: Path) -> str:
-    with path.open("rb") as file:
-        for number, line in enumerate(_lines(file), 1):
-            try:
-                (line or b"").decode()
-            except UnicodeDecodeError as error:
-                return f"line {number}, byte {error.start + 1}"
-    return "in a line that is too long"
-
-
-def _parquet(path: Path) -> _Records:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            records = file.read().to_pylist() if len(set(names)) == len(names) else None
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{path} is not a Parquet file that can be read ({brief(error)}); write it anew") from error
-    if records is None:
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path} has two columns named {twice!r}; rename or delete one")
-    return enumerate(records, 1)
-
-
-def _row(number: int, record: Any, columns: Mapping[str, str]) -> Row:
-    if isinstance(record, _BadRowError):
-        raise record
-    if isinstance(record, dict) and None in record:  # csv.DictReader's key for what is left over
-        raise _BadRowError(
-            f"has {len(record[None])} cells more than there are columns; quote texts with commas in them"
-        )
-    if not isinstance(record, dict):
-        raise _BadRowError(
-            f'is a {type(record).__name__}, not an object with named columns: {{"instruction": "…", "response": "…"}}'
-        )
-    if "messages" in record and not columns:
-        return _conversation(number, record)
-    names = {role: _column(role, record, columns) for role in ROLES}
-    if names["context"] == names["instruction"]:  # "input" is a context only beside an instruction
-        names["context"] = None
-    for role in ("instruction", "response"):
-        if names[role] is None:
-            raise _BadRowError(
-                f"has no {role} column; its columns are {', '.join(map(str, record)) or 'none'} "
-                f"(recognised: {', '.join(_ALIASES[role])}, or messages; others with columns = {{ {role} = ... }})"
-            )
-    texts = {role: _text(name, record[name]) for role, name in names.items() if name is not None}
-    for role in ("instruction", "response"):
-        if not texts[role]:
-            raise _BadRowError(f"{names[role]} is empty; write one, or leave the row out")
-    return Row(
-        number=number,
-        instruction=texts["instruction"],
-        response=texts["response"],
-        context=texts.get("context", ""),
-        category=texts.get("category", ""),
-    )
-
-
-def _column(role: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
-    if role in columns:
-        if columns[role] not in record:
-            raise _BadRowError(
-                f"has no column {columns[role]!r} (named in columns); it has {', '.join(map(str, record))}"
-            )
-        return columns[role]
-    return next((name for name in _ALIASES[role] if name in record), None)
-
-
-def _text(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise _BadRowError(f"{name} is not text but a {type(value).__name__}; write it as a text, in quotes")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise _BadRowError(f"{name} holds half of a character (a lone surrogate); write the character whole")
-    return value.strip()
-
-
-def _conversation(number: int, record: Mapping[str, Any]) -> Row:
-    """A row of `messages`: an optional system message, then user and assistant in turn; the last answer is learned."""
-    messages = record["messages"]
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
-        raise _BadRowError(
-            'messages is not a list of objects with role and content: [{"role": "user", "content": "…"}, …]'
-        )
-    turns = [(message["role"], _text("content", message["content"])) for message in messages]
-    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
-    if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2) or not turns:
-        raise _BadRowError("messages are not user and assistant in turn, ending with the assistant")
-    if not all(content for _, content in turns):
-        raise _BadRowError("a message is empty; write it, or leave the row out")
-    pairs = [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
-    category = _text("category", record.get("category"))
-    return Row(number, *pairs[-1], category=category, system=system, history=tuple(pairs[:-1]))
-
-
-def _folded(instruction: str) -> str:
-    return " ".join(instruction.split()).casefold()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def folded(text: str, *, exact: bool = False) -> str:
+    """A text as rows are compared by: without case, white space and (unless `exact`) punctuation."""
+    plain = " ".join(text.split()).casefold()
+    return plain if exact else " ".join(_SIGNS.sub(" ", plain).split()) or plain

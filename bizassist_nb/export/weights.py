@@ -1,143 +1,109 @@
-"""The base's weights in 16 or 32 bits, read one tensor at a time: as training saw them, or as they are stored."""
+"""Weights one at a time: those of a checkpoint as they are stored, and those of a run's tuned model."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from bizassist_nb.assistant.loaded import loaded_base
 from bizassist_nb.core.errors import ModelError
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.records import misfit
+from bizassist_nb.runs.records import Record, decode
+from bizassist_nb.runs.run import RunDirectory
+
+Base = Literal["trained", "original"]
+"""What is merged into: the NF4 weights that training saw, or the 16-bit weights they were made from."""
 
 INDEX: Final = "model.safetensors.index.json"
-_STATE: Final = "quant_state.bitsandbytes__nf4"
-"""Where bitsandbytes stores shape and block size of a 4-bit weight, after the weight's name and a dot."""
 
 
 class Weights:
-    """The tensors of a checkpoint by the names they have there, nothing of them in memory until one is read.
-
-    Weights that are stored in NF4 are given dequantised. Those that are stored in 16 bits and that `models.load_nf4`
-    puts into NF4 are put through it (`nf4=True`) or given as they are (`nf4=False`).
+    """The tensors of a checkpoint by name, each in memory only once it is read.
 
     Raises:
         ModelError: if the checkpoint cannot be reached or has no safetensors.
     """
 
-    def __init__(self, source: str, *, nf4: bool):
+    def __init__(self, source: str, commit: str | None = None):
         """Look at the files of a hub id (fetched if they are not in its cache yet) or of a folder."""
-        self._files = _files(source)
-        weights = [name.removesuffix(f".{_STATE}") for name in self._files if name.endswith(f".{_STATE}")]
-        self._parts = {
-            weight: [name for name in self._files if name.startswith(f"{weight}.")] for weight in weights
-        }  # the statistics stored beside each 4-bit weight
-        parts = {part for found in self._parts.values() for part in found}
-        self.names = dict.fromkeys(name for name in self._files if name not in parts)
-        self._quantised = _linear4bit(source) if nf4 and not weights else frozenset()
-        if lacking := self._quantised.difference(self.names):
+        import httpx
+        from huggingface_hub import snapshot_download
+        from safetensors import SafetensorError, safe_open
+
+        wanted = ["config.json", "model.safetensors", "model-*.safetensors", INDEX]  # some hold a second copy of it all
+        folder = Path(source)
+        try:
+            if not folder.is_dir():
+                folder = Path(snapshot_download(source, revision=commit, allow_patterns=wanted))
+            if (folder / INDEX).is_file():
+                files = decode((folder / INDEX).read_bytes(), _Index).weight_map
+                self._files = {name: folder / Path(file).name for name, file in files.items()}  # in that folder only
+            else:
+                with safe_open(folder / "model.safetensors", framework="pt") as file:
+                    self._files = dict.fromkeys(file.keys(), folder / "model.safetensors")
+        except (OSError, httpx.HTTPError, SafetensorError, ValueError) as error:
+            raise models.unreachable("model", source, error) from error
+        self.names = self._files.keys()
+
+    def read(self, name: str) -> Any:
+        """One tensor, on the device that models run on. Its file is closed again: mapped pages count as memory."""
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name).to(models.device())
+
+
+class TunedWeights:
+    """The weights of a run's base with its adapter added, by their names in the base's checkpoint.
+
+    Raises:
+        ModelError: if the run has no adapter, or one of another base, or the base cannot be reached or merged.
+    """
+
+    def __init__(self, run: RunDirectory, base: Base):
+        """Load the run's base in NF4 and its adapter, as for the chat."""
+        from peft.tuners.lora import LoraLayer
+
+        self.loaded = loaded_base(run.model, run.environment.revision)
+        self.adapter = self.loaded.adapter(run)
+        source = self.loaded.base.source
+        self._originals = original(source) if base == "original" else None
+        layers = {name: module for name, module in self.loaded.model.named_modules() if isinstance(module, LoraLayer)}
+        self._weights: dict[str, tuple[Any, Any]] = {}  # (the base's parameter, its LoRA layer if it has one)
+        for path, parameter in self.loaded.model.named_parameters():
+            if ".lora_" not in path:
+                layer, _, kind = path.rpartition(".base_layer.")
+                name = path.removeprefix("base_model.model.").replace(".base_layer.", ".")
+                self._weights[name] = parameter, layers.get(layer) if kind == "weight" else None
+        if lacking := self._weights.keys() - (self._originals or Weights(source, self.loaded.base.commit)).names:
             raise ModelError(
                 f"{source} stores its weights under other names than the model has them ({min(lacking)} is not there), "
                 "so this base cannot be merged; the adapter works as it is (bizassist export RUN --to adapter)"
             )
 
-    @property
-    def stored_in_nf4(self) -> bool:
-        """Whether the checkpoint holds 4-bit weights."""
-        return bool(self._parts)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape once dequantised, in the order of the checkpoint."""
-        return {name: self._shape(name) for name in self.names}
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if name in self._parts:
-            state = f"{name}.{_STATE}"
-            stored = bytes(self._load(state)[state].tolist())  # JSON, as bytes in a tensor
-            return tuple(json.loads(stored)["shape"])
-        from safetensors import safe_open
-
-        with safe_open(self._files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every weight's shape; a 4-bit one has that of what it stands for."""
+        return {
+            name: tuple(getattr(parameter, "quant_state", parameter).shape)
+            for name, (parameter, _) in self._weights.items()
+        }
 
     def read(self, name: str) -> Any:
-        """One tensor on the device that models run on; what was in 4 bits is in the dtype it is computed with."""
-        import torch
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-        from bitsandbytes.nn import Params4bit
+        """One weight in float32: W + B A * alpha / rank, on the device that models run on."""
+        from bitsandbytes.functional import dequantize_4bit
 
-        device, dtype = torch.device(models.device()), models.compute_dtype()
-        if name in self._parts:
-            stored = self._load(name, *self._parts[name])
-            tensor = stored.pop(name)
-            state = QuantState.from_dict(
-                {part.removeprefix(f"{name}."): stored[part] for part in stored}, device=device
-            )
-            state.dtype = dtype
-            return dequantize_4bit(tensor.to(device), state)
-        tensor = self._load(name)[name]
-        if name not in self._quantised:
-            return tensor.to(device)
-        # What transformers does with a weight that it loads into a Linear4bit.
-        packed = Params4bit(
-            tensor.to(device, dtype), requires_grad=False, compress_statistics=True, quant_type="nf4"
-        ).to(device)
-        return dequantize_4bit(packed.data, packed.quant_state)
-
-    def _load(self, *names: str) -> dict[str, Any]:
-        """Tensors as they are stored. Files are opened for them alone: a mapped file's pages count as memory in use."""
-        from safetensors import safe_open
-
-        tensors: dict[str, Any] = {}
-        for path in {self._files[name] for name in names}:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in names if self._files[name] == path}
-        return tensors
+        parameter, layer = self._weights[name]
+        state = getattr(parameter, "quant_state", None)
+        if self._originals:
+            weight = self._originals.read(name)
+        else:
+            weight = parameter.data if state is None else dequantize_4bit(parameter.data, state)
+        return weight.float() if layer is None else weight.float() + layer.get_delta_weight(self.adapter).float()
 
 
-def _files(source: str) -> dict[str, Path]:
-    """Which file each of the checkpoint's tensors is in."""
-    from safetensors import SafetensorError, safe_open
+class _Index(Record):
+    """What model.safetensors.index.json has to say."""
 
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _fetched(source)
-    index = folder / INDEX
-    try:
-        if index.is_file():
-            names = json.loads(index.read_text("utf-8"))
-            if wrong := misfit(names, {"weight_map": {"*": str}}):
-                raise ValueError(f"{INDEX}: {wrong}")
-            return {name: folder / Path(file).name for name, file in names["weight_map"].items()}  # in that folder only
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / "model.safetensors")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise models.unreachable("model", source, error) from error
-
-
-def _fetched(source: str) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = ["config.json", "model.safetensors", "model-*.safetensors", INDEX]  # some hold a second copy of it all
-    try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        raise models.unreachable("model", source, error) from error
-
-
-def _linear4bit(source: str) -> frozenset[str]:
-    """Names of the weights that transformers puts into 4 bits when it loads that model."""
-    import torch
-    from bitsandbytes.nn import Linear4bit
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.quantizers import AutoHfQuantizer
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
-    quantiser = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True))
-    with models.quietly():
-        quantiser.preprocess_model(model=model, device_map={"": models.device()})
-    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    weight_map: dict[str, str]
 
 
 def original(source: str) -> Weights:
@@ -148,8 +114,8 @@ def original(source: str) -> Weights:
     """
     if source.endswith("-bnb-4bit") and not Path(source).is_dir():  # as Unsloth names what it made of another's
         source = source.removesuffix("-bnb-4bit").removesuffix("-unsloth")
-    weights = Weights(source, nf4=False)
-    if weights.stored_in_nf4:
+    weights = Weights(source)
+    if any("quant_state.bitsandbytes" in name for name in weights.names):
         raise ModelError(
             f"{source} holds 4-bit weights only, and where the 16-bit ones are is not known; "
             "merge without --base original"

@@ -1,12 +1,12 @@
-"""Adapters on the disk: read, and held against the base that they are for."""
+"""Adapters on the disk: read, and checked against the base that they are for."""
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from bizassist_nb.core.errors import ModelError, brief
 from bizassist_nb.models import base as models
-from bizassist_nb.runs.records import misfit
+from bizassist_nb.runs.records import Count, Record, decode
 from bizassist_nb.runs.run import RunDirectory
 
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -17,14 +17,19 @@ REMEDY: Final = "put it back from a copy, or train the run anew"
 """What to do about a damaged adapter, for the end of a message."""
 
 
-_CONFIG: Final = {
-    "peft_type": {"LORA"}, "base_model_name_or_path": str, "r": int, "lora_alpha": float, "lora_dropout": float,
-    "target_modules": [str],
-}  # fmt: skip
+class _Config(Record):
+    """What an adapter_config.json has to say."""
+
+    peft_type: Literal["LORA"]
+    base_model_name_or_path: str
+    r: Count
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: list[str]
 
 
 _HARMLESS: Final = {"auto_mapping", "task_type", "inference_mode", "peft_version", "revision"}
-"""What else may stand in an adapter's config as it likes. `auto_mapping` names a module, which nothing here imports."""
+"""Fields that may have any value. `auto_mapping` names a module, which nothing here imports."""
 
 
 def adapter_folder(run: RunDirectory) -> Path:
@@ -34,9 +39,7 @@ def adapter_folder(run: RunDirectory) -> Path:
         ModelError: if the run has none, or they are missing.
     """
     if run.adapter is None:
-        raise ModelError(
-            f"the run {run.name!r} has no adapter (it is {run.status}); the base alone can be asked with --base"
-        )
+        raise ModelError(f"the run {run.name!r} has no adapter (it is {run.status}); train it, or ask the base alone")
     if not (run.adapter / WEIGHTS).is_file():
         raise ModelError(f"the adapter of run {run.name!r} is damaged: {run.adapter / WEIGHTS} is missing; {REMEDY}")
     return run.adapter
@@ -46,9 +49,8 @@ def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
     """Refuse an adapter made for another base, by what it says of itself and by its shapes, before it is loaded.
 
     Raises:
-        ModelError: with the base it names, or the first shape that differs.
+        ModelError: with the base it names, or the first weight that is missing, unknown or of another shape.
     """
-    from peft.tuners.lora import LoraLayer
     from safetensors import SafetensorError, safe_open
 
     config = adapter_config(folder)
@@ -58,29 +60,22 @@ def check_adapter(folder: Path, base: models.Base, model: Any) -> None:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} is damaged ({brief(error)}); {REMEDY}") from error
-    other = f"the adapter in {folder} was made for another base than {base.name}"
-    names = (base.source, models.HUB_IDS.get(base.name, base.name))  # the latter once it was made fit to be given away
+    names = (base.source, models.HUB_IDS.get(base.name, base.name))  # exporting it writes the hub's name
     if Path(str(made_for)).name not in {Path(name).name for name in names}:
-        raise ModelError(f"{other}: for {made_for}")
-    inner = {
-        name.removeprefix("base_model.model."): layer.base_layer if isinstance(layer, LoraLayer) else layer
-        for name, layer in model.named_modules()
-        if hasattr(layer, "in_features")
-    }
-    for key, shape in shapes.items():
-        name, _, part = key.removeprefix("base_model.model.").partition(".lora_")
-        if name not in inner:
-            raise ModelError(f"{other}: it has weights for {name}, which that base has not")
-        if len(shape) != 2 or shape[not part.startswith("A")] != config["r"]:
-            raise ModelError(f"the adapter in {folder} is damaged: {key} is not of rank {config['r']}; {REMEDY}")
-        ours = inner[name].in_features if part.startswith("A") else inner[name].out_features
-        theirs = shape[1] if part.startswith("A") else shape[0]
-        if ours != theirs:
-            raise ModelError(f"{other}: its {name} is {theirs} wide there, {ours} here")
-    wanted = [name for name in inner if name.rpartition(".")[2] in config["target_modules"]]
-    keys = [f"base_model.model.{name}.lora_{part}.weight" for name in wanted for part in "AB"]
-    if lacking := next((key for key in keys if key not in shapes), None):
-        raise ModelError(f"the adapter in {folder} is damaged: it has no {lacking}; {REMEDY}")
+        raise ModelError(f"the adapter in {folder} was made for another base than {base.name}: for {made_for}")
+    wanted = {}
+    for path, layer in model.named_modules():
+        name = path.removeprefix("base_model.model.")
+        if hasattr(layer, "in_features") and name.rpartition(".")[2] in config["target_modules"]:
+            wanted[f"base_model.model.{name}.lora_A.weight"] = (config["r"], layer.in_features)
+            wanted[f"base_model.model.{name}.lora_B.weight"] = (layer.out_features, config["r"])
+    if differing := [key for key in wanted | shapes if wanted.get(key) != shapes.get(key)]:
+        key = differing[0]
+        there, here = (found.get(key, "missing") for found in (shapes, wanted))
+        raise ModelError(
+            f"the adapter in {folder} is damaged, or does not fit {base.name}: {key} is {there} where {base.name} at "
+            f"rank {config['r']} has {here}; {REMEDY}"
+        )
 
 
 def adapter_config(folder: Path) -> dict[str, Any]:
@@ -93,13 +88,13 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     from peft import LoraConfig
 
     try:
-        found = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        if wrong := misfit(found, _CONFIG):
-            raise ValueError(wrong)
+        text = (folder / "adapter_config.json").read_bytes()
+        decode(text, _Config)
+        found = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder / 'adapter_config.json'} cannot be used ({brief(error)}); {REMEDY}") from error
     plain = LoraConfig().to_dict()
-    for name in found.keys() & plain.keys() - _CONFIG.keys() - _HARMLESS:
+    for name in found.keys() & plain.keys() - {*_Config.__struct_fields__} - _HARMLESS:
         if found[name] != plain[name] and found[name]:
             raise ModelError(
                 f"{folder / 'adapter_config.json'} sets {name}, which no adapter that was trained here does, and which "

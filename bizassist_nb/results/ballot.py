@@ -1,54 +1,82 @@
-"""A blind ballot on two answers, and what a run's votes come to."""
+"""Blind votes: which of two answers is better, cast before it is known whose they are; and their tally.
 
+votes.jsonl in the run directory has one vote a line, appended and synced to disk before anything else happens.
+"""
+
+import collections
 import dataclasses
 import json
+import math
 import random
 import time
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.core import rendering
-from bizassist_nb.core.errors import printable
+from bizassist_nb.core.errors import BizassistError, brief, printable
 from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.generation import BASE, TUNED
-from bizassist_nb.core.rendering import Section
 from bizassist_nb.data.chat import Message, conversation
+from bizassist_nb.runs.journal import append_lines, json_line
+from bizassist_nb.runs.records import Vote, decode
 from bizassist_nb.runs.run import RunDirectory
-from bizassist_nb.runs.votes import Vote, VoteError, append, read_votes, votes
 
-Choice = Literal["left", "right", "tie", "bad"]
-
-
-CHOICES: Final[dict[Choice, str]] = {
-    "left": "Left is better",
-    "right": "Right is better",
-    "tie": "Tie",
-    "bad": "Both bad",
-}
-"""What can be voted, and the words on its button."""
-
-
-KEYS: Final[dict[str, Choice]] = {"1": "left", "2": "right", "3": "tie", "4": "bad"}
+CHOICES: Final = {"left": "Left is better", "right": "Right is better", "tie": "Tie", "bad": "Both bad"}
+"""The possible votes, and the words on their buttons."""
+KEYS: Final = {str(number): choice for number, choice in enumerate(CHOICES, 1)}
 """Keys that vote; the choice's first letter does, too."""
 
 
-KEYS_IN_WORDS: Final = " · ".join(f"{key} {choice}" for key, choice in KEYS.items())
+_ENOUGH: Final = math.log(20)
+"""Evidence against a share from which on it is left out of the 95 % interval (Ville's inequality)."""
+_MOST: Final = 10_000
+"""Decided votes up to which it is looked for how many are needed."""
+
+
+class VoteError(BizassistError):
+    """A vote that cannot be cast or read."""
+
+
+def append(run: RunDirectory, vote: Vote) -> None:
+    """Write the vote at the end of the run's votes.jsonl, and have it on the disk before returning."""
+    append_lines(run.path / "votes.jsonl", json_line(vote), sync=True)
+
+
+def read_votes(run: RunDirectory) -> tuple[list[Vote], int]:
+    """(the run's votes, oldest first; how many lines cannot be read, as a crash leaves them)."""
+    path = run.path / "votes.jsonl"
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise VoteError(f"{path} cannot be read ({brief(error)}); put it back from a copy") from error
+    votes, unread = [], 0
+    for line in filter(bytes.strip, lines):
+        try:
+            votes.append(decode(line, Vote))
+        except ValueError:
+            unread += 1
+    return votes, unread
 
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """What a run's votes come to."""
+    """A run's votes for tuned (wins), for base (losses), for neither, and that both are bad; and lines that cannot be
+    read.
+    """
 
     wins: int
-    """Votes for tuned."""
     losses: int
-    """Votes for base."""
     ties: int
     bad: int
-    """Votes that both answers are bad."""
     unread: int = 0
-    """Lines of votes.jsonl that cannot be read."""
+
+    @property
+    def cast(self) -> bool:
+        """Whether there are any votes, or lines that cannot be read."""
+        return any(dataclasses.astuple(self))
 
     @property
     def decided(self) -> int:
@@ -61,47 +89,63 @@ class Tally:
         return self.wins / self.decided if self.decided else None
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the win rate, exact as the sign test is (Clopper & Pearson 1934)."""
-        if not self.decided:
-            return None
-        found = self._test().proportion_ci(0.95, method="exact")
-        return float(found.low), float(found.high)
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the share of decided votes that are for tuned; it holds whenever people stop voting.
+
+        Of all sets of votes to come, 95 % leave the truth within at every vote: a confidence sequence (Robbins 1970;
+        Howard et al. 2021, "Time-uniform, nonparametric, nonasymptotic confidence sequences").
+        """
+        import numpy as np
+
+        shares = (np.arange(10_000) + 0.5) / 10_000
+        within = shares[_evidence(self.wins, self.losses, shares) < _ENOUGH]
+        return float(within[0]), float(within[-1])
 
     @property
-    def p_value(self) -> float | None:
-        """Of the two-sided sign test: how likely so uneven votes are if neither is better; None where none decided."""
-        return float(self._test().pvalue) if self.decided else None
+    def needed(self) -> int | None:
+        """About how many more decided votes would tell, if they go on as they have; None for thousands."""
+        import numpy as np
+
+        decided = np.arange(self.decided, _MOST)
+        wins = np.round(decided * (1.0 if self.win_rate is None else self.win_rate))
+        telling = np.flatnonzero(_evidence(wins, decided - wins, 0.5) >= _ENOUGH)
+        return int(telling[0]) if telling.size else None
 
     @property
     def sentence(self) -> str:
         """The tally in words."""
         lost = f" {self.unread} lines of votes.jsonl cannot be read and are not counted." if self.unread else ""
-        if self.win_rate is None or self.interval is None or self.p_value is None:
-            return f"No vote has decided for base or tuned yet ({self.ties} ties, {self.bad} times both bad).{lost}"
+        others = f"{self.ties} ties, {self.bad} times both bad"
+        more = "thousands more votes" if self.needed is None else f"about {self.needed} more votes like these"
+        if self.win_rate is None:
+            return f"No vote has decided for base or tuned yet ({others}); at least {self.needed} are needed.{lost}"
         low, high = self.interval
-        telling = "tuned is preferred" if low > 0.5 else "base is preferred" if high < 0.5 else "nothing is shown yet"
+        telling = "tuned is preferred" if low > 0.5 else "base is preferred" if high < 0.5 else f"{more} would tell"
         return (
             f"Tuned won {self.wins} of {self.decided} decided blind votes, {self.win_rate:.0%} (95 % interval "
-            f"{low:.0%} to {high:.0%}; sign test p = {self.p_value:.2g}): {telling}. "
-            f"{self.ties} ties, {self.bad} times both bad.{lost}"
+            f"{low:.0%} to {high:.0%}, whenever voting stops): {telling}. {others}.{lost}"
         )
 
-    def _test(self) -> Any:
-        from scipy.stats import binomtest
 
-        return binomtest(self.wins, self.decided)
+def _evidence(wins: Any, losses: Any, share: Any) -> Any:
+    """Logarithm of how much likelier such votes are if any share is as likely as another (a Beta(1, 1) mixture).
+
+    If that share is the true one, its exponential is a martingale that begins at 1.
+    """
+    from scipy.special import betaln, xlog1py, xlogy
+
+    return betaln(wins + 1, losses + 1) - xlogy(wins, share) - xlog1py(losses, -share)
 
 
 class Ballot:
-    """Two answers in random order without names, to be voted on once; then whose they are is revealed.
+    """Two answers in random order, without names until its one vote has been cast.
 
     Raises:
         VoteError: if the comparison lacks one of the two answers, or its run, or is not of the run as it was trained.
     """
 
     def __init__(self, run: RunDirectory | None, comparison: Comparison, order: tuple[str, str] | None = None):
-        """`order` is who stands on the left and who on the right, where that has been drawn already."""
+        """`order` is (left, right), if it has been drawn already."""
         if run is None or not {BASE, TUNED} <= comparison.answers.keys():
             raise VoteError("a blind vote needs a base and a tuned answer; train a run first, and ask both")
         if comparison.strength != 1:
@@ -135,90 +179,71 @@ class Ballot:
         return vote
 
     def __repr__(self) -> str:
-        """As plain text; names only once it has been cast."""
-        answers = zip(self._heads(), self._texts(), strict=True)
-        parts = [f"Question: {self.comparison.question}", *(f"--- {head} ---\n{text}" for head, text in answers)]
-        return printable("\n\n".join([*parts, self._foot()]))
+        """As plain text, with names once it has been cast."""
+        answers = [f"--- {head} ---\n{text}" for head, text in self._sides()]
+        return printable("\n\n".join([f"Question: {self.comparison.question}", *answers, self._foot()]))
 
     def _repr_html_(self) -> str:
-        return self.html()
+        heads, texts = zip(*self._sides(), strict=True)
+        body = rendering.grid(heads, [rendering.markdown(text) for text in texts])
+        asked, foot = rendering.plain(self.comparison.question), rendering.plain(self._foot())
+        return rendering.untypeset(f"<b>{asked}</b>{body}<i>{foot}</i>")
 
-    def html(self) -> str:
-        """Both answers side by side, without names until it has been cast."""
-        body = rendering.columns(self._heads(), [rendering.markdown(text) for text in self._texts()])
-        return f"<b>{rendering.plain(self.comparison.question)}</b>{body}<i>{rendering.plain(self._foot())}</i>"
-
-    def _heads(self) -> list[str]:
-        sides = ["left", "right"]
+    def _sides(self) -> list[tuple[str, str]]:
+        """(head, answer) of left and right."""
+        heads = {who: side for side, who in zip(("left", "right"), self.order, strict=True)}
         if self.vote:
-            names = {BASE: BASE, TUNED: f"{TUNED} ({self.run.name})"}
-            sides = [f"{side}: {names[who]}" for side, who in zip(sides, self.order, strict=True)]
-        return [
-            f"{side}, cut short" if who in self.comparison.cut else side
-            for side, who in zip(sides, self.order, strict=True)
-        ]
-
-    def _texts(self) -> list[str]:
-        return [self.comparison.answers[who] for who in self.order]
+            heads = {who: f"{side}: {self.comparison.head(who)}" for who, side in heads.items()}
+        heads |= {who: f"{heads[who]}, cut short" for who in self.comparison.cut}
+        return [(head, self.comparison.answers[who]) for who, head in heads.items()]
 
     def _foot(self) -> str:
         if self.vote is None:
-            return "Which is better? It is said whose they are once you have voted."
+            return "Which is better? The names are shown once you have voted."
         chosen = self.vote.winner
         words = {"tie": "a tie", "bad": "both bad"}.get(chosen, f"{chosen} is better")
         return f"You voted: {words}. {tally(self.run).sentence}"
 
 
 def blind_html(comparison: Comparison, order: tuple[str, str]) -> str:
-    """Two answers as they grow, in that order and without names."""
-    return rendering.columns(["left", "right"], [rendering.plain(comparison.answers[who]) for who in order])
+    """Two growing answers in that order, without names."""
+    return rendering.grid(["left", "right"], [rendering.plain(comparison.answers[who]) for who in order])
 
 
-def choice_of(key: str) -> Choice | None:
-    """What a key that was typed votes for, if anything."""
+def choice_of(key: str) -> str | None:
+    """The vote that a typed key stands for, if any."""
     typed = key.strip().lower()[:1]
     return KEYS.get(typed) or next((choice for choice in CHOICES if choice[0] == typed), None)
 
 
 def draw_order() -> tuple[str, str]:
-    """(who stands on the left, who on the right), by the system's randomness: no seed of the user's gives it away."""
+    """(left, right), drawn from the system's randomness, which no seed of the user's determines."""
     left, right = random.SystemRandom().sample([BASE, TUNED], 2)
     return left, right
 
 
 def tally(run: RunDirectory) -> Tally:
     """The run's votes, counted."""
-    found = read_votes(run)
-    winners = [vote.winner for vote in found if vote is not None]
-    wins, losses, ties, bad = (winners.count(who) for who in ("tuned", "base", "tie", "bad"))
-    return Tally(wins, losses, ties, bad, unread=found.count(None))
-
-
-def sections(run: RunDirectory) -> list[Section]:
-    """The tally for the run's report; empty before the first vote."""
-    found = tally(run)
-    return [Section("Blind votes", (found.sentence,), (), ())] if found != Tally(0, 0, 0, 0) else []
+    votes, unread = read_votes(run)
+    counts = collections.Counter(vote.winner for vote in votes)
+    return Tally(counts["tuned"], counts["base"], counts["tie"], counts["bad"], unread)
 
 
 def preference_pairs(run: RunDirectory) -> list[dict[str, list[Message]]]:
-    """The decided votes as TRL's DPO trainer takes them: "prompt", "chosen" and "rejected", each a list of messages."""
-    system = run.settings.system_prompt
-    pairs = []
-    for vote in votes(run):
-        if vote.winner in (BASE, TUNED):
-            chosen, rejected = (vote.base, vote.tuned) if vote.winner == BASE else (vote.tuned, vote.base)
-            pairs.append(
-                {
-                    "prompt": conversation(system, [], vote.question),
-                    "chosen": [{"role": "assistant", "content": chosen}],
-                    "rejected": [{"role": "assistant", "content": rejected}],
-                }
-            )
-    return pairs
+    """The decided votes in TRL's DPO format: "prompt", "chosen" and "rejected", each a list of messages."""
+    return [
+        {
+            "prompt": conversation(run.settings.system_prompt, [], vote.question),
+            "chosen": [{"role": "assistant", "content": vote.base if vote.winner == BASE else vote.tuned}],
+            "rejected": [{"role": "assistant", "content": vote.tuned if vote.winner == BASE else vote.base}],
+        }
+        for vote in read_votes(run)[0]
+        if vote.winner in (BASE, TUNED)
+    ]
 
 
 def export_preferences(run: RunDirectory, path: Path) -> int:
-    """Write the preference pairs as JSON lines; how many there are.
+    """Write the preference pairs as JSON lines and return their number.
 
     Raises:
         VoteError: if no vote has decided for either answer, or the file cannot be written.

@@ -6,26 +6,29 @@ without end.
 
 import re
 from collections.abc import Sequence
-from functools import cache
 from importlib import resources
-from typing import Any, Final
+from typing import Final
+
+from bizassist_nb.data.check import SURE, identifier
+from bizassist_nb.runs.records import Answer, AnswerCounts, Answers
 
 SIGNS: Final = {
     "repeats": "repeat the prompt",
     "loops": "loop",
     "empty": "are empty",
     "language": "leave the language of the question",
+    "endless": "do not stop",
 }
 """Each sign of a breakdown, and its words: "answers that …"."""
 
 _REPEATED: Final = 0.3
 """Share of 4-grams of tokens that occurred before, above which an answer loops; of human answers in Dolly 15k, cut at
 128 tokens, 0.5 % have more."""
-_SURE: Final = 0.9
-"""Probability from which a language counts as known."""
+PENALTY: Final = 1.1
+"""A light repetition penalty: small models that answer greedily loop without one."""
+_ENDLESS: Final = 0.25
 
 
-@cache
 def prompts() -> tuple[str, ...]:
     """The business prompts, always the same, that base and tuned answer at the end of a run."""
     text = (resources.files("bizassist_nb.data") / "samples" / "prompts.txt").read_text("utf-8")
@@ -59,33 +62,46 @@ def repetition(tokens: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams)
 
 
-def counted(answers: Sequence[dict[str, Any]], max_new_tokens: int) -> dict[str, Any]:
-    """The answers' signs, counted: for "base" and "tuned" those that "stopped" by themselves, have each of SIGNS, and
-    are "sound" (have none).
-
-    `answers` have a "prompt", and for "base" and "tuned" a "text", whether it "stopped", and its "signs". "verdict" is
-    "hurt" where tuned is sound on so many fewer prompts that chance alone would do it less than once in forty (a sign
-    test over the prompts on which just one of the two is sound), else "no difference" or, the other way, "helped".
+def endless(base: Answer, tuned: Answer, learned: float) -> bool:
+    """Whether tuned goes on to a limit that is long enough to tell: base has ended before it, and the answers learned
+    take a quarter of it at most; `learned` is their mean length as a share of the limit.
     """
+    return base.stopped and not tuned.stopped and learned <= _ENDLESS
+
+
+def counted(answers: Sequence[Answers], max_new_tokens: int) -> AnswerCounts:
+    """The signs of the answers, counted, and of those with a light repetition penalty.
+
+    The verdict is "hurt" where tuned is sound on so many fewer prompts that chance alone would do it less than once in
+    twenty: a one-sided exact sign test over the prompts on which just one of the two is sound.
+    """
+    penalised = [
+        Answers(prompt=one.prompt, base=one.penalised[0], tuned=one.penalised[1]) for one in answers if one.penalised
+    ]
+    return _counted(answers, max_new_tokens, _counted(penalised, max_new_tokens) if penalised else None)
+
+
+def _counted(answers: Sequence[Answers], max_new_tokens: int, penalised: AnswerCounts | None = None) -> AnswerCounts:
     from scipy.stats import binomtest
 
-    sound = [[not answer[who]["signs"] for who in ("base", "tuned")] for answer in answers]
-    worse = sum(base and not tuned for base, tuned in sound)
-    better = sum(tuned and not base for base, tuned in sound)
-    telling = worse != better and binomtest(worse, worse + better).pvalue < 0.05
-    return {
-        "prompts": len(answers),
-        "max_new_tokens": max_new_tokens,
-        **{who: _counts([answer[who] for answer in answers]) for who in ("base", "tuned")},
-        "verdict": ("hurt" if worse > better else "helped") if telling else "no difference",
-    }
+    sound = [(not one.base.signs, not one.tuned.signs) for one in answers]
+    worse, better = sound.count((True, False)), sound.count((False, True))
+    telling = worse > better and binomtest(worse, worse + better, alternative="greater").pvalue < 0.05
+    return AnswerCounts(
+        prompts=len(answers),
+        max_new_tokens=max_new_tokens,
+        base=_counts([one.base for one in answers]),
+        tuned=_counts([one.tuned for one in answers]),
+        verdict="hurt" if telling else "no difference",
+        penalised=penalised,
+    )
 
 
-def _counts(answers: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _counts(answers: Sequence[Answer]) -> dict[str, int]:
     return {
-        "stopped": sum(answer["stopped"] for answer in answers),
-        **{sign: sum(sign in answer["signs"] for answer in answers) for sign in SIGNS},
-        "sound": sum(not answer["signs"] for answer in answers),
+        "stopped": sum(answer.stopped for answer in answers),
+        **{sign: sum(sign in answer.signs for answer in answers) for sign in SIGNS},
+        "sound": sum(not answer.signs for answer in answers),
     }
 
 
@@ -103,12 +119,5 @@ def _repeats(asked: list[str], answered: list[str]) -> bool:
 
 
 def _leaves_language(prompt: str, answer: str) -> bool:
-    (asked, sure), (answered, sure_too) = (_identifier().rank(text)[0] for text in (prompt, answer))
-    return bool(asked != answered and min(sure, sure_too) > _SURE)
-
-
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)  # the module's own gives no probabilities
+    (asked, sure), (answered, sure_too) = (identifier().rank(text)[0] for text in (prompt, answer))
+    return bool(asked != answered and min(sure, sure_too) > SURE)

@@ -1,17 +1,16 @@
 """Runs beside one another: a table with the settings that differ, and who is better on the rows they share."""
 
-import base64
 import dataclasses
-import html
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bizassist_nb.core import rendering
-from bizassist_nb.core.errors import printable
-from bizassist_nb.core.rendering import Section, duration
-from bizassist_nb.results.verdict import Score, judge
+from bizassist_nb.core.rendering import Section, duration, losses
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.results.verdict import Score, judge, rows_needed
+from bizassist_nb.runs import records
 from bizassist_nb.runs.run import RunDirectory
 
 if TYPE_CHECKING:
@@ -19,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class RunComparison:
-    """Runs compared: a table, sentences on which is better, and their loss curves in one plot."""
+    """Runs compared: a table, sentences that say which is better, and their loss curves in one plot."""
 
     def __init__(self, runs: Sequence[RunDirectory]):
-        """`runs` in the order they are to be shown; the first is what the others are held against."""
+        """`runs` in the order of the table; the others are compared with the first."""
         self.runs = tuple(runs)
 
     def plot(self) -> "LossFigure":
@@ -33,13 +32,12 @@ class RunComparison:
 
     def __repr__(self) -> str:
         """The table and the sentences, for a terminal."""
-        return rendering.sections_text([self._section()])
+        return repr(self._section())
 
     def _repr_html_(self) -> str:
-        png = base64.b64encode(self.plot()._repr_png_()).decode()
-        names = html.escape(", ".join(run.name for run in self.runs))
-        plot = f'<img alt="loss curves of {names}" src="data:image/png;base64,{png}">'
-        return rendering.sections_html([self._section()]) + plot
+        words = "loss curves of " + ", ".join(run.name for run in self.runs)
+        plot = rendering.image(self.plot()._repr_png_(), words)
+        return rendering.untypeset(self._section().page() + plot)
 
     def _section(self) -> Section:
         section = runs_section(self.runs)
@@ -48,11 +46,13 @@ class RunComparison:
 
 
 def runs_section(runs: Iterable[RunDirectory]) -> Section:
-    """A table of runs: what differs in their settings, what came of them, what they took, and when.
+    """A table of runs: the settings that differ, the results, time and memory, and when each began.
 
-    Of damaged ones there is only the name, and a line that says what is wrong.
+    A damaged run has only its name in the table, and a line that says what is wrong.
     """
     runs = list(runs)
+    if not runs:
+        return Section("", ("no runs yet",))
     damaged = {run.path: damage for run in runs if (damage := run.damage)}
     differing = _differing([run for run in runs if run.path not in damaged])
     head = (
@@ -61,54 +61,44 @@ def runs_section(runs: Iterable[RunDirectory]) -> Section:
     )  # fmt: skip
     nothing = ("",) * (len(head) - 2)
     rows = (_row(run, differing) if run.path not in damaged else (run.name, "damaged", *nothing) for run in runs)
-    return Section("Runs", tuple(damaged.values()), head, tuple(rows))
-
-
-def runs_text(runs: Iterable[RunDirectory]) -> str:
-    """The table of runs for a terminal."""
-    section = runs_section(runs)
-    table = rendering.text_table([section.head, *section.rows]) if section.rows else "no runs yet"
-    return "\n\n".join([table, *map(printable, section.lines)])
+    return Section("", tuple(damaged.values()), head, tuple(rows))
 
 
 def against(first: RunDirectory, other: RunDirectory) -> str:
-    """Which of two runs predicts the held-out answers better, in a sentence; both must have been scored on the same."""
+    """A sentence: which of two runs has the lower loss on the held-out rows that both were scored on."""
     names = f"{other.name} against {first.name}"
     if not first.evaluation or not other.evaluation:
         return f"{names}: not both have been scored."
-    scores = [_scores(run.evaluation["rows"]) for run in (first, other) if run.evaluation]
-    rows = [[(score.row, score.tokens) for score in one] for one in scores]
-    if rows[0] != rows[1] or first.environment.get("fingerprint") != other.environment.get("fingerprint"):
+    ours, theirs = (
+        {row.row: Score(row.row, row.tuned * row.tokens, row.tokens) for row in found.rows}
+        for found in (first.evaluation, other.evaluation)
+    )
+    both = [row for row in ours if row in theirs]
+    shared = [row for row in both if ours[row].tokens == theirs[row].tokens]  # not cut at another max_length
+    other_tokenizer = first.model != other.model and shared != both
+    if len(shared) < 2 or other_tokenizer or first.environment.fingerprint != other.environment.fingerprint:
         return f"{names}: they were scored on other rows, or with another tokenizer; their losses cannot be compared."
-    found = judge(*scores, seed=first.settings.seed)
-    low, high = found["interval"]
-    words = {"helped": "better", "hurt": "worse", "no difference": "no measurable difference"}[found["verdict"]]
+    found = judge([ours[row] for row in shared], [theirs[row] for row in shared], seed=first.settings.seed)
+    low, high = found.interval
+    words = {"helped": "better", "hurt": "worse", "no difference": "no practical difference"}.get(
+        found.verdict, f"can't tell yet; about {rows_needed(found):,} rows would"
+    )
     return (
-        f"{names}: {words} ({found['difference']:+.3f} nats per answer token, 95 % interval {low:+.3f} to {high:+.3f}, "
-        f"on the same {len(rows[0])} held-out rows; {found['wins']} better, {found['ties']} alike, "
-        f"{found['losses']} worse)."
+        f"{names}: {words} ({found.difference:+.3f} nats per answer token, 95 % interval {low:+.3f} to {high:+.3f}, "
+        f"on the same {len(shared)} held-out rows; {found.by_row})."
     )
 
 
-def _scores(rows: Iterable[dict[str, Any]]) -> list[Score]:
-    return [Score(row["row"], row["tuned"] * row["tokens"], row["tokens"], row["category"]) for row in rows]
-
-
 def _differing(runs: Sequence[RunDirectory]) -> list[str]:
-    """Names of the settings in which the runs differ, but for those that have a column of their own."""
-    settings = [dataclasses.asdict(run.settings) for run in runs]
-    shown = ("model", "data", "runs_dir")
-    return [
-        name
-        for name in (settings[0] if settings else ())
-        if name not in shown and any(other[name] != settings[0][name] for other in settings)
-    ]
+    """Names of the settings in which the runs differ, except those that have a column of their own."""
+    names = [field.name for field in dataclasses.fields(Settings) if field.name not in ("model", "data", "runs_dir")]
+    return [name for name in names if len({str(getattr(run.settings, name)) for run in runs}) > 1]
 
 
 def _row(run: RunDirectory, differing: Sequence[str]) -> tuple[str, ...]:
     settings, scores, steps = run.settings, run.evaluation, run.steps
     seconds = math.fsum(step.seconds for step in steps)
-    memory = run.last("memory")
+    memory = run.last(records.Memory)
     return (
         run.name,
         run.status,
@@ -116,11 +106,9 @@ def _row(run: RunDirectory, differing: Sequence[str]) -> tuple[str, ...]:
         settings.data,
         *(str(getattr(settings, name)) for name in differing),
         f"{len(steps)}/{run.total_steps or '?'}",
-        *([f"{scores[who]['loss']:.3f}" for who in ("base", "tuned")] if scores else ["", ""]),
-        f"{scores['difference']:+.3f}" if scores else "",
-        scores["verdict"] if scores else "",
+        *((*losses(scores.base.loss, scores.tuned.loss), scores.verdict) if scores else [""] * 4),
         duration(seconds) if steps else "",
         f"{sum(step.tokens for step in steps) / seconds:,.0f}" if seconds else "",
-        f"{memory['peak'] / 2**30:.1f} GiB" if memory else "",
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(run.events[0]["time"])) if run.events else "",
+        f"{memory.peak / 2**30:.1f} GiB" if memory else "",
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(run.events[0].time)) if run.events else "",
     )

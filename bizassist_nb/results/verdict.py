@@ -3,13 +3,57 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
+
+import msgspec
+
+from bizassist_nb.results.degeneration import PENALTY
+from bizassist_nb.runs.records import (
+    AnswerCounts,
+    Category,
+    Compared,
+    Forgetting,
+    Judged,
+    Losses,
+    Result,
+    RowLosses,
+    Verdict,
+)
 
 _RESAMPLES: Final = 10_000
 _DRAWN: Final = 2_000_000
 """Rows drawn at once in the bootstrap, for memory's sake."""
 _TIE: Final = 0.01
-"""Nats a token: less than this, a change of perplexity by 1 %, is a tie of the row, and no difference of the whole."""
+"""Nats a token: a row whose loss changes by less, which is 1 % of perplexity, is a tie."""
+MARGIN: Final = 0.02
+"""Nats a token, 2 % of perplexity: the least change that matters in practice."""
+FEWEST: Final = 12
+"""With fewer rows it is never known: the interval of so few is too narrow too often."""
+METHOD: Final = (
+    f"Changes within ± {MARGIN} nats (2 % of perplexity) make no practical difference. The 95 % interval comes from a "
+    f"bootstrap over rows, those of one context together; with fewer than {FEWEST} rows or contexts nobody can tell."
+)
+
+_OPENINGS: Final[Mapping[Verdict, str]] = {
+    "helped": "Fine-tuning helped",
+    "helped, at a cost": "Fine-tuning helped, at a cost (general questions got worse)",
+    "no difference": "Fine-tuning made no practical difference",
+    "can't tell yet": "Can't tell yet whether fine-tuning helped",
+    "hurt": "Fine-tuning hurt",
+}
+_PROMPTED: Final[Mapping[Verdict, str]] = {
+    "helped": ", beyond a prompt with {}: {} nats ({} to {})",
+    "no difference": ", but a prompt with {} does as well: {} nats ({} to {})",
+    "can't tell yet": "; whether more than a prompt with {}, nobody can tell yet: {} nats ({} to {})",
+    "hurt": ", but a prompt with {} does better: {} nats ({} to {})",
+}
+"""What a run that helped is held against: base with training rows as examples in its prompt."""
+_GENERAL: Final[Mapping[Verdict, str]] = {
+    "helped": "it got better",
+    "no difference": "nothing that matters in practice was lost",
+    "can't tell yet": "nobody can tell yet",
+    "hurt": "it got worse",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,87 +75,148 @@ def mean_loss(scores: Sequence[Score]) -> float:
 
 
 def judge(
-    base: Sequence[Score], tuned: Sequence[Score], *, seed: int, questions: Mapping[int, str] | None = None
-) -> dict[str, Any]:
-    """The two models' losses on the same rows, compared.
+    base: Sequence[Score],
+    tuned: Sequence[Score],
+    *,
+    seed: int,
+    questions: Mapping[int, str] | None = None,
+    groups: Mapping[int, str] | None = None,
+) -> Judged:
+    """The two models' losses on the same rows, compared; the interval comes from a bootstrap over groups of rows.
 
-    "base" and "tuned": "loss" (nats an answer token), "perplexity", "tokens", "rows"; "difference" (tuned - base) with
-    "interval" (95 %) and "standard_error" by bootstrap over rows; "wins", "ties" and "losses" of tuned, by row;
-    "verdict" ("helped", "no difference", "hurt"), the "categories" and the "rows" one by one, with their questions.
+    `questions` and `groups` are those of the rows, by number; without groups each row is one.
 
     Raises:
         ValueError: for fewer than two rows, or for unequally many.
     """
     paired = list(zip(base, tuned, strict=True))
     compared = _compared(paired)
-    low, high, standard_error = _interval(base, tuned, seed)
-    telling = abs(compared["difference"]) >= _TIE
-    categories = dict.fromkeys(b.category for b in base)
-    return {
-        **compared,
-        "interval": [low, high],
-        "standard_error": standard_error,
-        "verdict": "helped" if high < 0 and telling else "hurt" if low > 0 and telling else "no difference",
-        "categories": [
-            {"category": name, **_compared([pair for pair in paired if pair[0].category == name])}
-            for name in sorted(categories)
-        ]
-        if len(categories) > 1
+    of = [(groups or {}).get(score.row, str(score.row)) for score in base]
+    low, high, standard_error = _interval(paired, of, seed)
+    names = sorted({b.category for b in base})
+    by_category = [(name, _compared([pair for pair in paired if pair[0].category == name])) for name in names]
+    return Judged(
+        **msgspec.structs.asdict(compared),
+        interval=(low, high),
+        standard_error=standard_error,
+        verdict=_verdict(low, high, len(set(of))),
+        groups=len(set(of)),
+        categories=[Category(category=name, **msgspec.structs.asdict(one)) for name, one in by_category]
+        if len(names) > 1
         else [],
-        "rows": [_row(b, t, (questions or {}).get(b.row, "")) for b, t in paired],
-    }
+        rows=[_row_losses(*pair, (questions or {}).get(pair[0].row, "")) for pair in paired],
+    )
 
 
-def _row(base: Score, tuned: Score, question: str) -> dict[str, Any]:
-    return {
-        "row": base.row,
-        "category": base.category,
-        "question": question,
-        "tokens": base.tokens,
-        "base": base.nats / base.tokens,
-        "tuned": tuned.nats / tuned.tokens,
-    }
+def _row_losses(base: Score, tuned: Score, question: str) -> RowLosses:
+    return RowLosses(
+        row=base.row,
+        category=base.category,
+        question=question,
+        tokens=base.tokens,
+        base=base.nats / base.tokens,
+        tuned=tuned.nats / tuned.tokens,
+    )
 
 
-def assess(held_out: dict[str, Any], general: dict[str, Any], answers: dict[str, Any] | None) -> dict[str, Any]:
-    """What evaluation.json holds: the held-out rows' comparison, "general" and "answers" beside it, and the verdict.
+def _verdict(low: float, high: float, groups: int) -> Verdict:
+    """What the interval tells: an equivalence test (Schuirmann 1987: two one-sided tests) before one for a change."""
+    if groups < FEWEST:
+        return "can't tell yet"
+    if low > -MARGIN and high < MARGIN:
+        return "no difference"
+    return "helped" if high < 0 else "hurt" if low > 0 else "can't tell yet"
 
-    `held_out` and `general` come from `judge`, `answers` from `results.degeneration.counted` (None where there are
-    none). A model whose answers have broken down was hurt, whatever its loss: "verdict" and "sentence" say so.
-    "notes" are sentences on what was forgotten, and on the answers.
+
+def rows_needed(found: Judged) -> int:
+    """About how many rows would tell, if they differ as these do: the interval shrinks by the root of their number."""
+    low, high = found.interval
+    telling = max(abs(found.difference), MARGIN - abs(found.difference))  # to leave out 0, or to lie within the margin
+    rows, groups = found.base.rows, found.groups or found.base.rows
+    rows = max(math.ceil(FEWEST * rows / groups), math.ceil(rows * ((high - low) / 2 / telling) ** 2), rows + 1)
+    return rows if rows < 100 else math.ceil(rows / 10) * 10
+
+
+def assess(
+    held_out: Judged,
+    general: Judged,
+    answers: AnswerCounts | None,
+    prompted: tuple[Judged, tuple[int, ...]] | None = None,
+    forgetting: Forgetting | None = None,
+) -> Result:
+    """The verdict of a run, from the comparisons of its held-out and of the general rows, and its answers' faults.
+
+    A model whose answers have broken down was hurt, whatever its loss: verdict and sentence say so. One that got worse
+    at general questions, by more than the margin, helped at a cost. `prompted` is tuned compared with the prompted
+    base, and the numbers of the rows in that prompt.
     """
-    verdict, sentence = held_out["verdict"], _sentence(held_out)
-    if answers and answers["verdict"] == "hurt":
-        verdict = "hurt"
-        sentence = f"Fine-tuning hurt: {_answers_words(answers)}; {_figures(held_out)}."
-    notes = [_general_sentence(general)]
+    verdict = held_out.verdict
+    if verdict == "helped" and general.verdict == "hurt" and general.difference > MARGIN:
+        verdict = "helped, at a cost"
+    more = f" (about {rows_needed(held_out):,} held-out rows would tell)" if verdict == "can't tell yet" else ""
+    if prompted and held_out.verdict == "helped":
+        more = _against_prompt(*prompted)
+    sentence = f"{_OPENINGS[verdict]}{more}: held-out {_losses(held_out)}."
+    judged = {name: getattr(held_out, name) for name in Judged.__struct_fields__}
+    found = {**judged, "verdict": verdict, "sentence": sentence}
+    notes = [f"On general questions of other kinds {_GENERAL[general.verdict]}: {_losses(general)}."]
+    notes += [_forgetting_words(forgetting)] if forgetting else []
+    if prompted:
+        found |= {"prompted": prompted[0], "examples": prompted[1]}
+        notes.append(f"Held against base with a prompt of {_examples(prompted[1])}: {_losses(prompted[0])}.")
     if answers:
-        notes.append(_answers_sentence(answers))
-    return {
-        **held_out,
-        "verdict": verdict,
-        "sentence": sentence,
-        "notes": notes,
-        "general": general,
-        "answers": answers,
-    }
+        base, tuned = answers.base["sound"], answers.tuned["sound"]
+        words = f"of {answers.prompts} prompts base answered {base} soundly and tuned {tuned}"
+        notes.append(f"{words.capitalize()}.")
+        if light := answers.penalised:
+            sound = f"{light.base['sound']} and {light.tuned['sound']}"
+            notes.append(f"With a repetition penalty of {PENALTY} the sound answers are {sound}.")
+        if answers.verdict == "hurt":
+            found |= {"verdict": "hurt", "sentence": f"Fine-tuning hurt: {words}; held-out {_losses(held_out)}."}
+    return Result(**found, notes=[*notes, METHOD], general=general, answers=answers, forgetting=forgetting)
 
 
-def _interval(base: Sequence[Score], tuned: Sequence[Score], seed: int) -> tuple[float, float, float]:
-    """(low, high, standard error) of the difference of mean losses, by bootstrap over rows.
+def _against_prompt(found: Judged, examples: Sequence[int]) -> str:
+    change = (f"{nats:+.2f}".replace("-", "−") for nats in (found.difference, *found.interval))
+    return _PROMPTED[found.verdict].format(_examples(examples), *change)
 
-    Percentiles of resampled sets of rows (Efron & Tibshirani 1993, chapter 13), taken further out by the factor that
-    the percentile interval of few rows is too narrow by (Hesterberg 2015, "What Teachers Should Know About the
-    Bootstrap", section 3.3: the expanded percentile interval).
+
+def _examples(numbers: Sequence[int]) -> str:
+    return "1 example" if len(numbers) == 1 else f"{len(numbers)} examples"
+
+
+def _forgetting_words(found: Forgetting) -> str:
+    words = (
+        f"Tuned has moved {found.kl_held_out:.3f} nats a token from base on the held-out rows and "
+        f"{found.kl_general:.3f} on the general ones (KL divergence)"
+    )
+    if found.questions:
+        words += (
+            f"; of {found.questions} general questions with one answer it lost {found.right_to_wrong} that base knew, "
+            f"and won {found.wrong_to_right}"
+        )
+    return f"{words}."
+
+
+def _interval(paired: Sequence[tuple[Score, Score]], groups: Sequence[str], seed: int) -> tuple[float, float, float]:
+    """(low, high, standard error) of the difference of mean losses, by bootstrap over groups of rows.
+
+    Rows of one group are drawn together, as they are not independent (Davison & Hinkley 1997, section 3.8; Cameron,
+    Gelbach & Miller 2008: the pairs cluster bootstrap); if all are of one group, rows are drawn. Percentiles of the
+    resampled sets (Efron & Tibshirani 1993, chapter 13) are taken further out by the factor that the percentile
+    interval of few groups is too narrow by (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section
+    3.3: the expanded percentile interval).
     """
     import numpy as np
     from scipy import stats
 
-    rows = len(base)
-    if rows < 2:
-        raise ValueError(f"{rows} rows leave no telling how much they differ; at least two are needed")
-    tokens = np.array([score.tokens for score in base], dtype=np.float64)
-    gained = np.array([t.nats - b.nats for b, t in zip(base, tuned, strict=True)])
+    if len(paired) < 2:
+        raise ValueError(f"{len(paired)} rows leave no telling how much they differ; at least two are needed")
+    places = {name: place for place, name in enumerate(dict.fromkeys(groups))}
+    of = [places[name] for name in groups] if len(places) > 1 else list(range(len(paired)))
+    tokens = np.bincount(of, [float(base.tokens) for base, _ in paired])
+    gained = np.bincount(of, [tuned.nats - base.nats for base, tuned in paired])
+    rows = len(tokens)
     if np.ptp(gained / tokens) == 0:  # every set of rows differs by the same
         return float(gained[0] / tokens[0]), float(gained[0] / tokens[0]), 0.0
     expanded = stats.norm.cdf(stats.t.ppf(0.025, rows - 1) * math.sqrt(rows / (rows - 1)))
@@ -130,71 +235,29 @@ def _interval(base: Sequence[Score], tuned: Sequence[Score], seed: int) -> tuple
     return low, high, float(found.standard_error)
 
 
-def _compared(paired: Sequence[tuple[Score, Score]]) -> dict[str, Any]:
+def _compared(paired: Sequence[tuple[Score, Score]]) -> Compared:
     base, tuned = (_summary(scores) for scores in zip(*paired, strict=True))
     changes = [t.nats / t.tokens - b.nats / b.tokens for b, t in paired]
-    return {
-        "base": base,
-        "tuned": tuned,
-        "difference": tuned["loss"] - base["loss"],
-        "wins": sum(change <= -_TIE for change in changes),
-        "ties": sum(abs(change) < _TIE for change in changes),
-        "losses": sum(change >= _TIE for change in changes),
-    }
+    return Compared(
+        base=base,
+        tuned=tuned,
+        difference=tuned.loss - base.loss,
+        wins=sum(change <= -_TIE for change in changes),
+        ties=sum(abs(change) < _TIE for change in changes),
+        losses=sum(change >= _TIE for change in changes),
+    )
 
 
-def _summary(scores: Sequence[Score]) -> dict[str, float]:
+def _summary(scores: Sequence[Score]) -> Losses:
     loss = mean_loss(scores)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "tokens": sum(score.tokens for score in scores),
-        "rows": len(scores),
-    }
+    tokens = sum(score.tokens for score in scores)
+    return Losses(loss=loss, perplexity=math.exp(min(loss, 700.0)), tokens=tokens, rows=len(scores))
 
 
-def _sentence(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    if found["verdict"] == "no difference" and not low <= 0 <= high:
-        return f"Fine-tuning made no practical difference (less than 1 % of perplexity): {_figures(found)}."
-    opening = {
-        "helped": "Fine-tuning helped",
-        "no difference": "Fine-tuning made no measurable difference",
-        "hurt": "Fine-tuning hurt",
-    }[found["verdict"]]
-    return f"{opening}: {_figures(found)}."
-
-
-def _figures(found: Mapping[str, Any]) -> str:
+def _losses(found: Judged) -> str:
+    low, high = found.interval
+    of = f" of {found.groups} contexts" if found.groups and found.groups < found.base.rows else ""
     return (
-        f"held-out loss {found['base']['loss']:.3f} before and {found['tuned']['loss']:.3f} after, a change of "
-        f"{_change(found)}"
+        f"loss {found.base.loss:.3f} before and {found.tuned.loss:.3f} after, a change of {found.difference:+.3f} nats "
+        f"per answer token (95 % interval {low:+.3f} to {high:+.3f}, {found.base.rows} rows{of})"
     )
-
-
-def _change(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return (
-        f"{found['difference']:+.3f} nats per answer token "
-        f"(95 % interval {low:+.3f} to {high:+.3f}, {found['base']['rows']} rows)"
-    )
-
-
-def _general_sentence(found: Mapping[str, Any]) -> str:
-    opening = {
-        "helped": "On general questions of other kinds it got better, too",
-        "no difference": "On general questions of other kinds nothing measurable was lost",
-        "hurt": "On general questions of other kinds it got worse",
-    }[found["verdict"]]
-    losses = f"loss {found['base']['loss']:.3f} before and {found['tuned']['loss']:.3f} after"
-    return f"{opening}: {losses}, a change of {_change(found)}."
-
-
-def _answers_sentence(answers: Mapping[str, Any]) -> str:
-    words = _answers_words(answers)
-    return f"{words[0].upper()}{words[1:]}."
-
-
-def _answers_words(answers: Mapping[str, Any]) -> str:
-    sound = {who: answers[who]["sound"] for who in ("base", "tuned")}
-    return f"of {answers['prompts']} fixed prompts base answered {sound['base']} soundly and tuned {sound['tuned']}"

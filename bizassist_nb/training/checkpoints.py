@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -16,16 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from bizassist_nb.core.errors import brief
 from bizassist_nb.core.files import discard, recover, replace_folder
 from bizassist_nb.data.tokens import ChatTokenizer
+from bizassist_nb.models.adapters import WEIGHTS
+from bizassist_nb.runs.records import BestScore, Damaged, decode
 
 CHECKSUMS: Final = "checksums.json"
 """Name of the file with the SHA-256 of every other file of a checkpoint, written when all of them are there."""
-_KEPT: Final = 2
-"""Checkpoints that are kept: the newest, and the one before, should the newest be damaged."""
 _SCORE: Final = "score.json"
 """Name of the file beside the best adapter that says its step and loss."""
 
@@ -75,29 +76,23 @@ def newest_checkpoint(
 def save_checkpoint(run_path: Path, step: int, write: Callable[[Path], object]) -> None:
     """Have `write` fill a folder of that name, and put that in its place: whole, or not at all.
 
-    Older ones than the one before it go, and those of later steps, which are being done again.
+    Of the others only the whole one before it stays, should this one be damaged; later steps are being done again.
 
     Raises:
         OSError: where it cannot be written; nothing half-written remains.
     """
     folder = run_path / "checkpoints"
-    part = folder / ".part" / f"checkpoint-{step}"
-    shutil.rmtree(part.parent, ignore_errors=True)  # a worker that was killed may have left one
-    # Not `parents`: a run's directory that is away would be made anew, in the way of the one that comes back.
-    for inner in (folder, part.parent, part):
-        inner.mkdir(exist_ok=True)
-    try:
-        with writing(part):
-            write(part)
+    folder.mkdir(exist_ok=True)  # not `parents`, as in `_aside`
+    with _aside(folder / f"checkpoint-{step}") as part:
+        write(part)
         files = [file for file in sorted(part.rglob("*")) if file.is_file() and file.name != CHECKSUMS]
         sums = {str(file.relative_to(part)): _checksum(file) for file in files}
         (part / CHECKSUMS).write_text(json.dumps(sums, indent=1), "utf-8")
-        replace_folder(part, folder / part.name)
-    finally:
-        shutil.rmtree(part.parent, ignore_errors=True)
-    older = [checkpoint for checkpoint in checkpoints(run_path) if checkpoint.step <= step][_KEPT:]
-    for checkpoint in [*older, *(later for later in checkpoints(run_path) if later.step > step)]:
-        discard(checkpoint.path)
+    before = (checkpoint for checkpoint in checkpoints(run_path) if checkpoint.step < step)
+    spare = next((checkpoint for checkpoint in before if not checkpoint.damage()), None)
+    for checkpoint in checkpoints(run_path):
+        if checkpoint.step != step and checkpoint != spare:
+            discard(checkpoint.path)
 
 
 def _checksum(file: Path) -> str:
@@ -106,32 +101,40 @@ def _checksum(file: Path) -> str:
 
 
 @contextmanager
-def writing(part: Path) -> Iterator[None]:
-    """Have what cannot be written into the folder `part` raise OSError, whoever writes it.
+def _aside(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which then replaces `target`: whole, or not at all.
 
-    safetensors has an error of its own for a full disk, torch.save a RuntimeError, and tokenizers a plain Exception.
-    transformers and PEFT make a folder that has gone away anew (`os.makedirs`), in the way of its coming back.
+    Every failure to write becomes an OSError: for a full disk safetensors raises an error of its own, torch.save a
+    RuntimeError, and tokenizers a plain Exception. Folders above it are not made: the directory of a run whose mount is
+    gone would be in the way when the mount comes back. transformers and PEFT do make them (`os.makedirs`).
     """
+    part = target.parent / ".part" / target.name
+    shutil.rmtree(part.parent, ignore_errors=True)  # a worker that was killed may have left one
+    part.parent.mkdir()
+    part.mkdir()
     before = part.stat()
     try:
-        yield
+        yield part
         if not os.path.samestat(before, part.stat()):
             shutil.rmtree(part)
             with contextlib.suppress(OSError):  # raised where what is above it has come back, and is not empty
                 os.removedirs(part.parent)
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(part))
+        replace_folder(part, target)
     except (SafetensorError, RuntimeError) as error:
         raise OSError(brief(error)) from error
-    except Exception as error:  # tokenizers raises just that, and nothing else is kept back
+    except Exception as error:  # tokenizers raises just that, and nothing else is hidden
         if type(error) is not Exception:
             raise
         raise OSError(str(error)) from error
+    finally:
+        shutil.rmtree(part.parent, ignore_errors=True)
 
 
 def clear(run_path: Path) -> None:
     """Delete what was left half-written or half-deleted: by a worker that was killed, or that could not delete it."""
-    left = [path for name in ("best", "adapter") for path in run_path.glob(f".{name}.*")]
-    for path in [*left, *(run_path / "checkpoints").glob(".*")]:
+    names = (".part", ".best.*", ".adapter.*", "checkpoints/.*")
+    for path in itertools.chain.from_iterable(map(run_path.glob, names)):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -139,16 +142,23 @@ class Best:
     """The adapter that scored best on the held-out rows so far, with its step and loss, in RUN/best/."""
 
     def __init__(self, run_path: Path):
-        """Look into the run's directory: a resumed run goes on with what it had."""
+        """Look into the run's directory: a resumed run goes on with what it had, if that is whole."""
         self.path = run_path / "best"
         recover(self.path)
         self.step, self.loss = 0, float("inf")
-        if (record := self.path / _SCORE).is_file():
-            known = json.loads(record.read_text("utf-8"))
-            self.step, self.loss = known["step"], known["loss"]
+        self.damage: Damaged | None = None
+        """The event that says why what was there is not used, if so."""
+        if self.path.is_dir():
+            try:
+                known = decode((self.path / _SCORE).read_bytes(), BestScore)
+                with safe_open(self.path / WEIGHTS, "pt"):  # its header says how long it is
+                    self.step, self.loss = known.step, known.loss
+            except (OSError, ValueError, SafetensorError) as error:
+                instead = "the best adapter so far is taken from the steps that follow"
+                self.damage = Damaged(checkpoint=str(self.path), reason=brief(error), instead=instead)
 
     def offer(self, step: int, loss: float, model: Any, chat: ChatTokenizer) -> None:
-        """Keep the model's adapter if it is the best, or in the place of one of a step that is done again."""
+        """Save the model's adapter if it is the best, or if a resumed run does the best one's step again."""
         if loss < self.loss or step <= self.step:
             save_adapter(self.path, model, chat, {_SCORE: json.dumps({"step": step, "loss": loss})})
             self.step, self.loss = step, loss
@@ -158,7 +168,7 @@ class Best:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        set_peft_model_state_dict(model, load_file(self.path / "adapter_model.safetensors"))
+        set_peft_model_state_dict(model, load_file(self.path / WEIGHTS))
 
     def forget(self) -> None:
         """Delete it: the run's adapter is the same, or better."""
@@ -166,23 +176,16 @@ class Best:
 
 
 def save_adapter(target: Path, model: Any, chat: ChatTokenizer, notes: dict[str, str] | None = None) -> None:
-    """The adapter with its tokenizer and template, and `notes` by file name, written aside and put in place whole.
+    """Write the adapter with its tokenizer and template, and `notes` by file name.
 
-    The one before is there until then, whatever becomes of the writing.
+    It replaces the one before when it is whole.
 
     Raises:
         OSError: where it cannot be written; nothing half-written remains.
     """
-    part = target.with_name(f".{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # a worker that was killed may have left one
-    part.mkdir()  # and no folder above it: see `save_checkpoint`
-    try:
-        with writing(part):
-            model.save_pretrained(part, safe_serialization=True)
-            chat.tokenizer.save_pretrained(part)
+    with _aside(target) as part:
+        model.save_pretrained(part, safe_serialization=True)
+        chat.tokenizer.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run has its own
         for name, text in (notes or {}).items():
             (part / name).write_text(text, "utf-8")
-        replace_folder(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -1,17 +1,23 @@
 """A micro-batch's forward and backward pass as one CUDA graph, for plain transformers on a fast GPU.
 
 Such a GPU waits for its host, which takes longer to launch a pass's thousands of kernels than they take to run.
-Captured once for each length of rows and replayed, they cost no launches. So that there are fewer kernels to begin
-with, a linear layer with its adapter, a norm and the loss are each computed in one go while a pass is captured.
+A pass is captured once for each size, and its replay costs no launches. Rows lie end to end in it, so that little of it
+is padding. To have fewer kernels to begin with, a captured pass computes a linear layer with its adapter, a norm and
+the loss each in one function, and attention without a mask.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+import functools
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, Self
 
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers import AttentionInterface
 
 from bizassist_nb.core.errors import brief
 from bizassist_nb.data.tokens import IGNORED
@@ -23,162 +29,190 @@ _NORMS: Final = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm
 """Norms that torch's `rms_norm` computes; other models' multiply by something else."""
 
 
+_CAPTURE: Final = 6000
+"""Tokens that an H100 trains a 7B model on in the time in which it captures a pass."""
+_ATTENTION: Final = "bizassist_end_to_end"
+_LAYERS: Final = {"full_attention", "sliding_attention"}
+"""Kinds of attention layers that `_attention` computes."""
+
+
 class CaptureError(Exception):
-    """What this model does in a pass cannot be captured."""
+    """A pass of this model cannot be captured."""
 
 
-@dataclasses.dataclass
+def sizes(tokens: Sequence[int]) -> list[int]:
+    """The sizes of passes to capture for micro-batches of so many tokens, the largest last.
+
+    Capturing them and computing their padding take the least time together: dynamic programming over the sizes that
+    occur, of which each is captured, or padded to the next that is.
+    """
+    occurring = sorted(Counter(map(padded, tokens)).items())
+    batches = [0, *itertools.accumulate(count for _, count in occurring)]
+    filled = [0, *itertools.accumulate(size * count for size, count in occurring)]
+    best: list[tuple[int, list[int]]] = [(0, [])]  # (tokens of padding and captures, sizes), by how many are covered
+    for end, (size, _) in enumerate(occurring, 1):
+        ways = (
+            (best[start][0] + _CAPTURE + size * (batches[end] - batches[start]) - (filled[end] - filled[start]), start)
+            for start in range(end)
+        )
+        cost, start = min(ways)
+        best.append((cost, [*best[start][1], size]))
+    return best[-1][1]
+
+
 class _Pass:
-    """The pass of rows of one length: what it reads, and how it is done."""
+    """The tensors that a pass of one size reads, and what computes it.
 
-    ids: torch.Tensor
-    labels: torch.Tensor
-    run: Callable[[], None]
+    Rows lie end to end, and what is left of the pass counts as one row more, of which nothing is learned.
+    """
+
+    def __init__(self, rows: int, size: int, device: Any):
+        self.ids = torch.zeros(1, size, dtype=torch.int64, device=device)
+        self.labels = torch.full_like(self.ids, IGNORED)
+        self.positions = torch.zeros_like(self.ids)
+        self.starts = torch.zeros(rows + 2, dtype=torch.int32, device=device)
+        """Where each row begins, and where the last ends; there may be empty ones."""
+        self.starts[-1] = size
+        self.run: Callable[[], None] = lambda: None
+        self._counted = torch.arange(size, device=device)
+
+    def fill(self, ids: torch.Tensor, labels: torch.Tensor, lengths: Sequence[int]) -> None:
+        """Lay the first `lengths` tokens of these rows (rows, tokens) end to end."""
+        self.ids.zero_()
+        self.labels.fill_(IGNORED)
+        starts = [0, *itertools.accumulate(lengths)]
+        for row, (start, end) in enumerate(itertools.pairwise(starts)):
+            self.ids[0, start:end] = ids[row, : end - start]
+            self.labels[0, start + 1 : end] = labels[row, 1 : end - start]  # nothing before it predicts its first token
+            self.positions[0, start:end] = self._counted[: end - start]
+        empty = [starts[-1]] * (len(self.starts) - 1 - len(starts))
+        ends = torch.tensor([*starts, *empty, self.ids.shape[1]], dtype=torch.int32)
+        self.starts.copy_(ends, non_blocking=True)
 
 
 class Graphs:
-    """The passes of a model with one adapter, through which gradients add up until the trainer lets go of them.
+    """The passes of a model with one adapter; gradients add up until the trainer sets them to None.
 
-    On a CPU, which has no graphs, the same is computed outright.
+    On a CPU, which has no graphs, the same functions are called directly.
     """
 
-    def __init__(self, model: Any, rows: int, longest: int, *, unpacked: bool):
-        """For micro-batches of so many rows, or fewer, the longest of which has so many tokens a row.
+    def __init__(self, model: Any, rows: int, tokens: Sequence[int], *, unpacked: bool):
+        """For micro-batches of at most so many rows; `tokens` is how many each of a run's has.
 
-        With `unpacked`, the base's matrices are held in 16 bits besides, so that no pass has to unpack them.
+        With `unpacked`, the base's matrices are stored in 16 bits besides, so that no pass has to unpack them.
         """
-        self._model, self._rows, self._longest, self._unpacked = model, rows, padded(longest), unpacked
+        self._model, self._rows, self._sizes, self._unpacked = model, rows, sizes(tokens), unpacked
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        sizes, device = [parameter.numel() for parameter in self._parameters], model.device
-        self._flat = torch.zeros(sum(sizes), device=device)
-        parts = zip(torch.split(self._flat, sizes), self._parameters, strict=True)
+        counts, device = [parameter.numel() for parameter in self._parameters], model.device
+        self._flat = torch.zeros(sum(counts), device=device)
+        parts = zip(torch.split(self._flat, counts), self._parameters, strict=True)
         self._gradients = [part.view_as(parameter) for part, parameter in parts]
         self._rounded: list[torch.Tensor] = []
         self._linears: dict[Any, _Linear] = {}
         self._count = torch.ones((), device=device)
         self._loss = torch.zeros((), device=device)
         self._passes: dict[int, _Pass] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self.capturing = 0.0
+        """Seconds that captures took, and what is prepared for them."""
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
-    def __call__(self, ids: torch.Tensor, labels: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-        """The loss over `count` learned tokens of all of a step, to which these rows (rows, tokens) add theirs.
+    def __call__(
+        self, ids: torch.Tensor, labels: torch.Tensor, lengths: Sequence[int], count: torch.Tensor | int
+    ) -> torch.Tensor:
+        """The share of these rows (rows, tokens) in the mean loss over the `count` learned tokens of a step.
 
-        Their gradients are added to the adapter's, which begin at zero where the trainer has none.
+        Rows are padded at their ends; `lengths` is how many tokens each has. Their gradients are added to the
+        adapter's, which begin at zero where the trainer has none.
 
         Raises:
             CaptureError: if the pass cannot be captured.
             torch.OutOfMemoryError: if there is no room for it.
         """
-        if not self._passes:
-            self._prepare()
+        began = time.monotonic()
+        passing = self._pass(min(size for size in self._sizes if size >= sum(lengths)))
+        self.capturing += time.monotonic() - began
         if self._parameters[0].grad is None:
             self._flat.zero_()
             with torch.no_grad():
                 torch._foreach_copy_(self._rounded, self._parameters)
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
-        one = self._pass(padded(ids.shape[1]))
-        one.ids.zero_()
-        one.labels.fill_(IGNORED)
-        one.ids[: ids.shape[0], : ids.shape[1]] = ids
-        one.labels[: ids.shape[0], : ids.shape[1]] = labels
+        passing.fill(ids, labels, lengths)
         self._count.copy_(torch.as_tensor(count))
-        one.run()
+        passing.run()
         return self._loss.clone()
 
-    @property
-    def _on_gpu(self) -> bool:
-        return bool(self._model.device.type == "cuda")
+    def _pass(self, size: int) -> _Pass:
+        """The pass of that size; the largest is captured first.
 
-    def _prepare(self) -> None:
-        """Gather what passes read, and capture the longest first: the others find room in its memory, and if there is
-        none for it, that shows at once.
+        The others fit in its memory, and if memory runs out over it, it does so at once.
         """
-        if not _computable(self._model):
-            raise CaptureError("it has dropout, or an output layer of another kind")
-        dtype = self._model.get_output_embeddings().weight.dtype
-        self._rounded = [torch.zeros_like(parameter, dtype=dtype) for parameter in self._parameters]
-        place = {parameter: i for i, parameter in enumerate(self._parameters)}
-        for module in self._model.modules():
-            if isinstance(module, LoraLayer):
-                self._linears[module] = self._linear(module, place)
-        if self._on_gpu:
-            self._warm_up()
-            self._passes[self._longest] = self._captured(self._longest)
-
-    def _linear(self, layer: Any, place: Mapping[Any, int]) -> "_Linear":
-        (name,) = layer.active_adapters
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        weight = layer.base_layer.weight
-        return _Linear(
-            weight=_matrix(weight) if self._unpacked else weight,
-            bias=layer.base_layer.bias,
-            a=a,
-            b=b,
-            rounded=(self._rounded[place[a]], self._rounded[place[b]]),
-            gradients=(self._gradients[place[a]], self._gradients[place[b]]),
-            scaling=layer.scaling[name],
-        )
-
-    def _pass(self, length: int) -> _Pass:
-        if length not in self._passes:
-            self._passes[length] = self._captured(length) if self._on_gpu else self._outright(length)
-        return self._passes[length]
-
-    def _outright(self, length: int) -> _Pass:
-        ids, labels = self._rows_of(length)
-
-        def run() -> None:
-            with _lean(self._model, self._linears):
-                self._compute(ids, labels)
-
-        return _Pass(ids, labels, run)
-
-    def _captured(self, length: int) -> _Pass:
-        ids, labels = self._rows_of(length)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with _lean(self._model, self._linears), torch.cuda.graph(graph, pool=self._pool):
-                self._compute(ids, labels)
+            if not self._passes:
+                self._prepare()
+                if self._pool and size != self._sizes[-1]:
+                    self._capture(self._sizes[-1])
+            if size not in self._passes:
+                self._capture(size)
         except RuntimeError as error:
-            first = error.__context__  # ending a capture that has failed fails, too
+            # Ending a capture that has failed fails, too: the first error is the context of the second.
+            first = error if isinstance(error, torch.OutOfMemoryError) else error.__context__ or error
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
-            raise CaptureError(brief(first or error)) from error
-        return _Pass(ids, labels, graph.replay)
+            raise CaptureError(brief(first)) from error
+        return self._passes[size]
 
-    def _warm_up(self) -> None:
-        """Compute once what is to be captured: libraries set up in it what they cannot while capturing."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no annotation there
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            try:
-                self._outright(padded(1)).run()
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise CaptureError(brief(error)) from error
-        torch.cuda.current_stream().wait_stream(side)
+    def _capture(self, size: int) -> None:
+        passing = _Pass(self._rows, size, self._model.device)
+        if self._pool:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._compute(passing)
+            passing.run = graph.replay
+        else:
+            passing.run = lambda: self._compute(passing)
+        self._passes[size] = passing
 
-    def _rows_of(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.zeros(self._rows, length, dtype=torch.int64, device=self._model.device)
-        return ids, torch.full_like(ids, IGNORED)
+    def _prepare(self) -> None:
+        """Prepare the layers, and compute a pass: libraries set themselves up, which they cannot while capturing."""
+        if not _computable(self._model):
+            raise CaptureError("it has dropout, or an output layer or attention of another kind")
+        dtype = self._model.get_output_embeddings().weight.dtype
+        self._rounded = [torch.zeros_like(parameter, dtype=dtype) for parameter in self._parameters]
+        tensors = dict(zip(self._parameters, zip(self._rounded, self._gradients, strict=True), strict=True))
+        for layer in self._model.modules():
+            if isinstance(layer, LoraLayer):
+                self._linears[layer] = _Linear.of(layer, tensors, self._unpacked)
+        if self._pool:
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no annotation there
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._compute(_Pass(self._rows, padded(1), self._model.device))
+            torch.cuda.current_stream().wait_stream(side)
 
-    def _compute(self, ids: torch.Tensor, labels: torch.Tensor) -> None:
-        """Forward and back. Rows are padded at their end, which no token before it sees, so there is no mask."""
+    def _compute(self, rows: _Pass) -> None:
+        """Forward and back."""
         causal = self._model.get_base_model()
-        hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        loss = _Loss.apply(  # type: ignore[no-untyped-call]
-            hidden, causal.get_output_embeddings().weight, labels[:, 1:].reshape(-1), self._count
-        )
-        loss.backward()
-        self._loss.copy_(loss.detach())
+        with _lean(self._model, self._linears):
+            hidden = causal.base_model(
+                input_ids=rows.ids, position_ids=rows.positions, use_cache=False, cu_seq_lens_q=rows.starts
+            ).last_hidden_state
+            loss = _Loss.apply(  # type: ignore[no-untyped-call] # torch gives it no type
+                hidden[0, :-1], causal.get_output_embeddings().weight, rows.labels[0, 1:], self._count
+            )
+            loss.backward()
+            self._loss.copy_(loss.detach())
 
 
 def _computable(model: Any) -> bool:
-    """Whether the loss and the adapters of such a model are what is computed here."""
+    """Whether `_Loss`, `_Adapted` and `_attention` compute what this model does."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if not model.get_base_model()._supports_attention_backend or not _LAYERS.issuperset(
+        getattr(config, "layer_types", None) or ()
+    ):
+        return False  # the first is what transformers itself asks before it takes another's attention
+    if getattr(config, "attn_logit_softcapping", None) or getattr(config, "attention_dropout", 0):
+        return False
     scales = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling", "output_multiplier"))
     if getattr(config, "final_logit_softcapping", None) or any(scale not in (None, 1) for scale in scales):
         return False
@@ -189,26 +223,54 @@ def _computable(model: Any) -> bool:
 
 @contextlib.contextmanager
 def _lean(model: Any, linears: "Mapping[Any, _Linear]") -> Iterator[None]:
-    """Have linear layers with adapters, and norms, compute by fewer kernels."""
-    changed = []
+    """Replace attention, and the `forward` of linear layers with adapters and of norms, by ones with fewer kernels."""
+    changed, config = [], model.config.get_text_config()
+    attention, config._attn_implementation = config._attn_implementation, _ATTENTION
     for module in model.modules():
         if module in linears:
             module.forward = linears[module]
         elif type(module).__name__ in _NORMS:
-            module.forward = _norm(module)
+            known = {"weight": module.weight, "eps": module.variance_epsilon}
+            norm = torch.nn.functional.rms_norm
+            module.forward = functools.partial(norm, normalized_shape=module.weight.shape, **known)
         else:
             continue
         changed.append(module)
     try:
         yield
     finally:
+        config._attn_implementation = attention
         for module in changed:
             del module.forward
 
 
-def _norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    shape, weight, eps = module.weight.shape, module.weight, module.variance_epsilon
-    return lambda x: torch.nn.functional.rms_norm(x, shape, weight, eps)
+def _attention(
+    _layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: None, **known: Any
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each row of a pass; (1, heads, tokens, width) each, to (1, tokens, heads, width).
+
+    transformers calls it for each layer, and has no mask made for it, as it knows none of that name.
+    """
+    starts, scale, window = known["cu_seq_lens_q"], known["scaling"], known.get("sliding_window")
+    tokens = query.shape[2]
+    if query.device.type == "cuda":
+        q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+        left = None if window is None else window - 1
+        out = torch.ops.aten._flash_attention_forward(
+            q, k, v, starts, starts, tokens, tokens, 0.0, True, False, scale=scale, window_size_left=left
+        )[0]
+        return out[None], None
+    place = torch.arange(tokens)
+    row = torch.searchsorted(starts, place, right=True, out_int32=True)
+    back = place[:, None] - place
+    seen = (row[:, None] == row) & (back >= 0) & (back < (window or tokens))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,18 +286,27 @@ class _Linear:
     rounded: tuple[torch.Tensor, torch.Tensor]
     """A and B in the dtype of arithmetic."""
     gradients: tuple[torch.Tensor, torch.Tensor]
-    """To which theirs are added."""
+    """The adapter's gradients, to which those of a pass are added."""
     scaling: float
+
+    @classmethod
+    def of(cls, layer: LoraLayer, tensors: Mapping[Any, tuple[torch.Tensor, torch.Tensor]], unpacked: bool) -> Self:
+        """`tensors` has each parameter's copy in the dtype of arithmetic, and its gradient."""
+        (name,) = layer.active_adapters
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        rounded, gradients = zip(tensors[a], tensors[b], strict=True)
+        base = layer.base_layer
+        weight = _matrix(base.weight) if unpacked else base.weight
+        return cls(weight, base.bias, a, b, rounded, gradients, layer.scaling[name])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) to (..., N)."""
-        # torch has no annotation of `apply`.
-        out: torch.Tensor = _Adapted.apply(x, self.a, self.b, self)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Adapted.apply(x, self.a, self.b, self)  # type: ignore[no-untyped-call] # torch gives it no type
         return out
 
 
 class _Adapted(torch.autograd.Function):
-    """What a `_Linear` computes; cuBLAS adds the adapter's share while it multiplies."""
+    """Computes a `_Linear`; cuBLAS adds the adapter's share while it multiplies."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: _Linear) -> torch.Tensor:
@@ -252,7 +323,7 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """Of x; those of A and B are added where they belong."""
+        """The gradient of x; those of A and B are added to the layer's."""
         layer, (flat, inner) = ctx.layer, ctx.saved_tensors
         a, b = layer.rounded
         out = gradient.reshape(-1, gradient.shape[-1])
@@ -274,7 +345,7 @@ def _matrix(weight: Any) -> torch.Tensor:
 
 
 class _Loss(torch.autograd.Function):
-    """Cross-entropy of an output layer that is not trained: its gradient comes with it, so no logits are kept."""
+    """Cross-entropy of a frozen output layer: the forward pass computes the gradient too, and stores no logits."""
 
     @staticmethod
     def forward(
@@ -297,6 +368,6 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """Of hidden alone."""
+        """The gradient of hidden."""
         (of_hidden,) = ctx.saved_tensors
         return of_hidden * gradient.to(of_hidden.dtype), None, None, None

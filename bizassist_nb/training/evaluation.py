@@ -1,62 +1,36 @@
 """The loss of given answers under a model: a run's held-out rows, and general ones."""
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any, Final
+from typing import Any
 
 from bizassist_nb.assistant.loaded import loaded_base
-from bizassist_nb.core.errors import out_of_memory
+from bizassist_nb.core.errors import DataError
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
+from bizassist_nb.data.chat import Message, row_messages, with_examples
+from bizassist_nb.data.overlap import group
 from bizassist_nb.data.rows import Row, read_table
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.models.adapters import adapter_folder
 from bizassist_nb.results.verdict import Score, assess, judge
-from bizassist_nb.runs.rows import rows_of
+from bizassist_nb.runs.records import AnswerCounts, Forgetting, Result
+from bizassist_nb.runs.rows import prompt_examples, rows_of, validation_of
 from bizassist_nb.runs.run import RunDirectory
-from bizassist_nb.training.distributed.rank import scorers
-
-_BATCH_LOGITS: Final = 4096 * 32768
-"""Logits, padding included, that are computed at once: 4,096 tokens of Mistral's vocabulary, 0.5 GB in float32."""
+from bizassist_nb.training.scoring import Off, Pair, pairs, score
 
 
-def score(
-    model: Any, examples: Sequence[Example], *, pad_id: int, between: Callable[[], None] = lambda: None
-) -> list[Score]:
-    """Each example's summed negative log-likelihood over its labelled tokens, in the order given.
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the verdict is made from."""
 
-    Where memory runs out, what is left goes on in batches of half the size, down to a row at a time; not where the base
-    is sharded over several ranks, which must take the same batches: there each scores its share of every batch, and
-    all have all scores. `between` is called between batches; what it raises ends the scoring.
-    """
-    rank = scorers()
-    training = model.training
-    model.eval()
-    scores: dict[int, Score] = {}
-    waiting = _batches(examples, range(len(examples)), _BATCH_LOGITS // model.config.vocab_size)
-    try:
-        while waiting:
-            between()
-            batch = waiting[0]
-            mine = batch[rank.number :: rank.count]
-            rows = mine or batch[:1]  # not to be counted, but the others need this rank's part of the weights
-            found = _nats_or_less(model, [examples[i] for i in rows], pad_id, split=len(batch) > 1 and not rank.sharded)
-            if found is None:
-                half = len(batch) * len(examples[batch[-1]].input_ids) // 2
-                waiting = _batches(examples, itertools.chain(*waiting), half)
-                continue
-            del waiting[0]
-            for index, nats in zip(mine, found, strict=bool(mine)):
-                example = examples[index]
-                tokens = sum(label != IGNORED for label in example.labels[1:])
-                scores[index] = Score(example.number, nats, tokens, example.category)
-    finally:
-        model.train(training)
-        if rank.sharded:  # else embeddings stay gathered until something is saved, which is in the first rank alone
-            model.reshard()
-    everyone = {index: score for theirs in rank.all_gather(scores) for index, score in theirs.items()}
-    return [everyone[index] for index in range(len(examples))]
+    test: list[Pair]
+    general: list[Pair]
+    prompted: list[Score]
+    """The test rows under base with examples in its prompt; empty where the model cannot read that much."""
 
 
 class EvaluationSet:
@@ -64,40 +38,88 @@ class EvaluationSet:
     forgotten. Those ship with the package and are not cut where training rows are, so all runs have the same.
     """
 
-    def __init__(self, chat: ChatTokenizer, settings: Settings, rows: Sequence[Row], held_out: Sequence[Example]):
-        """`rows` are the held-out ones, and `held_out` those of them that can be used, tokenised."""
+    def __init__(
+        self, chat: ChatTokenizer, settings: Settings, training: Sequence[Row], sides: tuple[list[Row], list[Row]]
+    ):
+        """`sides` are the validation and the test rows, as `runs.rows.validation_of` gives them.
+
+        Raises:
+            DataError: if too few of them can be used.
+        """
+        system, (validation, test) = settings.system_prompt, sides
         with resources.as_file(resources.files("bizassist_nb.data") / "samples" / "general.jsonl") as path:
             general = read_table(str(path)).rows
-        self.held_out = list(held_out)
-        self.general, _ = chat.examples(
-            general, system_prompt=settings.system_prompt, max_length=max(1024, settings.max_length)
+            answers = [json.loads(line).get("known") for line in path.read_text("utf-8").splitlines()]
+        held_out = {row.number: row for row in [*validation, *test]}
+        self.held_out, self.too_long = chat.examples(
+            list(held_out.values()), system_prompt=system, max_length=settings.max_length
         )
+        self.split = validation != test
+        """Whether validation rows are others than the test rows."""
+        numbers = [{row.number for row in side} for side in sides]
+        self.validation, self.test = ([one for one in self.held_out if one.number in side] for side in numbers)
+        if len(self.test) < 2 or not self.validation:
+            raise DataError("all held-out rows but one are longer than max_length; raise it, or raise held_out")
+        self.general, _ = chat.examples(general, system_prompt=system, max_length=max(1024, settings.max_length))
+        self._known = {one.number: _places(chat, one, answers[one.number - 1]) for one in self.general}
+        self._rows = prompt_examples(training)
+        self._prompted = [
+            _prompted(chat, one, row_messages(held_out[one.number], system), self._rows) for one in self.test
+        ]
         self._pad_id, self._seed = chat.pad_id, settings.seed
-        self._questions = [{row.number: row.instruction for row in some} for some in (rows, general)]
+        self._questions = [{row.number: row.instruction for row in some} for some in (test, general)]
+        self._groups = {row.number: group(row) for row in test}
 
-    def on_held_out(self, model: Any, between: Callable[[], None] = lambda: None) -> list[Score]:
-        """Scores of the held-out rows."""
-        return score(model, self.held_out, pad_id=self._pad_id, between=between)
+    def score(self, model: Any, between: Callable[[], None] = lambda: None) -> list[Score]:
+        """Scores of the validation rows, which the curve shows: all held-out rows where nothing is chosen by them."""
+        return score(model, self.validation, pad_id=self._pad_id, between=between)
 
-    def on_general(self, model: Any, between: Callable[[], None] = lambda: None) -> list[Score]:
-        """Scores of the general rows."""
-        return score(model, self.general, pad_id=self._pad_id, between=between)
-
-    def result(
-        self,
-        base: tuple[list[Score], list[Score]],
-        tuned: tuple[list[Score], list[Score]],
-        answers: dict[str, Any] | None,
-    ) -> dict[str, Any]:
-        """What evaluation.json holds (see `results.verdict.assess`), from (held-out, general) scores of each."""
-        held_out, general = (
-            judge(b, t, seed=self._seed, questions=asked)
-            for b, t, asked in zip(base, tuned, self._questions, strict=True)
+    def compare(self, model: Any, off: Off, between: Callable[[], None] = lambda: None) -> Scores:
+        """Test and general rows under base and tuned, and test rows under the prompted base."""
+        test, general = (
+            pairs(model, off, some, pad_id=self._pad_id, between=between) for some in (self.test, self.general)
         )
-        return assess(held_out, general, answers)
+        prompted: list[Score] = []
+        if max(len(one.input_ids) for one in self._prompted) <= model.config.max_position_embeddings:
+            with off():
+                prompted = score(model, self._prompted, pad_id=self._pad_id, between=between)
+        return Scores(test, general, prompted)
+
+    def result(self, scores: Scores, answers: AnswerCounts | None) -> Result:
+        """The verdict."""
+        test, general = (
+            ([one.base for one in some], [one.tuned for one in some]) for some in (scores.test, scores.general)
+        )
+        asked, general_asked = self._questions
+        on_test = functools.partial(judge, tuned=test[1], seed=self._seed, questions=asked, groups=self._groups)
+        prompted = None
+        if scores.prompted:
+            prompted = on_test(scores.prompted), tuple(row.number for row in self._rows)
+        judged = on_test(test[0]), judge(*general, seed=self._seed, questions=general_asked)
+        return assess(*judged, answers, prompted, self._forgetting(scores))
+
+    def _forgetting(self, scores: Scores) -> Forgetting:
+        """How far tuned has moved, and the questions with one answer that it lost and won.
+
+        Such a question is answered rightly where the model, having read the given answer up to there, would have gone
+        on with each of the known words' tokens (LAMBADA's measure: Paperno et al. 2016, arXiv:1606.06031).
+        """
+        known = [(one, places) for one in scores.general if (places := self._known[one.base.row])]
+        right = [tuple(all(side[place] for place in places) for side in one.likeliest) for one, places in known]
+        held_out, general = (
+            sum(one.divergence for one in some) / sum(one.base.tokens for one in some)
+            for some in (scores.test, scores.general)
+        )
+        return Forgetting(
+            kl_held_out=held_out,
+            kl_general=general,
+            right_to_wrong=right.count((True, False)),
+            wrong_to_right=right.count((False, True)),
+            questions=len(right),
+        )
 
 
-def evaluate(run: RunDirectory) -> dict[str, Any]:
+def evaluate(run: RunDirectory) -> Result:
     """Score base and tuned anew and have both answer the fixed prompts, all with plain transformers; evaluation.json,
     answers.json and the run's model card are written anew, too.
 
@@ -106,76 +128,37 @@ def evaluate(run: RunDirectory) -> dict[str, Any]:
         DataError: if its rows cannot be read.
         RunError: if they are not those it began with.
     """
-    settings = run.settings
     adapter_folder(run)  # what cannot be done is said before anything heavy is loaded
-    _, _, rows = rows_of(run)
+    _, training, held_out = rows_of(run)
+    sides = validation_of(run, held_out)
 
     from bizassist_nb.assistant.decoding import scaled
     from bizassist_nb.results.model_card import write_card
     from bizassist_nb.training.fixed_prompts import answer_run
 
-    loaded = loaded_base(run.model)
+    loaded = loaded_base(run.model, run.environment.revision)
     adapter = loaded.adapter(run)
-    held, _ = loaded.chat.examples(rows, system_prompt=settings.system_prompt, max_length=settings.max_length)
-    evaluation_set = EvaluationSet(loaded.chat, settings, rows, held)
+    evaluation_set = EvaluationSet(loaded.chat, run.settings, training, sides)
     loaded.use([adapter])
-    with scaled(loaded.model, {}):
-        base = evaluation_set.on_held_out(loaded.model), evaluation_set.on_general(loaded.model)
-    tuned = evaluation_set.on_held_out(loaded.model), evaluation_set.on_general(loaded.model)
-    result = evaluation_set.result(base, tuned, answer_run(run))
+    scores = evaluation_set.compare(loaded.model, lambda: scaled(loaded.model, {}))
+    result = evaluation_set.result(scores, answer_run(run))
     write_json(run.path / "evaluation.json", result)
     write_card(run)
     return result
 
 
-def _batches(examples: Sequence[Example], which: Iterable[int], tokens: int) -> list[list[int]]:
-    """The indices `which` of examples, by rising length, at most so many tokens a batch, or a single longer one."""
-    batches: list[list[int]] = []
-    for index in sorted(which, key=lambda index: len(examples[index].input_ids)):
-        # Lengths rise, so the newest is the batch's longest.
-        if not batches or (len(batches[-1]) + 1) * len(examples[index].input_ids) > tokens:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+def _prompted(chat: ChatTokenizer, example: Example, messages: list[Message], rows: Sequence[Row]) -> Example:
+    """A test row with other rows as earlier turns; what is scored is the same."""
+    answer = example.input_ids[len(chat.prompt(messages[:-1])) :]
+    prompt = chat.prompt(with_examples(messages[:-1], rows))
+    return dataclasses.replace(example, input_ids=prompt + answer, labels=[IGNORED] * len(prompt) + answer)
 
 
-def _nats_or_less(model: Any, examples: Sequence[Example], pad_id: int, *, split: bool) -> list[float] | None:
-    """`_nats`; None where memory ran out and the examples may be `split`."""
-    import torch
-
-    try:
-        # Not inference_mode: a sharded base would keep what it gathers in, which training could not use.
-        with torch.no_grad():
-            return _nats(model, examples, pad_id)
-    except (RuntimeError, MemoryError) as error:
-        if not split or not out_of_memory(error):
-            raise
-    # Only now, when the error is gone and with it the frames that hold the batch's tensors.
-    torch.cuda.empty_cache()
-    return None
-
-
-def _nats(model: Any, examples: Sequence[Example], pad_id: int) -> list[float]:
-    """Summed negative log-likelihood of each, from one pass over all of them."""
-    import torch
-
-    width = max(len(example.input_ids) for example in examples)
-
-    def padded(lists: list[list[int]], value: int) -> torch.Tensor:
-        rows = [ids + [value] * (width - len(ids)) for ids in lists]
-        return torch.tensor(rows, device=model.device)
-
-    ids = padded([example.input_ids for example in examples], pad_id)
-    labels = padded([example.labels for example in examples], IGNORED)
-    mask = padded([[1] * len(example.input_ids) for example in examples], 0)
-    # Only positions that predict an answer need the vocabulary's worth of logits.
-    first = int((labels != IGNORED).any(dim=0).nonzero()[0]) - 1
-    keep = width - max(first, 0)
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
-    targets = labels[:, -keep + 1 :]
-    # Flat, because over a dimension that is not the last torch sums float32 naively on a CPU: 1e-4 nats a token off.
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].to(exact).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view(targets.shape)
-    return [float(nats) for nats in losses.double().sum(dim=1)]
+def _places(chat: ChatTokenizer, example: Example, words: str | None) -> list[int]:
+    """The places of these words' tokens among the answer's."""
+    if words is None:
+        return []
+    answer = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+    ends = [len(chat.decode(answer[:count])) for count in range(len(answer) + 1)]
+    start = chat.decode(answer).index(words)
+    return [place for place in range(len(answer)) if ends[place + 1] > start and ends[place] < start + len(words)]

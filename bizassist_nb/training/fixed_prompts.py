@@ -6,6 +6,7 @@ for all rows), and what is to be judged is what the user's chat will say, which 
 """
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -17,16 +18,21 @@ from typing import Any, Final
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.generation import Generation
-from bizassist_nb.data.chat import conversation
+from bizassist_nb.data.chat import conversation, row_messages
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.models import base as models
-from bizassist_nb.results.degeneration import counted, prompts, signs
+from bizassist_nb.results.degeneration import PENALTY, counted, endless, prompts, signs
+from bizassist_nb.runs.records import Answer, AnswerCounts, Answers, Data
+from bizassist_nb.runs.rows import rows_of, validation_of
 from bizassist_nb.runs.run import RunDirectory
+from bizassist_nb.training.memory import in_halves
 
-_WHO: Final = ("base", "tuned")
+_PROMPTS: Final = 40
+_LONGEST: Final = 512
+"""Tokens of a test row's question that is among the prompts."""
 
 
-def answer_run(run: RunDirectory) -> dict[str, Any]:
+def answer_run(run: RunDirectory) -> AnswerCounts:
     """Have a run's base and tuned answer, with the models of this process, and write answers.json; the signs, counted.
 
     Raises:
@@ -34,7 +40,7 @@ def answer_run(run: RunDirectory) -> dict[str, Any]:
     """
     from bizassist_nb.assistant.loaded import loaded_base
 
-    loaded = loaded_base(run.model)
+    loaded = loaded_base(run.model, run.environment.revision)
     adapter = loaded.adapter(run)
     loaded.use([adapter])
     answers = answer(run, loaded.model, loaded.chat, adapter)
@@ -42,7 +48,7 @@ def answer_run(run: RunDirectory) -> dict[str, Any]:
     return counted(answers, max_new_tokens())
 
 
-def answer_apart(run: RunDirectory) -> dict[str, Any]:
+def answer_apart(run: RunDirectory) -> list[Answers]:
     """The same in a fresh process, once this one has let go of its model.
 
     Raises:
@@ -58,45 +64,76 @@ def answer_apart(run: RunDirectory) -> dict[str, Any]:
         status = process.wait()
     if status:
         raise RunError(
-            f"the fixed prompts could not be answered (status {status}; the reason stands at the end of the "
-            f"run's worker.log). Try again with: bizassist evaluate {run.name}"
+            f"their process ended with status {status} (the reason stands at the end of the run's worker.log); "
+            f"try again with: bizassist evaluate {run.name}"
         )
-    return counted(run.answers, max_new_tokens())
+    return run.answers
 
 
 def answer(
     run: RunDirectory, model: Any, chat: ChatTokenizer, adapter: str, between: Callable[[], None] = lambda: None
-) -> list[dict[str, Any]]:
-    """Answer greedily, all prompts as base and as tuned in one batch; what answers.json holds.
+) -> list[Answers]:
+    """Answer greedily, all prompts as base and as tuned in one batch, and each again with a light repetition penalty:
+    fewer at once where memory runs out.
 
     `model` is a plain PEFT model, on which only `adapter` is active. `between` is called between tokens; what it raises
     ends the answering.
     """
+    from bizassist_nb.assistant.cuda import decode_graph
     from bizassist_nb.assistant.decoding import Batch, decode
 
-    asked = prompts()
-    ids = [chat.prompt(conversation(run.settings.system_prompt, [], prompt)) for prompt in asked]
     limit = max_new_tokens()
-    strengths = {adapter: [0.0] * len(ids) + [1.0] * len(ids)}
-    batch = Batch(ids + ids, strengths, chat.stop_ids, chat.pad_id)
-    training = model.training
-    model.eval()
-    given: list[list[int]] = [[] for _ in range(2 * len(ids))]
-    try:
+
+    def tokens(ids: list[list[int]]) -> list[tuple[list[int], ...]]:
+        """Tokens of four answers to each prompt: base's and tuned's, and both again with a light repetition penalty."""
+        count = len(ids)
+        strengths = ([0.0] * count + [1.0] * count) * 2
+        penalties = [1.0] * 2 * count + [PENALTY] * 2 * count
+        batch = Batch(ids * 4, {adapter: strengths}, chat.stop_ids, chat.pad_id, penalties)
+        given: list[list[int]] = [[] for _ in batch.prompts]
         for row, token in decode(model, batch, Generation(max_new_tokens=limit)):
             given[row].append(token)
             between()
+        return list(zip(*(given[start : start + count] for start in range(0, 4 * count, count)), strict=True))
+
+    asked = _asked(run, chat)
+    ids = [each for _, each in asked]
+    training = model.training
+    model.eval()
+    most = decode_graph.MOST_ROWS  # more rows would go through the modules, which take longer than several such batches
+    size = most // 4 if decode_graph.fits(model, most) else len(ids)
+    try:
+        batches = (in_halves(tokens, ids[start : start + size]) for start in range(0, len(ids), size))
+        given = list(itertools.chain.from_iterable(batches))
     finally:
         model.train(training)
-    return [
-        {
-            "prompt": prompt,
-            **{
-                who: _answer(chat, prompt, given[place + len(asked) * number], limit) for number, who in enumerate(_WHO)
-            },
-        }
-        for place, prompt in enumerate(asked)
-    ]
+    data = run.last(Data)
+    learned = data.training.trained_tokens / max(1, data.training.rows) if data else limit
+    return [_answers(chat, prompt, each, learned) for (prompt, _), each in zip(asked, given, strict=True)]
+
+
+def _answers(chat: ChatTokenizer, prompt: str, given: tuple[list[int], ...], learned: float) -> Answers:
+    """The four answers; `learned` is the mean length of those trained on, in tokens."""
+    limit = max_new_tokens()
+    found = []
+    for ids in given:
+        text = str(chat.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        found.append(Answer(text=text, stopped=len(ids) < limit, signs=signs(prompt, text, ids)))
+    for base, tuned in (found[:2], found[2:]):
+        if endless(base, tuned, learned / limit):
+            tuned.signs.append("endless")
+    return Answers(prompt=prompt, base=found[0], tuned=found[1], penalised=(found[2], found[3]))
+
+
+def _asked(run: RunDirectory, chat: ChatTokenizer) -> list[tuple[str, list[int]]]:
+    """The prompts, each with its ids: the fixed ones, on a GPU with questions of test rows up to 40 in all."""
+    system = run.settings.system_prompt
+    asked = [(each, chat.prompt(conversation(system, [], each))) for each in prompts()]
+    if models.device() == "cpu":  # where more of them would take minutes
+        return asked
+    _, test = validation_of(run, rows_of(run)[2])
+    more = ((row.instruction, chat.prompt(row_messages(row, system)[:-1])) for row in test)
+    return [*asked, *itertools.islice((each for each in more if len(each[1]) <= _LONGEST), _PROMPTS - len(asked))]
 
 
 def max_new_tokens() -> int:
@@ -104,17 +141,7 @@ def max_new_tokens() -> int:
     return 64 if models.device() == "cpu" else 160
 
 
-def _answer(chat: ChatTokenizer, prompt: str, tokens: list[int], limit: int) -> dict[str, Any]:
-    text = str(chat.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-    return {"text": text, "stopped": len(tokens) < limit, "signs": signs(prompt, text, tokens)}
-
-
-def _end_with_the_worker() -> None:
-    """The worker holds the other end of this pipe; where it is killed, nobody is left to answer for."""
-    sys.stdin.read()
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_the_worker, daemon=True).start()
+    # The worker holds the other end of this pipe; where it is killed, nobody is left to answer for.
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     answer_run(RunDirectory(Path(sys.argv[1])))

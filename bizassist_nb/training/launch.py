@@ -7,64 +7,67 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Final, Self
 
 from bizassist_nb.core.errors import RunError, brief
-from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs.journal import Journal, is_locked, take_lock, write_worker
+from bizassist_nb.core.settings import Settings, cache
+from bizassist_nb.data.rows import check_beginning
+from bizassist_nb.runs import records
+from bizassist_nb.runs.journal import Journal, beat, is_locked, take_lock, write_worker
 from bizassist_nb.runs.run import ENDED, SEVERAL, WORKER, RunDirectory, check_name, free_name
 from bizassist_nb.training.distributed.launcher import processes
 
 _POLL = 0.25
 """Seconds between looks at a run that is being followed."""
+WARNED: Final = 1.0
+"""Seconds that "stopping" is shown before a second request, which ends the run at once, counts: no double click."""
 
 
-def finetune(
-    settings: Settings,
-    name: str | None = None,
-    *,
-    resume: bool = False,
-    show: Callable[[RunDirectory], None] = lambda _: None,
-) -> RunDirectory:
-    """What `api.finetune` does, with the run as a `RunDirectory`.
+def follow(begin: Callable[[], RunDirectory], show: Callable[[RunDirectory], None]) -> RunDirectory:
+    """Call `show` with the run that `begin` gives until it has ended; interrupts stop it, as `api.finetune` says.
 
     Raises:
-        RunError, SettingsError: as there.
+        RunError: if the run failed, with the reason.
     """
     with _Interrupts() as interrupts:
-        run = (_running(settings, name) if resume and name else None) or start(settings, name, resume=resume)
+        run = begin()
         interrupts.go_to(run)
-        ended = False
-        while not ended:
-            # It still has to leave once it has said its last.
+        while True:
+            # After its last event the process still has to end.
             ended = run.status in (*ENDED, "out of reach") and not run.alive
             show(run)
-            if not ended:
-                time.sleep(_POLL)
+            interrupts.shown()
+            if ended:
+                break
+            time.sleep(_POLL)  # a run tells of itself in files alone
     if interrupts.count < 2 and run.error:
         raise RunError(f"run {run.name!r} {run.status}: {run.error}")
     return run
 
 
-def start(settings: Settings, name: str | None = None, *, resume: bool = False) -> RunDirectory:
-    """Start training in the background. A name is made up if none is given; `resume` goes on with the run of that name.
+def start(settings: Settings, name: str | None = None, *, resume: bool = False, replace: bool = False) -> RunDirectory:
+    """Start training in the background. A name is made up if none is given.
+
+    `resume` goes on with the run of that name, `replace` moves it to the bin and begins anew.
 
     Raises:
         RunError: if the name cannot be used: taken, busy, or nothing there to resume.
         SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
+        DataError: if the first rows of a file already tell that it cannot be used.
     """
     path = settings.run_path(check_name(name) if name is not None else free_name(settings))
     if not resume:
-        processes(settings)  # refused before there is a folder, if it cannot be done here
+        processes(settings)  # what cannot be done here is refused before the folder is made
+        check_beginning(settings)
     try:
-        run = RunDirectory.resume(path, settings) if resume else RunDirectory.create(path, settings)
-        return _started(run)
+        if resume:
+            return _started(RunDirectory.resume(path, settings))
+        return _started(RunDirectory.create(path, settings, replace=replace))
     except OSError as error:
         raise RunError(
-            f"the run cannot be kept in {path.absolute()} ({brief(error)}); see to it that there is room and that you "
-            "may write there, or take another runs_dir"
+            f"{path.absolute()} cannot be written ({brief(error)}); see to it that there is room and that you may "
+            "write there, or take another runs_dir"
         ) from error
 
 
@@ -74,25 +77,26 @@ def _started(run: RunDirectory) -> RunDirectory:
     # A stop that arrives while the worker is still importing must wait until it listens; masks are inherited.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        os.truncate(lock, 0)  # a worker before this one left its number there
-        Journal(run.path).write("state", state="starting")
+        os.truncate(lock, 0)  # an earlier worker left its process id there
+        Journal(run.path).write(records.State(state="starting"))
+        beat(run.path, time.time())  # the worker's own come when it has imported its libraries
         with (run.path / "worker.log").open("ab") as log:
             worker = subprocess.Popen(  # noqa: S603 - no shell, our own module
                 [sys.executable, "-m", module, str(run.path.absolute())],
-                stdin=lock,  # which every process of the run has, down to the last
+                stdin=lock,  # every process of the run inherits it
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # closing the notebook or interrupting the kernel leaves it alone
-                env=_environment(run.path, one_gpu=module == WORKER),
+                env=_environment(one_gpu=module == WORKER),
             )
         write_worker(lock, worker.pid)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.close(lock)  # the worker holds it now
+        os.close(lock)  # the worker has its own
     return run
 
 
-def _running(settings: Settings, name: str) -> RunDirectory | None:
+def running(settings: Settings, name: str) -> RunDirectory | None:
     """The run of that name if it is being trained."""
     path = settings.run_path(check_name(name))
     return RunDirectory.resume(path, settings) if is_locked(path) and RunDirectory(path).status not in ENDED else None
@@ -103,6 +107,7 @@ class _Interrupts:
 
     def __init__(self) -> None:
         self.count = 0
+        self._shown: float | None = None
         self._run: RunDirectory | None = None
 
     def __enter__(self) -> Self:
@@ -117,28 +122,42 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self._before)
 
     def go_to(self, run: RunDirectory) -> None:
-        """From now on this is the run they are for; one that came before it was there goes to it, too."""
+        """Send interrupts to this run from now on, and the one that came before there was a run."""
         self._run = run
-        if self.count:
-            self._send(run)
+        self._send()
+
+    def shown(self) -> None:
+        """Note that the view has shown the run as it is now."""
+        if self.count and self._shown is None:
+            self._shown = time.monotonic()
 
     def _on_interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        self.count += 1
-        if self._run:
-            self._send(self._run)
+        if not self.count or (self._shown is not None and time.monotonic() - self._shown >= WARNED):
+            self.count += 1
+            self._send()
 
-    def _send(self, run: RunDirectory) -> None:
-        (run.stop if self.count == 1 else run.kill)()
+    def _send(self) -> None:
+        if self._run and self.count:
+            (self._run.stop if self.count == 1 else self._run.kill)()
 
 
-def _environment(run_path: Path, *, one_gpu: bool) -> dict[str, str]:
-    # Where the Trainer of a single process sees more, it quietly gives one of them the batches of all.
+def child_environment() -> dict[str, str]:
+    """This process's environment with the hub's token, which Colab's Secrets give to a kernel alone."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    return {**os.environ, "HF_TOKEN": token} if token else dict(os.environ)
+
+
+def _environment(*, one_gpu: bool) -> dict[str, str]:
+    # The Trainer of a single process that sees several GPUs gives one of them the batches of all, without a word.
     first = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
     return {
-        **os.environ,
+        **child_environment(),
         **(first if one_gpu else {}),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "UNSLOTH_DISABLE_STATISTICS": "1",  # it reports to its makers otherwise
-        "UNSLOTH_COMPILE_LOCATION": str(run_path.absolute() / ".unsloth"),  # else a folder in the working directory
+        # It imports the modules that it writes: not from the run directory, which may be another person's.
+        "UNSLOTH_COMPILE_LOCATION": str(cache().absolute() / "unsloth"),
     }

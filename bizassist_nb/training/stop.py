@@ -11,13 +11,18 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Whether a stop was asked for. Where it is not deferred, it raises Stopped at once."""
+    """Whether a stop was asked for. Where it is not deferred, it raises Stopped at once.
 
-    def __init__(self) -> None:
-        """Take SIGTERM for a request; all are deferred until `listen`. An interrupt is the launcher's to pass on."""
+    Ranks other than 0 do not listen: rank 0 broadcasts what it was asked. SIGTERM ends such a rank at once, even while
+    it waits for rank 0: so its launcher ends it when another has died.
+    """
+
+    def __init__(self, *, listens: bool = True) -> None:
+        """Take SIGTERM for a request, deferred until `listen`; ignore interrupts, which `launch` passes on."""
         self.asked = False
         self._deferrals = 1
-        signal.signal(signal.SIGTERM, self._on_signal)
+        if listens:
+            signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the launcher blocked it until now
 
@@ -26,13 +31,13 @@ class Stop:
         self.check()
 
     def listen(self) -> None:
-        """Raise Stopped from now on; one may have been asked for while this process was being started."""
+        """Raise Stopped from now on, and now if a stop was asked for while this process was starting."""
         self._deferrals -= 1
         self.check()
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Cut nothing short in this block: a step, a save."""
+        """Let this block end before a stop: a step, a save."""
         self._deferrals += 1
         try:
             yield
@@ -45,19 +50,6 @@ class Stop:
             raise Stopped
 
     def raise_if_asked(self) -> None:
-        """Raise Stopped if a stop was asked for, deferred or not: where what has been done is safe already."""
+        """Raise Stopped if a stop was asked for, deferred or not: for places where everything is saved."""
         if self.asked:
             raise Stopped
-
-
-class FollowerStop(Stop):
-    """Stop for ranks other than 0: it is never asked, because rank 0 broadcasts what it was asked.
-
-    SIGTERM ends such a rank at once, even while it waits for rank 0: so its launcher ends it when another has died.
-    """
-
-    def __init__(self) -> None:
-        """Leave SIGTERM to the system."""
-        self.asked, self._deferrals = False, 1
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer, told exactly which rows make up each step, and a callback that reports to the run."""
 
 import dataclasses
+import functools
 import gc
 import math
 import pickle
@@ -11,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTConfig, SFTTrainer
 
@@ -21,14 +23,13 @@ from bizassist_nb.core.errors import RunError, brief, out_of_memory
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.tokens import IGNORED, ChatTokenizer, Example
 from bizassist_nb.models import base as models
+from bizassist_nb.runs import records
 from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import Checkpoint
 from bizassist_nb.training.cuda_graphs import CaptureError, Graphs
 from bizassist_nb.training.distributed import fsdp
 from bizassist_nb.training.distributed.rank import NoRoomError, this_rank
-from bizassist_nb.training.engines import Engine
-from bizassist_nb.training.preflight import Fit
 from bizassist_nb.training.spool import SpoolingJournal
 
 if TYPE_CHECKING:
@@ -53,11 +54,13 @@ def plan(examples: Sequence[Example], settings: Settings) -> list[list[Example]]
     return [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
 
 
-def warmup(settings: Settings, steps: int) -> int:
-    """Steps of rising learning rate; "auto" as in `Settings.warmup_steps`."""
-    if isinstance(settings.warmup_steps, int):
-        return settings.warmup_steps
-    return min(20, math.ceil(0.08 * steps))
+def share_of_peak(settings: Settings, step: int, steps: int) -> float:
+    """Which part of the peak learning rate the step after `step` others takes: a linear rise, then a linear fall.
+
+    The first step learns, too: transformers' own schedule begins at 0, so that a run of one step would learn nothing.
+    """
+    warmup = settings.warmup_steps if isinstance(settings.warmup_steps, int) else min(20, math.ceil(0.08 * steps))
+    return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Training:
     run: RunDirectory
     journal: SpoolingJournal
     stop: "Stop"
-    engine: Engine
+    engine: records.Engine
     model: Any
     """The base with its adapter."""
     chat: ChatTokenizer
@@ -75,9 +78,11 @@ class Training:
     """As `plan` gives them."""
     after_step: Callable[[int], None] = lambda _: None
     """Called with each step's number when it is done; the time it takes is not the step's."""
+    over: Callable[[int], bool] = lambda _: False
+    """Whether training ends early with that step; the first rank's counts, for all."""
 
 
-def train(training: Training, fit: Fit) -> int:
+def train(training: Training, fit: records.Fit) -> int:
     """Train from the newest checkpoint to the last step, or until a stop; the steps done.
 
     Where memory runs out, what is done is saved, and training goes on from the same step with less at once.
@@ -89,7 +94,9 @@ def train(training: Training, fit: Fit) -> int:
     model, journal, steps = training.model, training.journal, training.steps
     checkpoint = this_rank().all_gather(journal.newest_checkpoint())[0]
     if checkpoint or training.run.steps:  # without a checkpoint it begins from the start, and its steps count no more
-        journal.write("resumed", step=checkpoint.step if checkpoint else 0)
+        journal.write(records.Resumed(step=checkpoint.step if checkpoint else 0))
+    if checkpoint and this_rank().all_gather(training.over(checkpoint.step))[0]:  # so that no step is trained
+        training = dataclasses.replace(training, steps=steps[: checkpoint.step])
     while True:
         trainer = build_trainer(training, fit)
         problem = _run(trainer, checkpoint)
@@ -105,15 +112,15 @@ def train(training: Training, fit: Fit) -> int:
             trainer._save_checkpoint(trainer.model, trial=None)
             checkpoint = journal.newest_checkpoint()
             if checkpoint is None or checkpoint.step < done:  # there is no room for one either
-                journal.write("resumed", step=checkpoint.step if checkpoint else 0)
+                journal.write(records.Resumed(step=checkpoint.step if checkpoint else 0))
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
         fit = _smaller(training, fit, steps[min(done, len(steps) - 1)], problem)
         if not alone:
-            raise NoRoomError(dataclasses.asdict(fit))
-        journal.write("fit", step=done, **dataclasses.asdict(fit))
+            raise NoRoomError(msgspec.to_builtins(fit))
+        journal.write(msgspec.structs.replace(fit, step=done))
 
 
 def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
@@ -133,67 +140,72 @@ def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
         if not out_of_memory(error):
             raise
         return brief(error)
+    finally:
+        if trainer.graphs:
+            seconds = trainer.graphs.capturing
+            trainer.training.journal.write(records.Took(what="capturing CUDA graphs", seconds=seconds))
     return None
 
 
-def _smaller(training: Training, fit: Fit, step: list[Example], problem: str) -> Fit:
+def _smaller(training: Training, fit: records.Fit, step: list[Example], problem: str) -> records.Fit:
     """The next fit to try when memory ran out in that step.
 
     Without what only saves time; checkpointing where it was thought to do without; then half the micro-batch, or the
     largest below; then checkpointing in every step.
     """
-    settings, engine, model = training.run.settings, training.engine, training.model
-    on, lengths = preflight.device(), _share(step)
+    settings, lengths = training.run.settings, this_rank().longest([len(row.input_ids) for row in step])
+
+    def less(where: str, **changes: Any) -> records.Fit:
+        return msgspec.structs.replace(fit, reason=f"memory ran out {where} ({problem})", **changes)
+
     if fit.unpacked:
-        why = f"memory ran out beside the base in 16 bits ({problem})"
-        return dataclasses.replace(fit, unpacked=False, reason=why)
-    if fit.kept and not fit.checkpoints(lengths, engine):
-        why = f"memory ran out in a step without checkpointing ({problem})"
-        return dataclasses.replace(fit, kept=0, reason=why)
+        return less("beside the base in 16 bits", unpacked=False)
+    if fit.checkpoint_above and not preflight.checkpointed_in(fit, lengths, training.engine):
+        return less("in a step without checkpointing", checkpoint_above=0)
     each = settings.share(this_rank().count).batch_size
-    smaller = [size for size in preflight.divisors(each) if size <= fit.micro_batch / 2]
-    if smaller:
-        why = f"memory ran out with {fit.micro_batch} rows at once ({problem})"
-        return dataclasses.replace(fit, micro_batch=smaller[0], reason=why)
+    if smaller := [size for size in preflight.divisors(each) if size <= fit.micro_batch / 2]:
+        return less(f"with {fit.micro_batch} rows at once", micro_batch=smaller[0])
     if not fit.checkpointing:
-        why = f"memory ran out with a single row at once ({problem})"
-        return dataclasses.replace(fit, checkpointing=True, reason=why)
+        return less("with a single row at once", checkpointing=True)
     row = max(lengths)
-    place = preflight.Placement(preflight.Shape.of(model.config), settings.rank, engine, on)
-    most = place.longest_that_fits(beside=True)
+    shape = preflight.Shape.of(training.model.config)
+    most = preflight.Placement(shape, settings.rank, training.engine, preflight.device()).longest_that_fits(beside=True)
     raise RunError(
         f"memory ran out with a single row at once and checkpointing on ({problem}). The longest row of this step has "
         f"{row} tokens; try max_length = {max(16, min(most, row // 2))}, under a new name. What is done so far is kept"
     )
 
 
-def build_trainer(training: Training, fit: Fit) -> SFTTrainer:
+def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
     """An SFTTrainer for the planned steps, that writes its checkpoints and events into the run."""
-    engine, model, steps, journal = training.engine, training.model, training.steps, training.journal
-    settings = training.run.settings
+    engine, model, steps = training.engine, training.model, training.steps
     if fit.checkpointing and engines.own_kernels(engine, on_gpu=torch.cuda.is_available()):
-        engines.turn_on_checkpointing(model)
+        # Unsloth 2026.10.9 lets no argument overrule what the model was loaded with: its trainer reads this attribute
+        # (models/rl.py, prepare_for_training_mode). True is torch's own checkpointing.
+        model._unsloth_gradient_checkpointing = model._unsloth_gradient_checkpointing or True
     # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
     ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
-    rows = [row for step in ordered for row in _rows(step, fit.micro_batch)]
-    dataset = Dataset.from_list(rows)
+    dataset = dataset_of([row for step in ordered for row in _rows(step, fit.micro_batch)])
     if engine.end_to_end:  # Unsloth does so with tokenised rows only if their dataset vouches for their length (rl.py)
-        dataset._unsloth_truncated_to = settings.max_length
+        dataset._unsloth_truncated_to = training.run.settings.max_length
     trainer = _Trainer(
         model=model,
         args=_arguments(training, fit),
         train_dataset=dataset,
         processing_class=training.chat.tokenizer,
-        callbacks=[RunCallback(journal, training.stop, steps, settings.checkpoint_minutes, training.after_step)],
+        callbacks=[RunCallback(training)],
     )
-    trainer.journal, trainer.fit = journal, fit
-    trainer.checkpointed = [fit.checkpoints(_share(step), engine) for step in steps]
-    if fit.kept:
-        trainer.add_callback(_Sparing(model, trainer.checkpointed))
+    trainer.training, trainer.fit = training, fit
+    shares = [this_rank().longest([len(row.input_ids) for row in step]) for step in steps]
+    trainer.checkpointed = [preflight.checkpointed_in(fit, share, engine) for share in shares]
     free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
     if fit.graphs and free:
-        longest = max(len(row.input_ids) for step in free for row in step)
-        trainer.graphs = Graphs(model, fit.micro_batch, longest, unpacked=fit.unpacked)
+        size, rows = fit.micro_batch, [list(_rows(step, fit.micro_batch)) for step in free]
+        batches = [step[start : start + size] for step in rows for start in range(0, len(step), size)]
+        tokens = [sum(len(row.input_ids) for row in batch) for batch in batches]
+        trainer.graphs = Graphs(model, size, tokens, unpacked=fit.unpacked)
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: {**collate(rows), "lengths": [len(row["input_ids"]) for row in rows]}
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
     for parameter in model.parameters():
@@ -205,21 +217,24 @@ def build_trainer(training: Training, fit: Fit) -> SFTTrainer:
     return trainer
 
 
-def _share(step: Sequence[Example]) -> list[int]:
-    """Tokens of the rows of a step that go through one rank, of the one that has the longest."""
-    return this_rank().longest([len(example.input_ids) for example in step])
+def dataset_of(order: Sequence[Example]) -> Dataset:
+    """The rows as the trainer reads them, each stored once, however many epochs it is in."""
+    unique = {id(row): row for row in order}
+    places = {key: place for place, key in enumerate(unique)}
+    rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in unique.values()]
+    return Dataset.from_list(rows).select([places[id(row)] for row in order])
 
 
-def _rows(step: list[Example], micro_batch: int) -> Iterator[dict[str, list[int]]]:
+def _rows(step: list[Example], micro_batch: int) -> Iterator[Example]:
     """A step's rows, by falling length, in the order in which its ranks read them: each a micro-batch in turn.
 
     So accelerate gives batches out (BatchSamplerShard). Where the run's last step has too few rows for whole rounds, it
     would take some of the first step's, so rows of which nothing is learned make them up.
     """
-    rank = this_rank()
-    shares = rank.shares([{"input_ids": example.input_ids, "labels": example.labels} for example in step])
-    if rank.count > 1:
-        nothing = {"input_ids": step[-1].input_ids[:2], "labels": [IGNORED, IGNORED]}
+    count = this_rank().count
+    shares = [step[number::count] for number in range(count)]  # of like length, so that loads are even
+    if count > 1:
+        nothing = Example(0, step[-1].input_ids[:2], [IGNORED, IGNORED], truncated=False)
         length = -(-len(shares[0]) // micro_batch) * micro_batch
         shares = [share + [nothing] * (length - len(share)) for share in shares]
     for start in range(0, len(shares[0]), micro_batch):
@@ -227,13 +242,14 @@ def _rows(step: list[Example], micro_batch: int) -> Iterator[dict[str, list[int]
             yield from share[start : start + micro_batch]
 
 
-def _arguments(training: Training, fit: Fit) -> SFTConfig:
+def _arguments(training: Training, fit: records.Fit) -> SFTConfig:
     """What the trainer is told."""
     run, engine, steps = training.run, training.engine, len(training.steps)
     settings = run.settings
     # Unsloth brings its own chunked loss; TRL's (1.14) leaves out what Granite's logits are divided by.
     chunked = engine.name == "transformers" and getattr(training.model.config, "logits_scaling", None) in (None, 1)
     on_gpu = torch.cuda.is_available()
+    rate = preflight.learning_rate(run, preflight.Shape.of(training.model.config)).learning_rate
     return SFTConfig(
         output_dir=str(run.path / "checkpoints"),
         per_device_train_batch_size=fit.micro_batch,
@@ -241,9 +257,7 @@ def _arguments(training: Training, fit: Fit) -> SFTConfig:
         average_tokens_across_devices=True,  # a token weighs the same, whichever rank has it
         ddp_find_unused_parameters=False,  # all of an adapter is used
         max_steps=steps,
-        learning_rate=settings.learning_rate,
-        warmup_steps=warmup(settings, steps),
-        lr_scheduler_type="linear",
+        learning_rate=rate,
         optim="adamw_torch_fused",  # one launch for all matrices; the 8-bit one goes through them in Python
         seed=settings.seed,
         train_sampling_strategy="sequential",  # the plan is the order
@@ -265,33 +279,52 @@ def _arguments(training: Training, fit: Fit) -> SFTConfig:
 class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
     """One whose checkpoints are whole or absent, and go where the journal has a place for them."""
 
-    journal: SpoolingJournal
-    fit: Fit
+    training: Training
+    fit: records.Fit
     checkpointed: list[bool]
     """Of each step whether it goes through with checkpointing."""
     graphs: Graphs | None = None
     """What the others go through, where they do not go through the model's own modules."""
 
+    @functools.cached_property
+    def _switches(self) -> dict[Any, Any]:
+        """The modules in which the Trainer has turned checkpointing on, and what turns it on in them."""
+        flags = {module: getattr(module, "gradient_checkpointing", False) for module in self.model.modules()}
+        return {module: flag for module, flag in flags.items() if flag}
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The loss of a micro-batch, whose gradients are added up."""
-        if self.graphs and not self.checkpointed[self.state.global_step]:
-            model.train()
+        checkpointed = self.checkpointed[self.state.global_step]
+        if self.fit.checkpoint_above:
+            for module, flag in self._switches.items():
+                module.gradient_checkpointing = flag if checkpointed else False
+        lengths = inputs.pop("lengths", None)
+        if self.graphs and not checkpointed:
             ready = self._prepare_inputs(inputs)
             try:
-                return self.graphs(ready["input_ids"], ready["labels"], num_items_in_batch)
+                return self.graphs(ready["input_ids"], ready["labels"], lengths, num_items_in_batch)
             except CaptureError as error:
                 self.graphs = None
-                fit = dataclasses.replace(
-                    self.fit, graphs=False, unpacked=False, reason=f"no CUDA graphs of this model ({error})"
-                )
-                self.journal.write("fit", step=self.state.global_step, **dataclasses.asdict(fit))
-                self.fit = fit
+                why = f"no CUDA graphs of this model ({error})"
+                step = self.state.global_step
+                self.fit = msgspec.structs.replace(self.fit, graphs=False, unpacked=False, reason=why, step=step)
+                self.training.journal.write(self.fit)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of `share_of_peak`."""
+        part = functools.partial(share_of_peak, self.training.run.settings, steps=num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, part)
+        return self.lr_scheduler
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step = self.state.global_step
-        states = this_rank().all_gather(self._random_state()) if this_rank().count > 1 else []
+        states: list[dict[str, bytes]] = []  # of each rank the file with its random state, by name
+        if this_rank().count > 1:
+            with tempfile.TemporaryDirectory() as name:
+                self._save_rng_state(name)
+                states = this_rank().all_gather({file.name: file.read_bytes() for file in Path(name).iterdir()})
 
         def write(folder: Path) -> None:
             self.args.output_dir = str(folder.parent)
@@ -301,76 +334,35 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
                 for name, content in state.items():
                     (folder / name).write_bytes(content)
 
-        self.journal.checkpoint(step, write)
-
-    def _random_state(self) -> dict[str, bytes]:
-        """The file, by name, that this rank reads when it goes on from a checkpoint."""
-        with tempfile.TemporaryDirectory() as folder:
-            self._save_rng_state(folder)
-            return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        self.training.journal.checkpoint(step, write)
 
     def store_flos(self) -> None:
-        """Count no operations: nothing reads the sum, and the ranks would have to meet for it, which here only the
-        first writes checkpoints for.
-        """
-
-
-class _Sparing(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
-    """Checkpointing only in the steps that need it. The model's modules look at their flag in each forward pass."""
-
-    def __init__(self, model: Any, needed: Sequence[bool]):
-        """`needed` says of each step whether it needs checkpointing."""
-        self._model, self._needed = model, needed
-        self._flags: dict[Any, Any] = {}
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Set the flags of the modules in which the trainer has turned checkpointing on."""
-        if not self._flags:
-            flags = {module: getattr(module, "gradient_checkpointing", False) for module in self._model.modules()}
-            self._flags = {module: flag for module, flag in flags.items() if flag}
-        needed = self._needed[state.global_step]
-        for module, flag in self._flags.items():
-            module.gradient_checkpointing = flag if needed else False
+        """Count no operations: nothing reads the sum, and all ranks would have to meet where only the first saves."""
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any to mypy
     """Steps and checkpoints as events; a checkpoint when it is due or a stop was asked for."""
 
-    def __init__(
-        self,
-        journal: SpoolingJournal,
-        stop: "Stop",
-        steps: list[list[Example]],
-        checkpoint_minutes: float,
-        after_step: Callable[[int], None],
-    ):
-        """`steps` are the planned examples, by which tokens are counted."""
-        self._journal, self._stop, self._after_step = journal, stop, after_step
-        self._tokens = [sum(len(example.input_ids) for example in step) for step in steps]
-        self._interval = 60 * checkpoint_minutes
+    def __init__(self, training: Training):
+        """`training.steps` are the planned examples, by which tokens are counted."""
+        self._training = training
         self._overflows = 0  # steps in a row whose gradient was not finite
-        self._saved = self._last = time.monotonic()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clocks."""
         self._saved = self._last = time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decide whether to save and whether to go on: the first rank does, for all."""
-        asked, due = this_rank().broadcast([self._stop.asked, time.monotonic() - self._saved >= self._interval])
-        if asked:
-            control.should_training_stop = True
-        if asked or due or state.global_step >= state.max_steps:
-            control.should_save = True
+        training, now = self._training, time.monotonic()
+        due = now - self._saved >= 60 * training.run.settings.checkpoint_minutes
+        ended = training.stop.asked or training.over(state.global_step)
+        ended, due = this_rank().all_gather((ended, due))[0]
+        control.should_training_stop = control.should_training_stop or ended
+        if ended or due or state.global_step >= state.max_steps:
+            control.should_save, self._saved = True, now
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Write the step's event; the Trainer logs once a step, and once more at the end without a loss."""
         if logs is None or "loss" not in logs:
             return
@@ -384,18 +376,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
                 f"before it are kept. Try a lower learning_rate than {args.learning_rate:g}, under a new name"
             )
         now = time.monotonic()
-        self._journal.write(
-            "step",
-            step=state.global_step,
-            loss=loss,
-            learning_rate=float(logs["learning_rate"]),
-            gradient_norm=norm if math.isfinite(norm) else None,  # such a step is left out, and the scaling halved
-            tokens=self._tokens[state.global_step - 1],
-            seconds=now - self._last,
+        self._training.journal.write(
+            records.Step(
+                step=state.global_step,
+                loss=loss,
+                learning_rate=float(logs["learning_rate"]),
+                gradient_norm=norm if math.isfinite(norm) else None,  # such a step is left out, and the scaling halved
+                tokens=sum(len(example.input_ids) for example in self._training.steps[state.global_step - 1]),
+                seconds=now - self._last,
+            )
         )
-        self._after_step(state.global_step)
+        self._training.after_step(state.global_step)
         self._last = time.monotonic()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Begin to count anew; the Trainer calls this when the checkpoint is saved."""
-        self._saved = time.monotonic()

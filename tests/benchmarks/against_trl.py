@@ -42,7 +42,7 @@ class Clock(TrainerCallback):
             last = time.monotonic()
 steps = -(-len(rows) // 4)
 config = SFTConfig(output_dir=sys.argv[3], per_device_train_batch_size=4, max_steps=steps, learning_rate=2e-4,
-    warmup_steps=1, lr_scheduler_type="linear", optim="adamw_torch", seed=42, train_sampling_strategy="sequential",
+    warmup_steps=0, lr_scheduler_type="linear", optim="adamw_torch", seed=42, train_sampling_strategy="sequential",
     max_length=2048, bf16=False, gradient_checkpointing=False, use_cpu=True, save_strategy="no", logging_steps=1,
     report_to="none", disable_tqdm=True)
 trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
@@ -55,7 +55,7 @@ print(json.dumps({"losses": losses, "seconds": seconds}))
 
 def ours(count: int, folder: Path) -> tuple[list[float], list[float]]:
     settings = Settings(
-        model="smollm2-135m", data="sample", subset=count, held_out=2, warmup_steps=1, engine="transformers",
+        model="smollm2-135m", data="sample", subset=count, held_out=2, warmup_steps=0, engine="transformers",
         runs_dir=str(folder),
     )  # fmt: skip
     run = finetune(settings)

@@ -14,6 +14,7 @@ from bizassist_nb import Settings
 from bizassist_nb.api import Run
 from bizassist_nb.data.tokens import Example
 from bizassist_nb.models import base as models
+from bizassist_nb.runs import records
 from bizassist_nb.training import engines, preflight
 
 SHAPES = [(64,) * 4, (128,) * 4, (256,) * 4, (384, 100, 100, 100)]
@@ -44,14 +45,14 @@ def main(engine_name: str, folder: str, rank: str = "16") -> None:
             chat = models.load_tokenizer(base.source)
             with tempfile.TemporaryDirectory() as path:
                 (Path(path) / "settings.toml").write_text(settings.to_toml())
-                fit = preflight.Fit(4, checkpointing, on.precision, "measured")
+                fit = records.Fit(micro_batch=4, checkpointing=checkpointing, precision=on.precision, reason="measured")
                 Path("/proc/self/clear_refs").write_text("5")
                 training = trainer.Training(
                     Run(Path(path)), SpoolingJournal(Path(path)), stop, engine, model, chat, [step] * 2
                 )
                 trainer.train(training, fit)
             parts = preflight.Placement(shape, settings.rank, engine, on).peak(rows, checkpointing=checkpointing)
-            expected, measured = preflight.process_ram(on) + sum(parts.values()), high_water()
+            expected, measured = preflight.PROCESS_RAM[on.name] + sum(parts.values()), high_water()
             found = {
                 "model": base.name, "engine": engine.name, "rank": settings.rank, "rows": rows,
                 "checkpointing": checkpointing, "estimate": round(expected, 2), "measured": round(measured, 2),

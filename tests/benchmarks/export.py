@@ -31,17 +31,18 @@ import bizassist_nb.models.base, bitsandbytes, peft, transformers, json, sys, ti
 from bizassist_nb.api import Run
 run = Run(pathlib.Path(sys.argv[1]))
 start = time.perf_counter()
-base = bizassist_nb.models.base.load_nf4(bizassist_nb.models.base.resolve(run.environment["model"]).source).dequantize()
+base = bizassist_nb.models.base.load_nf4(bizassist_nb.models.base.resolve(run.environment.model).source).dequantize()
 merged = peft.PeftModel.from_pretrained(base, run.adapter).merge_and_unload().to(torch.bfloat16)
 merged.save_pretrained(sys.argv[2])
 transformers.AutoTokenizer.from_pretrained(run.adapter).save_pretrained(sys.argv[2])
 print(json.dumps(time.perf_counter() - start))
 """
 MEMORY = """
-import bizassist_nb.export.merge, bitsandbytes, peft, transformers, json, sys, time, pathlib, re
+import bizassist_nb.export.merge, bitsandbytes, msgspec, peft, transformers, json, sys, time, pathlib, re
 from bizassist_nb.api import Run
 from bizassist_nb.export import merge
-merge._SHARD = int(sys.argv[3])
+from bizassist_nb.runs import records
+merge.SHARD = int(sys.argv[3])
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 run = Run(pathlib.Path(sys.argv[1]))
@@ -50,8 +51,9 @@ part = pathlib.Path(sys.argv[2]); part.mkdir()
 merge.write(run, "trained", part)
 written, seconds = peak(), time.perf_counter() - start
 merge.merge(run)
+parity = msgspec.to_builtins(run.last(records.Merge).parity)
 print(json.dumps({"write_peak": written - before, "write_s": seconds, "merge_peak": peak() - before,
-    "merge_s": time.perf_counter() - start - seconds, "imports": before, "parity": run.last("merge")["parity"]}))
+    "merge_s": time.perf_counter() - start - seconds, "imports": before, "parity": parity}))
 """
 
 

@@ -27,9 +27,7 @@ QUESTION = (
 
 
 def adapted(model):
-    model = get_peft_model(
-        model, LoraConfig(r=16, lora_alpha=16, target_modules=list(models.TARGETS), task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:  # drawn on the CPU, so that every model gets the same
@@ -56,15 +54,16 @@ def best(*arguments):
 
 def steps(model, prompts, strengths, forced, graph):
     """Logits (steps, rows, vocabulary) for forced tokens, by the graph or by the modules."""
-    ids, mask = decoding._left_padded(prompts, 0, model.device)
+    ids, mask = decoding.left_padded(prompts, 0, model.device)
     cache = DynamicCache(config=model.config)
-    modules = decoding._ModuleSteps(model, {"default": strengths}, cache, mask)
+    batch = decoding.Batch(prompts, {"default": strengths}, frozenset(), 0)
+    modules = decoding.ModuleSteps(model, batch, cache, mask)
     logits = [modules.forward(ids)]
     take = modules
     if graph:
         taken = decode_graph.FusedSteps(model, ["default"], len(prompts), 512)
-        taken.begin(cache, mask, decoding._scales(model, {"default": strengths}))
-        take = decoding._GraphSteps(taken)
+        taken.begin(cache, mask, decoding.scales(model, {"default": strengths}))
+        take = taken
     logits += [take([token] * len(prompts)).clone() for token in forced]
     return torch.stack(logits).float()
 
@@ -90,11 +89,12 @@ def exactness(folder, model, prompt):
 
 def breakdown(model, prompt, strengths):
     """Milliseconds of a step by kernel, the largest first, and how many kernels it is."""
-    ids, mask = decoding._left_padded([prompt] * len(strengths), 0, model.device)
+    ids, mask = decoding.left_padded([prompt] * len(strengths), 0, model.device)
     cache = DynamicCache(config=model.config)
-    decoding._ModuleSteps(model, {"default": strengths}, cache, mask).forward(ids)
+    batch = decoding.Batch([prompt] * len(strengths), {"default": strengths}, frozenset(), 0)
+    decoding.ModuleSteps(model, batch, cache, mask).forward(ids)
     taken = decode_graph.FusedSteps(model, ["default"], len(strengths), 512)
-    taken.begin(cache, mask, decoding._scales(model, {"default": strengths}))
+    taken.begin(cache, mask, decoding.scales(model, {"default": strengths}))
     taken([1000] * len(strengths))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(10):

@@ -38,6 +38,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import msgspec
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "gpu"))
 
 WARM = 5
@@ -50,8 +52,8 @@ HELD_OUT = 64
 
 def write(out: Path, **found) -> None:
     with out.open("a") as file:
-        file.write(json.dumps(found) + "\n")
-    print(json.dumps(found)[:1500], flush=True)
+        file.write(json.dumps(found, default=msgspec.to_builtins) + "\n")
+    print(json.dumps(found, default=msgspec.to_builtins)[:1500], flush=True)
 
 
 def fresh() -> None:
@@ -202,6 +204,7 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
         import unsloth  # noqa: F401 - before everything it patches
 
     from bizassist_nb import Settings
+    from bizassist_nb.runs import records
     from bizassist_nb.runs.run import Run
     from bizassist_nb.training import worker
 
@@ -220,7 +223,7 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
     run = Run(path)
     warm = run.steps[WARM:STEPS]
     seconds = sum(step.seconds for step in warm) or 1e-9
-    scored = {event["step"] for event in run.events if event["event"] == "evaluation"}
+    scored = {event.step for event in run.events if isinstance(event, records.Evaluation)}
     callback = [watch.callback[step.step] for step in warm if step.step not in scored]
     write(
         out,
@@ -237,14 +240,14 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
         reserved=gib(watch.peak[1]),
         status=status,
         error=run.error,
-        scoring=[[e["who"], e["step"], round(e["seconds"], 2)] for e in run.events if e["event"] == "evaluation"],
-        fits=[event for event in run.events if event["event"] == "fit"],
-        preflight=run.last("preflight"),
+        scoring=[[e.who, e.step, round(e.seconds, 2)] for e in run.events if isinstance(e, records.Evaluation)],
+        fits=[event for event in run.events if isinstance(event, records.Fit)],
+        preflight=run.last(records.Preflight),
         losses=[round(step.loss, 4) for step in run.steps],
         seconds=[round(step.seconds, 3) for step in run.steps],
         tokens=[step.tokens for step in run.steps],
-        checkpoints=[e["step"] for e in run.events if e["event"] == "checkpoint"],
-        states=[[e["state"], round(e["time"] - run.events[0]["time"], 1)] for e in run.events if e["event"] == "state"],
+        checkpoints=[e.step for e in run.events if isinstance(e, records.Checkpoint)],
+        states=[[e.state, round(e.time - run.events[0].time, 1)] for e in run.events if isinstance(e, records.State)],
     )
 
 
@@ -272,8 +275,8 @@ def seed(model_folder: str, rows: str, out: Path, name: str, batch: int = 4, fp1
         model_folder, max_seq_length=2048, load_in_4bit=True, dtype=torch.float16 if fp16 else None
     )
     model = FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=16, lora_dropout=0, target_modules=list(models.TARGETS), random_state=settings.seed,
-        use_gradient_checkpointing="unsloth",
+        model, r=16, lora_alpha=16, lora_dropout=0, target_modules=models.linear_layers(model),
+        random_state=settings.seed, use_gradient_checkpointing="unsloth",
     )  # fmt: skip
     times: list[float] = []
 
@@ -366,6 +369,7 @@ def memory(
     from bizassist_nb import Settings
     from bizassist_nb.data.tokens import Example
     from bizassist_nb.models import base as models
+    from bizassist_nb.runs import records
     from bizassist_nb.runs.run import Run
     from bizassist_nb.training import engines, preflight, trainer
     from bizassist_nb.training.spool import SpoolingJournal
@@ -389,7 +393,9 @@ def memory(
         peaks.append((torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()))
         fresh()
 
-    fit = preflight.Fit(4, checkpointing, on.precision, "measured", graphs=graphs)
+    fit = records.Fit(
+        micro_batch=4, checkpointing=checkpointing, precision=on.precision, reason="measured", graphs=graphs
+    )
     model_shape = preflight.shape(base.source)
     before, trainer.RunCallback.on_step_end = trainer.RunCallback.on_step_end, on_step_end
     try:
@@ -476,7 +482,7 @@ def part_ours(model: str, rows: str, out: Path, engine: str = "auto", batch_size
 def part_plain_4(model: str, rows: str, out: Path) -> None:
     from bizassist_nb.training import engines
 
-    engines._graphs = lambda: False
+    engines.can_graph = lambda: False
     part_ours(model, rows, out, engine="transformers")
 
 
@@ -523,6 +529,7 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16)
     import t4
 
     from bizassist_nb import Settings
+    from bizassist_nb.runs import records
     from bizassist_nb.runs.run import Run
 
     text = " ".join(row["response"] for row in json.loads(Path(rows).read_text())[:400])
@@ -557,19 +564,19 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16)
             out,
             part="t4",
             name=name,
-            states=[e["state"] for e in run.events if e["event"] == "state"],
-            error=run.last("error"),
-            fits=[event for event in run.events if event["event"] == "fit"],
-            preflight=run.last("preflight"),
+            states=[e.state for e in run.events if isinstance(e, records.State)],
+            error=run.last(records.Error),
+            fits=[event for event in run.events if isinstance(event, records.Fit)],
+            preflight=run.last(records.Preflight),
             peak=[line for line in (path / "log").read_text().splitlines() if line.startswith("peak")],
-            data=(run.last("data") or {}).get("training"),
+            data=(data := run.last(records.Data)) and data.training,
             steps=len(steps),
             losses=[step.loss for step in steps][:: max(1, len(steps) // 10)],
-            checkpoints=[e["step"] for e in run.events if e["event"] == "checkpoint"],
-            evaluations=[[e["who"], e["loss"], e["seconds"]] for e in run.events if e["event"] == "evaluation"],
+            checkpoints=[e.step for e in run.events if isinstance(e, records.Checkpoint)],
+            evaluations=[[e.who, e.loss, e.seconds] for e in run.events if isinstance(e, records.Evaluation)],
             training_seconds=round(sum(step.seconds for step in steps), 1),
             tokens=sum(step.tokens for step in steps),
-            learned=(run.last("memory"), (run.path / "adapter").is_dir()),
+            learned=(run.last(records.Memory), (run.path / "adapter").is_dir()),
         )
         if process.poll() is None:
             process.kill()

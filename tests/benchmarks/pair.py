@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from bizassist_nb import Assistant
 from bizassist_nb.api import Run
-from bizassist_nb.assistant.conversation import Conversation
+from bizassist_nb.assistant.comparison import Conversation
 from bizassist_nb.assistant.loaded import loaded_base
 from bizassist_nb.core.generation import Generation
 from bizassist_nb.data.tokens import ChatTokenizer

@@ -19,6 +19,7 @@ import psutil
 from bizassist_nb import Settings
 from bizassist_nb.api import Run
 from bizassist_nb.results.loss_plot import loss_svg
+from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal
 from bizassist_nb.training.launch import start
 
@@ -49,10 +50,12 @@ def redraw_seconds(folder: Path, steps: int) -> float:
     folder.mkdir()
     (folder / "settings.toml").write_text(Settings().to_toml())
     journal = Journal(folder)
-    journal.write("plan", steps=steps, tokens=steps)
+    journal.write(records.Plan(steps=steps, tokens=steps))
     for step in range(1, steps + 1):
         loss = 3 / step**0.2 + random.random()
-        journal.write("step", step=step, loss=loss, learning_rate=1e-4, gradient_norm=1.0, tokens=500, seconds=1.0)
+        journal.write(
+            records.Step(step=step, loss=loss, learning_rate=1e-4, gradient_norm=1.0, tokens=500, seconds=1.0)
+        )
     run = Run(folder)
     times = []
     for _ in range(9):
@@ -91,8 +94,8 @@ def training(folder: Path, turns: int = 24) -> None:
     steps: dict[bool, list[float]] = {True: [], False: []}
     for event in run.events:
         for on, begun, ended in spans:
-            if event["event"] == "step" and begun <= event["time"] - event["seconds"] and event["time"] <= ended:
-                steps[on].append(event["seconds"])
+            if isinstance(event, records.Step) and begun <= event.time - event.seconds and event.time <= ended:
+                steps[on].append(event.seconds)
     with_panel, without = (statistics.median(steps[on]) for on in (True, False))
     seconds = sum(ended - begun for on, begun, ended in spans if on)
     print(f"a step: {with_panel:.4f} s with the panel (median of {len(steps[True])}), {without:.4f} s without "

@@ -16,9 +16,13 @@ Memory of a GPU is what `preflight` expects, and DDP's buckets, a second copy of
 
 from typing import Final
 
-from bizassist_nb.training.engines import Engine
-from bizassist_nb.training.preflight import MISTRAL, Device, Fit, Placement, Shape
+from transformers import MistralConfig
 
+from bizassist_nb.runs.records import Engine, Fit
+from bizassist_nb.training.preflight import Device, Placement, Shape
+
+MISTRAL: Final = Shape.of(MistralConfig(vocab_size=32768))
+"""7B v0.3."""
 LLAMA_70B: Final = Shape(
     layers=80, hidden=8192, intermediate=28672, query=8192, key_value=1024, vocabulary=128256, tied=False
 )
@@ -33,9 +37,9 @@ NVLINK: Final = 300e9
 """Bytes a second, one way, that an exchange is taken to reach of NVLink 4's 450e9."""
 NETWORKS: Final = {"8 x 400 Gbit/s": 400e9, "100 Gbit/s": 12.5e9}
 """Bytes a second, one way, of a machine's network cards."""
-ENGINE: Final = Engine("unsloth", "measured")
+ENGINE: Final = Engine(name="unsloth", reason="measured")
 H100: Final = Device("cuda:0", (9, 0), 79.0)
-FIT: Final = Fit(4, False, "bfloat16", "on paper")
+FIT: Final = Fit(micro_batch=4, checkpointing=False, precision="bfloat16", reason="on paper")
 
 
 def step(shape: Shape, gpus: int, network: float) -> tuple[float, float, float]:

@@ -28,7 +28,8 @@ COLAB_PYTHON = os.environ.get("COLAB_PYTHON", str(Path(__file__).parents[2] / ".
 OLDER_KERNEL = Path(sys.prefix) / "ipykernel-7.3.0"
 """The same for ipykernel 7.3, which runs callbacks on other threads than the newest."""
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-              "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
+              "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+              "--disable-features=OverlayScrollbar"]  # fmt: skip
 # Off-screen cells have no elements with windowing, and news would reach out of the machine.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
@@ -152,7 +153,9 @@ def chromium() -> Iterator[Browser]:
     """The browser."""
     path = machine.chromium()  # before Playwright begins: it may be asked for its own
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_ARGUMENTS)
+        browser = playwright.chromium.launch(
+            executable_path=path, args=_ARGUMENTS, ignore_default_args=["--hide-scrollbars"]
+        )
         yield browser
         browser.close()
 
@@ -280,7 +283,7 @@ class Book:
         self.panel.get_by_text(text).locator("visible=true").first.wait_for(timeout=timeout * 1000)
 
     def text(self) -> str:
-        return self.panel.inner_text()
+        return "".join(self.page.locator(".bizassist").all_inner_texts()[-1:])
 
 
 _LAB_BOOK = "[...window.jupyterapp.shell.widgets('main')].find(w => w.content?.widgets && w.sessionContext)"

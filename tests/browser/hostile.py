@@ -1,13 +1,16 @@
 """Answers that a model may give by mistake or because its data told it to: nothing in them may run or be fetched."""
 
+import msgspec
 from random_run import environment
 
 from bizassist_nb.api import Run
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
+from bizassist_nb.results.ballot import append
 from bizassist_nb.results.verdict import Score, assess, judge
+from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal
-from bizassist_nb.runs.votes import Vote, append
+from bizassist_nb.runs.records import Vote
 
 _RUN = "window.hacked=(window.hacked||0)+1"
 _AWAY = "http://evil.invalid/x"
@@ -55,6 +58,7 @@ HOSTILE = [
     "Z" + "\u0300" * 2000 + "algo",
     "word " * 20_000,
     "x" * 100_000,
+    "From $49 to $99 \\href{https://example.com}{x} $$\\href{https://example.com}{x}$$ \\(\\href{https://example.com}{x}\\)",
     "$\\href{javascript:" + _RUN + "}{x}$ and \\(\\unicode{x}\\) {{constructor.constructor('" + _RUN + "')()}}",
 ]
 
@@ -66,31 +70,32 @@ def hostile_run(folder, text):
     asked = Settings(data=clean, model=clean, system_prompt=clean, columns={"context": clean})
     (folder / "settings.toml").write_text(asked.to_toml(), "utf-8")
     versions = {"versions": {clean: clean}, "device": clean, "python": clean, "data": clean}
-    write_json(folder / "environment.json", environment(clean, clean) | versions)
+    write_json(folder / "environment.json", msgspec.structs.replace(environment(clean, clean), **versions))
     journal = Journal(folder)
     lengths = {"rows": 2, "tokens": 9, "trained_tokens": 5, "median": 4, "longest": 5, "truncated": 1}
-    for what in ("model", "engine"):
-        journal.write(what, name=text, reason=text)
-    journal.write(
-        "data", source=text, training=lengths, held_out=lengths, rejected=1,
+    for kind in (records.Model, records.Engine):
+        journal.write(kind(name=text, reason=text))
+    journal.write(records.Data(source=text, training=lengths, held_out=lengths, rejected=1,
         rejected_rows=[{"number": 3, "reason": text}],
         shown={"number": 1, "runs": [[text, False], [text, True]]},
-    )  # fmt: skip
-    journal.write("preflight", sentence=text)
-    journal.write("fit", step=0, micro_batch=1, checkpointing=False, precision=text, reason=text)
-    journal.write("unscored", step=2, reason=text)
-    journal.write("plan", steps=2)
+    ))  # fmt: skip
+    journal.write(records.Preflight(sentence=text))
+    journal.write(records.Fit(step=0, micro_batch=1, checkpointing=False, precision=text, reason=text))
+    journal.write(records.Unscored(step=2, reason=text))
+    journal.write(records.Plan(steps=2))
     for step in (1, 2):
-        journal.write("step", step=step, loss=1.0, learning_rate=0.1, gradient_norm=None, tokens=1, seconds=1.0)
-    journal.write("evaluation", step=2, loss=1.0)
-    journal.write("unanswered", reason=text)
-    journal.write("error", message=text, expected=False)
-    journal.write("state", state="failed")
+        journal.write(records.Step(step=step, loss=1.0, learning_rate=0.1, gradient_norm=None, tokens=1, seconds=1.0))
+    journal.write(records.Evaluation(step=2, loss=1.0))
+    journal.write(records.Unanswered(reason=text))
+    journal.write(records.Error(message=text, expected=False))
+    journal.write(records.State(state="failed"))
     (folder / "worker.log").write_bytes(text.replace("\n", " ").encode("utf-8", "replace") * 3)
     scores = [[Score(i, n + i, 3, (text, "b")[i % 2]) for i in range(4)] for n in (9, 6)]
     found = judge(*scores, seed=0, questions=dict.fromkeys(range(4), text))
     answer = {"text": text, "stopped": True, "signs": ["loops"]}
     write_json(folder / "answers.json", [{"prompt": text, "base": answer, "tuned": answer}])
-    write_json(folder / "evaluation.json", assess(found, found, None) | {"sentence": text, "notes": [text]})
-    append(Run(folder), Vote(1.0, text, text, text, "tuned", "base"))
+    write_json(
+        folder / "evaluation.json", msgspec.structs.replace(assess(found, found, None), sentence=text, notes=[text])
+    )
+    append(Run(folder), Vote(time=1.0, question=text, base=text, tuned=text, winner="tuned", left="base"))
     return Run(folder)

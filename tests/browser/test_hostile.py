@@ -53,9 +53,8 @@ sys.path[:0] = [{folder!r}, {tests!r}]
 import ipywidgets
 from hostile import HOSTILE, hostile_run
 from IPython.display import HTML, display
-from bizassist_nb.results.run_comparison import RunComparison
-from bizassist_nb.notebook.panel.train import _outcome
-from bizassist_nb.notebook.tables import runs_table
+from bizassist_nb.results.run_comparison import RunComparison, runs_section
+from bizassist_nb.notebook.views import outcome_html
 from bizassist_nb.core.rendering import table
 from bizassist_nb.results.summary import run_html
 place = Path(tempfile.mkdtemp())
@@ -63,12 +62,12 @@ shown = [text for text in HOSTILE if len(text) < 1000]
 runs = [hostile_run(place / str(i), text) for i, text in enumerate(shown)]
 """
 EACH_VIEW = """
-for pages in (map(run_html, runs), (RunComparison([run])._repr_html_() for run in runs), map(_outcome, runs)):
+for pages in (map(run_html, runs), (RunComparison([run])._repr_html_() for run in runs), map(outcome_html, runs)):
     page = "".join(pages)
     live = ipywidgets.HTML(page)
     live.add_class("bizassist")
     display(HTML(page), live)
-display(runs_table(runs), ipywidgets.HTML(table([shown], shown)))
+display(runs_section(runs), ipywidgets.HTML(table([shown], shown)))
 print("all shown")
 """
 
@@ -78,8 +77,40 @@ def quiet(book, server, asked):
     book.page.wait_for_timeout(1500)  # time to run, for what would
     assert book.page.evaluate("window.hacked") is None
     assert book.errors == []
+    assert book.page.locator("mjx-container, .MathJax").count() == 0
     home = (server.url, server.url.replace("http", "ws"), "data:", "blob:")
     assert not [url for url in asked if not url.startswith(home)]
+
+
+PRICES = r"""
+from IPython.display import Markdown, display
+from bizassist_nb.assistant.comparison import Comparison, Comparisons
+from bizassist_nb.core.rendering import Section, plain_markdown
+from bizassist_nb.results.ballot import Ballot
+text = r"$49 to $99 $$\href{https://example.com}{x}$$ \(\href{https://example.com}{x}\) \begin{align}x\end{align}"
+both = Comparison(text, {"base": text, "tuned": text}, ("run",), note=text)
+ballot = Ballot(run, Comparison(text, {"base": text, "tuned": text}, ("run",)))
+display(both, Comparisons([both]), ballot, Section("", head=[text], rows=[[text]]), Markdown(plain_markdown(text)), run)
+display(Markdown("a formula of the user's own: $x$"))
+"""
+
+
+@pytest.mark.parametrize("kind", ["lab", "notebook"])
+def test_dollar_amounts_are_no_formulas(serve, opened, kind):
+    made = VIEWS.format(**FOLDERS) + r'run = hostile_run(place / "prices", "$49 to $99 \\href{https://example.com}{x}")'
+    book = opened(serve(kind), [made, PRICES], name="prices.ipynb")
+    for cell in range(2):
+        book.run(cell)
+    book.page.locator("mjx-container").first.wait_for()  # the user's own
+    outputs = book.page.locator(".jp-OutputArea-output")
+    assert outputs.count() == 7
+    for shown in outputs.all()[:-1]:
+        assert "$49 to $99" in shown.inner_text()
+        assert shown.locator("mjx-container").count() == 0
+        # In Markdown, JupyterLab makes a link of a bare address, as GitHub does; \href shows another text than that.
+        assert "x" not in shown.locator("a[href]").all_inner_texts()
+        if "jp-RenderedMarkdown" not in shown.get_attribute("class"):
+            assert shown.locator("a[href]").count() == 0
 
 
 def test_nothing_in_the_views_of_a_run_runs(lab, opened):

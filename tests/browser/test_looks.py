@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from hostile import hostile_run
 
 from bizassist_nb.api import Run
 
@@ -29,12 +30,38 @@ CONTRAST = """all => {
     .filter(([ratio]) => ratio < 4.5);
 }"""
 
+# What has a scrollbar and should not, and what of a label is not seen.
+CROWDED = """all => all.filter(e => e.offsetParent && !e.matches('select, textarea, .bn-talk, .bn-scroll, .bn-scroll *')
+    && !(e.matches('.widget-html-content') && e.querySelector('table'))).filter(e => {
+  const style = getComputedStyle(e), wide = e.scrollWidth > e.clientWidth, high = e.scrollHeight > e.clientHeight;
+  return ['auto', 'scroll'].includes(style.overflowX) && wide || ['auto', 'scroll'].includes(style.overflowY) && high
+    || e.matches('.widget-label, .lm-TabBar-tabLabel, button') && wide && style.clipPath === 'none';
+}).map(e => e.outerHTML.slice(0, 200))"""
+# Words in tables that are broken, but for very long ones.
+BROKEN = """cells => cells.filter(c => c.offsetParent).flatMap(c => [...c.childNodes])
+  .filter(n => n.nodeType === 3).flatMap(n =>
+  [...n.data.matchAll(/[^\\s-]+/g)].filter(word => {
+    const range = document.createRange();
+    range.setStart(n, word.index); range.setEnd(n, word.index + word[0].length);
+    return word[0].length <= 12 && new Set([...range.getClientRects()].map(r => r.top)).size > 1;
+  }).map(word => word[0]))"""
+# Inputs of the same row that lie upon one another, or have no room for what stands in them.
+COVERED = """rows => rows.filter(r => r.offsetParent).filter(r => {
+  const boxes = [...r.querySelectorAll('.noUi-target, input, select')]
+    .filter(e => e.offsetParent && e.type !== 'checkbox').map(e => e.getBoundingClientRect());
+  return boxes.some(b => b.width < 60) || boxes.some((a, i) => boxes.slice(i + 1).some(b =>
+    a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1));
+}).map(r => r.innerText)"""
+
 
 def fits(book):
-    """Nothing is wider than the panel, but for what can be scrolled."""
+    """Nothing is wider than the panel, but for what can be scrolled; nothing is crowded, broken or covered."""
+    assert book.panel.locator("*").evaluate_all(CROWDED) == []
+    assert book.panel.locator("td, th").evaluate_all(BROKEN) == []
+    assert book.panel.locator(".bn-row, .bn-options > *").evaluate_all(COVERED) == []
     wide = book.panel.evaluate(
         "e => [...e.querySelectorAll('*')].filter(c => c.offsetParent"
-        " && !c.closest('.widget-readout, svg, label, .bn-scroll')"
+        " && !c.closest('.widget-readout, svg, label, table, .bn-scroll')"
         " && c.getBoundingClientRect().right > e.getBoundingClientRect().right + 1).map(c => c.outerHTML.slice(0, 200))"
     )
     assert wide == []
@@ -50,6 +77,27 @@ def pictures(book, folder, name):
 
 def panes(book):
     return [book.panel.locator(".bn-pane").nth(i).bounding_box() for i in (0, 1)]
+
+
+@pytest.mark.parametrize("width", [1400, 800, 390])
+def test_everything_fits_at_any_width(serve, opened, tmp_path, screenshots, width):
+    for name in ("first-pricing", "sample-2"):
+        hostile_run(tmp_path / "runs" / name, "A price is what a customer pays")
+    book = opened(serve("lab"), CELLS, width=width, height=2000)
+    if width < 1400:
+        book.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+    book.show()
+    book.see("tokens an epoch")
+    for tab in ("Train", "Preview", "Chat", "Runs", "Export"):
+        book.tab(tab)
+        for button in book.panel.locator("button.bn-fold").locator("visible=true").all():
+            button.click()
+        if tab == "Runs":
+            book.press("Compare")
+            book.see("Runs compared")
+        book.page.wait_for_timeout(500)
+        pictures(book, screenshots, f"{width}-{tab.lower()}")
+        fits(book)
 
 
 def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
@@ -77,7 +125,8 @@ def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
         timeout=300_000,
     )
     pictures(book, screenshots, "training")
-    book.press("Stop")
+    (name,) = {path.name for path in (tmp_path / "runs").iterdir()} - {"pricing"}
+    book.press(f"Stop {name}")
     book.see(": stopped", timeout=120)
 
     book.tab("Chat")

@@ -55,17 +55,18 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     steps = plots(book, 3)
     assert steps == sorted(set(steps))
     book.unfold("More settings")
-    book.press("Stop")
+    book.press("Stop first")
     book.see("first: stopped")
     run = Run(lab.root / "runs" / "first")
     assert run.settings.subset == 12
     assert run.status == "stopped"
     assert run.adapter
     done = len(run.steps)
-    book.press("Resume")
+    book.press("Resume first")
     assert plots(book, 1)[0] >= done
 
     book.tab("Chat")  # while it trains
+    answer_at_length(book)
     box = book.panel.get_by_label("question", exact=True)
     box.type("How should we **price** it?")
     box.press("Enter")
@@ -76,7 +77,7 @@ def test_a_person_trains_stops_resumes_chats_and_comes_back(lab, opened, tiny):
     book.see("take one of those suggested")
 
     book.tab("Train")
-    book.press("Stop")
+    book.press("Stop first")
     book.see("first: stopped")
     votes_compares_and_exports(book, run)
     book.tab("Train")
@@ -94,7 +95,6 @@ def votes_compares_and_exports(book, run):
     """A blind vote, then the tabs for runs and exports."""
     book.tab("Chat")
     book.panel.get_by_label("blind").check()
-    book.unfold("Generation settings")
     book.fill("max new tokens", 20)
     book.press("How should we price a new feature?")
     book.see("right")
@@ -110,6 +110,12 @@ def votes_compares_and_exports(book, run):
     book.press("Export")
     book.see(f"{run.path.name}/adapter")
     assert (run.adapter / "README.md").is_file()
+
+
+def answer_at_length(book):
+    """Have answers last until they are stopped: the tiny model has no end to its own."""
+    book.unfold("Generation settings")
+    book.fill("max new tokens", 1900)
 
 
 def growing(book):
@@ -129,7 +135,7 @@ def train_and_stop(book, tiny, name):
     fill_in(book, tiny, name)
     book.press("Start")
     plots(book, 3)
-    book.press("Stop")
+    book.press(f"Stop {name}")
     book.see(f"{name}: stopped")
     run = Run(book.server.root / "runs" / name)
     assert run.status == "stopped"
@@ -140,6 +146,7 @@ def train_and_stop(book, tiny, name):
 def chat_and_stop(book):
     """Ask both by Enter, see both grow, stop."""
     book.tab("Chat")
+    answer_at_length(book)
     box = book.panel.get_by_label("question", exact=True)
     box.type("How should we price it?")
     box.press("Enter")
@@ -229,13 +236,13 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
     book.press("Start")
     before = plots(book, 1)[0]
     book.run(4)  # six seconds in which the kernel shows nothing
-    assert plots(book, 1)[0] > before
+    assert plots(book, 2)[-1] > before
     book.save()
     book.restart()
     book.show()
     book.see("long: training")
     assert plots(book, 2)[-1] > before
-    book.press("Stop")
+    book.press("Stop long")
     book.see("long: stopped")
     book.unfold("From run")
     book.choose("settings of run", "long")
@@ -244,11 +251,73 @@ def test_a_crash_is_shown_and_the_panel_goes_on(lab, opened, tiny, tmp_path):
     book.unfold("More settings")
     book.page.wait_for_function("box => box.value === '100'", arg=box.element_handle())
 
-    book.save()
-    saved = nbformat.read(lab.root / "crash.ipynb", as_version=4)
-    page, _ = HTMLExporter().from_notebook_node(saved)  # what one sees without a kernel
+    below(book, "long: stopped")
+    page = without_a_kernel(book)
     assert "data:image/png;base64" in page
     assert "long: stopped" in page
+
+
+# A black dot, as a user's own picture.
+OWN = """
+import base64
+from IPython.display import Image, display
+panel = %bizassist
+display(panel)
+display(Image(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")))
+"""
+
+
+def below(book, text, count=1):
+    """Wait until so many of the outputs below live views, which are seen without a kernel, say that."""
+    outputs = book.page.locator("[class$='-static']").filter(has_text=text)
+    outputs.nth(count - 1).wait_for(state="attached")
+
+
+def without_a_kernel(book):
+    """The saved notebook, as one sees it without a kernel."""
+    book.save()
+    book.page.wait_for_timeout(500)
+    page, _ = HTMLExporter().from_notebook_node(nbformat.read(book.server.root / book.name, as_version=4))
+    return page
+
+
+@pytest.mark.slow
+def test_a_kernel_that_ends_leaves_the_last_plot_and_figures(lab, opened, tiny):
+    train = f"%%finetune leaving\nmodel = '{tiny}'\ndata = 'sample'\nsubset = 12\nheld_out = 4\nepochs = 100"
+    go_on = "%%finetune leaving --resume --background\n"
+    book = opened(lab, [PANEL[0], train, OWN, go_on], name="leaving.ipynb")
+    shown = book.page.get_by_text("leaving: training").locator("visible=true")
+    pictures = book.page.locator(".jp-RenderedImage").locator("visible=true")
+    controls = book.page.locator(".jp-OutputArea .jupyter-widgets").locator("visible=true")
+    book.run(0)
+    book.run(1, wait=False)
+    book.page.locator(".bn-tiles").get_by_text("step").first.wait_for()  # in the live view
+    book.page.get_by_text("what it trains on").click()
+    drawn = "document.querySelector('svg[role=img]')?.outerHTML"
+    book.page.wait_for_function(f"before => {drawn} !== before", arg=book.page.evaluate(drawn))
+    assert book.page.locator("details[open]").count() == 1  # what was unfolded stays so while it trains
+    below(book, "leaving: training")
+    assert (shown.count(), pictures.count()) == (1, 0)
+    page = without_a_kernel(book)
+    assert 'src="data:image/png;base64' in page
+    assert "leaving: training" in page
+    book.restart()
+    book.page.get_by_text("As of").locator("visible=true").wait_for()
+    assert (shown.count(), pictures.count(), controls.count()) == (1, 1, 1)  # the one control is a sentence
+
+    book.run(0)  # Jupyter interrupts a cell before it ends its kernel, so the run was stopped
+    book.run(3)
+    book.run(2)
+    book.see("leaving: training")
+    below(book, "leaving: training", 2)
+    assert pictures.count() == 2  # what the first cell kept, and the user's own beside the panel
+    assert without_a_kernel(book).count("leaving: training") >= 2
+    book.restart()
+    book.page.get_by_text("As of").locator("visible=true").nth(1).wait_for()
+    assert pictures.count() == 3
+    sentence = "e => getComputedStyle(e, '::before').content"
+    assert "run %bizassist to bring it back" in book.panel.evaluate(sentence)
+    assert controls.count() == 2  # the two sentences, and none of the panel's controls with their icons
 
 
 @pytest.mark.slow

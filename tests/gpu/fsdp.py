@@ -17,6 +17,7 @@ import torch
 
 from bizassist_nb import Settings, finetune
 from bizassist_nb.api import Run
+from bizassist_nb.runs import records
 from bizassist_nb.runs.run import WORKER
 
 CONFIG = """
@@ -58,16 +59,18 @@ def main(model: str, rows: str, folder: str) -> None:
     assert process.wait() == 0
     other = Run(Path(folder) / "sharded")
     apart = [abs(a.loss - b.loss) / b.loss for a, b in zip(other.steps, whole.steps, strict=True)]
-    scores = [[run.evaluation[who]["loss"] for who in ("base", "tuned")] for run in (other, whole)]
-    answers = [[answer[who]["text"] for answer in run.answers for who in ("base", "tuned")] for run in (other, whole)]
+    scores = [[getattr(run.evaluation, who).loss for who in ("base", "tuned")] for run in (other, whole)]
+    answers = [
+        [getattr(answer, who).text for answer in run.answers for who in ("base", "tuned")] for run in (other, whole)
+    ]
     found = {
-        "device": other.environment["device"],
-        "versions": other.environment["versions"],
-        "sharded": {name: other.last("sharded")[name] for name in ("held", "whole")},
+        "device": other.environment.device,
+        "versions": other.environment.versions,
+        "sharded": {name: getattr(other.last(records.Sharded), name) for name in ("shard", "whole")},
         "largest_difference_of_losses": max(apart),
         "held_out_losses": scores,
         "equal_answers": f"{sum(a == b for a, b in zip(*answers, strict=True))} of {len(answers[0])}",
-        "peak_gib": [round(run.last("memory")["peak"] / 2**30, 2) for run in (other, whole)],
+        "peak_gib": [round(run.last(records.Memory).peak / 2**30, 2) for run in (other, whole)],
     }
     print(json.dumps(found), flush=True)
 

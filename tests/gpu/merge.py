@@ -18,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 # In the manner of Mistral v0.3, for a tokenizer that has no template of its own.
@@ -54,12 +56,12 @@ def prepared(base, work):
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from bizassist_nb.core.files import write_json
     from bizassist_nb.core.settings import Settings
-    from bizassist_nb.export.weights import Weights
     from bizassist_nb.models import base as models
+    from bizassist_nb.runs import records
     from bizassist_nb.runs.journal import Journal
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -83,17 +85,19 @@ def prepared(base, work):
     )  # fmt: skip
     torch.manual_seed(0)
     tensors = {}
-    for name, shape in Weights(str(base), nf4=True).shapes().items():
-        layer = name.removesuffix(".weight")
-        if layer.rpartition(".")[2] in models.TARGETS:
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(16, shape[1]) / shape[1] ** 0.5
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(shape[0], 16) * 0.03
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    for layer, module in model.named_modules():
+        if layer.rpartition(".")[2] in models.linear_layers(model):
+            inner, outer = module.in_features, module.out_features
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(16, inner) / inner**0.5
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(outer, 16) * 0.03
     save_file(tensors, run / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules=list(models.TARGETS))
+    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules=models.linear_layers(model))
     config.base_model_name_or_path = str(base)
     config.save_pretrained(run / "adapter")
     models.load_tokenizer(base).tokenizer.save_pretrained(run / "adapter")
-    Journal(run).write("state", state="finished")
+    Journal(run).write(records.State(state="finished"))
     return run
 
 
@@ -120,6 +124,7 @@ def measured(work_on):
 def step_merge(run, _work):
     """`Run.merge()` as a user calls it: written, loaded again and compared."""
     from bizassist_nb.core.errors import BizassistError
+    from bizassist_nb.runs import records
 
     said = []
 
@@ -128,26 +133,25 @@ def step_merge(run, _work):
         try:
             run.export("merged", show=lambda line: said.append([round(time.perf_counter() - start, 2), line]))
         except BizassistError as error:
-            return {"error": str(error), "event": run.last("merge")}
-        return {"event": run.last("merge"), "largest_shard": largest(run.path / "merged")}
+            return {"error": str(error), "event": msgspec.to_builtins(run.last(records.Merge))}
+        return {"event": msgspec.to_builtins(run.last(records.Merge)), "largest_shard": largest(run.path / "merged")}
 
     return {**measured(merge), "said": said}
 
 
 def step_gate(run, _work):
     """What was merged, broken in several ways one after the other: each has to fail."""
+    from bitsandbytes.functional import dequantize_4bit
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     from bizassist_nb.export import parity
-    from bizassist_nb.export.weights import Weights
-    from bizassist_nb.models import base as models
+    from bizassist_nb.export.weights import TunedWeights
 
     folder, conversations = run.path / "merged", parity.conversations(run)
-    source = Weights(models.resolve(run.environment["model"]).source, nf4=True)
-    name = (
-        f"model.layers.{len([n for n in source.names if n.endswith('mlp.down_proj.weight')]) // 2}.mlp.down_proj.weight"
-    )
+    model = TunedWeights(run, "trained").loaded.model
+    name = f"model.layers.{model.config.num_hidden_layers // 2}.mlp.down_proj.weight"
+    base = model.get_parameter(f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight")
     path = next(path for path in folder.glob("model*.safetensors") if name in safe_open(path, "pt").keys())  # noqa: SIM118
     tensors, found = load_file(path), {}
     tokenizer, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
@@ -155,13 +159,13 @@ def step_gate(run, _work):
     def compare(what):
         start = time.perf_counter()
         result = parity.compare(run, folder, conversations)
-        found[what] = {**result, "seconds": time.perf_counter() - start}
+        found[what] = {**msgspec.to_builtins(result), "seconds": time.perf_counter() - start}
 
     def save(weight):
         save_file(tensors | {name: weight}, path, metadata={"format": "pt"})
 
     compare("whole")
-    save(source.read(name).to(tensors[name].dtype).cpu())
+    save(dequantize_4bit(base.data, base.quant_state).to(tensors[name].dtype).cpu())
     compare("one tensor without its adapter")
     save(tensors[name] * 0)
     compare("one tensor zeroed")

@@ -13,6 +13,7 @@ import sys
 
 from bizassist_nb import Settings, finetune
 from bizassist_nb.api import Run
+from bizassist_nb.runs import records
 
 WARM, ROWS = 5, 240
 
@@ -39,15 +40,15 @@ def main(model: str, rows: str, folder: str, *engines: str) -> None:
         apart = [abs(a.loss - b.loss) / b.loss for a, b in zip(two.steps, one.steps, strict=True)]
         found = {
             "engine": engine,
-            "device": two.environment["device"],
-            "versions": two.environment["versions"],
+            "device": two.environment.device,
+            "versions": two.environment.versions,
             "tokens_per_second": [round(speed(run)) for run in (one, two)],
             "ratio": round(speed(two) / speed(one), 3),
             "largest_difference_of_losses": max(apart),
             "median_step": [
                 round(statistics.median(step.seconds for step in run.steps[WARM:]), 4) for run in (one, two)
             ],
-            "peak_gib": [round(run.last("memory")["peak"] / 2**30, 2) for run in (one, two)],
+            "peak_gib": [round(run.last(records.Memory).peak / 2**30, 2) for run in (one, two)],
         }
         print(json.dumps(found), flush=True)
 

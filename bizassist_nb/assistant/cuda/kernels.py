@@ -103,18 +103,17 @@ def rotate_and_cache(
     inside = at < HALF
     place = tl.load(length)
     for row in tl.static_range(ROWS):
+        cached = (row * KV_HEADS * L + place) * D
         if head < HEADS:
-            source = q + (row * HEADS + head) * D
-            low = tl.load(source + at).to(tl.float32)
-            high = tl.load(source + HALF + at).to(tl.float32)
+            source, target = q + (row * HEADS + head) * D, rotated + (row * HEADS + head) * D
         elif head < HEADS + KV_HEADS:
-            source = k + (row * KV_HEADS + head - HEADS) * D
-            low = tl.load(source + at).to(tl.float32)
-            high = tl.load(source + HALF + at).to(tl.float32)
+            kv_head = head - HEADS
+            source, target = k + (row * KV_HEADS + kv_head) * D, keys + cached + kv_head * L * D
         else:
-            source = v + (row * KV_HEADS + head - HEADS - KV_HEADS) * D
-            low = tl.load(source + at).to(tl.float32)
-            high = tl.load(source + HALF + at).to(tl.float32)
+            kv_head = head - HEADS - KV_HEADS
+            source, target = v + (row * KV_HEADS + kv_head) * D, values + cached + kv_head * L * D
+        low = tl.load(source + at).to(tl.float32)
+        high = tl.load(source + HALF + at).to(tl.float32)
         if R > 0:
             which = tl.where(head < HEADS, 0, tl.where(head < HEADS + KV_HEADS, 1, 2))
             mine = down + (row * 3 + which) * R * PARTS
@@ -125,19 +124,10 @@ def rotate_and_cache(
         position = place - tl.load(start + row)
         c = tl.load(cos + position * D + at).to(tl.float32)
         s = tl.load(sin + position * D + at).to(tl.float32)
-        cached = (row * KV_HEADS * L + place) * D
-        if head < HEADS:
-            target = rotated + (row * HEADS + head) * D
-            tl.store(target + at, (low * c - high * s).to(kind))
-            tl.store(target + HALF + at, (high * c + low * s).to(kind))
-        elif head < HEADS + KV_HEADS:
-            target = keys + cached + (head - HEADS) * L * D
-            tl.store(target + at, (low * c - high * s).to(kind))
-            tl.store(target + HALF + at, (high * c + low * s).to(kind))
-        else:
-            target = values + cached + (head - HEADS - KV_HEADS) * L * D
-            tl.store(target + at, low.to(kind))
-            tl.store(target + HALF + at, high.to(kind))
+        if head < HEADS + KV_HEADS:
+            low, high = low * c - high * s, high * c + low * s
+        tl.store(target + at, low.to(kind))
+        tl.store(target + HALF + at, high.to(kind))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Products of a few vectors with a base's matrices, which are in bitsandbytes' NF4.
 
-On a GPU by a kernel of our own (`nf4.cu`), which takes about as long for four vectors as for one; bitsandbytes' takes
-longer over the arithmetic of each than over reading the weights. NVIDIA's run-time compiler, which torch brings along,
-compiles it for the GPU at hand. Elsewhere by bitsandbytes.
+On a GPU our own kernel (`nf4.cu`) computes them. It takes about as long for four vectors as for one; bitsandbytes'
+spends more time on each vector's arithmetic than on reading the weights. NVIDIA's run-time compiler, which torch
+depends on, compiles it for this GPU. Elsewhere bitsandbytes computes them.
 """
 
 import ctypes
@@ -13,6 +13,8 @@ from importlib import resources
 from typing import Any, Final
 
 import torch
+
+from bizassist_nb.core.errors import brief
 
 _TOGETHER: Final = 3
 """Matrices that the kernel can compute in one go."""
@@ -52,24 +54,21 @@ def usable(device: torch.device, dtype: torch.dtype) -> bool:
     least = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
     if device.type != "cuda" or dtype not in least:
         return False
-    capability = torch.cuda.get_device_capability(device)
-    return capability >= least[dtype] and capability in compiler_knows()
+    return torch.cuda.get_device_capability(device) >= least[dtype] and problem(device, dtype) is None
 
 
 @functools.cache
-def compiler_knows() -> frozenset[tuple[int, int]]:
-    """Compute capabilities for which the compiler here can compile; none where there is no compiler."""
+def problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot be compiled, or the driver does not load it; None if it does."""
     try:
-        from cuda.bindings import nvrtc  # torch 2.11 for GPUs brings it
-
-        found = _checked(nvrtc.nvrtcGetSupportedArchs())
-    except (ImportError, RuntimeError):  # the second where the library itself is missing
-        return frozenset()
-    return frozenset((each // 10, each % 10) for each in found)
+        _kernel(1, dtype, tuple(map(float, range(16))), device)
+    except (ImportError, RuntimeError) as error:
+        return brief(error)
+    return None
 
 
 def scales(state: Any) -> torch.Tensor:
-    """The scales (n, k / 64) of a quant_state in float32; mostly they are themselves kept in 8 bits."""
+    """The scales (n, k / 64) of a quant_state in float32; mostly they are themselves stored in 8 bits."""
     from bitsandbytes.functional import dequantize_blockwise
 
     found = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax

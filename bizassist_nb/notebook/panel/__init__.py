@@ -1,147 +1,115 @@
-"""The panel: everything that can be done with a run, without typing code. Each tab is a class and a line in `TABS`."""
+"""The panel: everything that can be done with a run, without code. Each tab is a class, listed in `TABS`."""
 
 import asyncio
-import base64
-import html
+import logging
 from collections.abc import Iterator
-from importlib import resources
-from typing import Any, Final, Protocol
+from pathlib import Path
+from typing import Any, Final
 
 import ipywidgets as w
-from IPython.display import display
 
 from bizassist_nb.core.errors import BizassistError
+from bizassist_nb.core.settings import user_path
 from bizassist_nb.notebook.panel.chat import Chat
+from bizassist_nb.notebook.panel.controls import alert
 from bizassist_nb.notebook.panel.export import Export
 from bizassist_nb.notebook.panel.preview import Preview
 from bizassist_nb.notebook.panel.runs import Runs
-from bizassist_nb.notebook.panel.state import State, over
+from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.train import Train
-from bizassist_nb.notebook.panel.update_loop import UpdateLoop, clicked, in_colab
-from bizassist_nb.results import summary
-from bizassist_nb.runs.run import RunDirectory
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop
+from bizassist_nb.notebook.views import StaticOutputs, close, css, show_widget
 
-TABS: Final = (Train, Preview, Chat, Runs, Export)
+TABS: Final[tuple[Any, ...]] = (Train, Preview, Chat, Runs, Export)
+"""Each is built with (state, update loop) and has a `title`, a `view`, and `update`, which alone writes its widgets."""
 _FALLBACK: Final = "The bizassist panel is live only while its kernel runs: run %bizassist to bring it back."
 
-
-class Tab(Protocol):
-    """One tab: built with (state, pump); `update` is called by the pump alone, and alone writes the tab's widgets."""
-
-    title: str
-    view: w.Widget
-
-    def update(self) -> None:
-        """Bring the view up to date."""
+# What a thread logs is printed into whichever cell is at work: the hub's "Retrying in 1s", whose error the panel shows.
+logging.getLogger("huggingface_hub.utils._http").addFilter(
+    lambda record: not (record.threadName or "").startswith("bizassist-")
+)
 
 
 class Panel:
-    """The panel of a folder of runs; show it as often as you like, in any number of cells."""
+    """The panel of a folder of runs; show it as often as you like, in any number of cells.
+
+    There is one a folder: a new one closes the one before.
+    """
 
     def __init__(self, runs_dir: str = "runs"):
         """Build it; nothing runs before it is shown."""
-        self._state = State(runs_dir)
-        self._update_loop = UpdateLoop(
-            self._update, working=lambda: self._state.working, following=lambda: self._state.following
-        )
-        self._tabs: list[Tab] = [tab(self._state, self._update_loop) for tab in TABS]
+        self.state = State(runs_dir)
+        self.update_loop = UpdateLoop(self.state)
+        self.tabs: list[Any] = [tab(self.state, self.update_loop) for tab in TABS]
         self._problem = w.HTML()
-        tabs = w.Tab([tab.view for tab in self._tabs])
-        for i, tab in enumerate(self._tabs):
+        tabs = w.Tab([tab.view for tab in self.tabs])
+        for i, tab in enumerate(self.tabs):
             tabs.set_title(i, tab.title)
-        refresh = w.Button(description="Refresh", icon="refresh", tooltip="bring what is shown up to date")
-        clicked(refresh, self._update_loop, lambda: None)  # whatever is posted brings the views up to date
-        head = w.Box([w.HTML("<h2>bizassist</h2>"), refresh])
-        head.add_class("bn-head")
-        self._view = w.VBox([w.HTML(f"<style>{_css()}</style>"), head, self._problem, tabs])
-        self._view.add_class("bizassist")
-        self._kept = Kept(self._view.model_id)
-        if in_colab():  # where no task of the kernel's looks at the controls all the time
-            for control in _controls(self._view):
-                control.observe(lambda _: self._update_loop.post(lambda: None), "value")
+        hint = "bring the panel up to date"
+        refresh = self.update_loop.button("Refresh", self.state.refresh, icon="refresh", tooltip=hint)
+        head = w.Box([w.HTML("<h2>bizassist</h2>"), refresh]).add_class("bn-head")
+        style = w.HTML()
+        self.view = w.VBox([style, head, self._problem, tabs]).add_class("bizassist")
+        self._static = StaticOutputs(self.view, _FALLBACK)
+        style.value = f"<style>{css()}</style>{self._static.style}"
+        tabs_updates = [tab.update for tab in self.tabs]
+        self.update_loop.updates = [self.state.look, *tabs_updates, self._update_static, self._show_problems]
+        for control in _controls(self.view):
+            control.observe(lambda _: self.update_loop.wake(), "value")
+        self._folder = user_path(runs_dir).absolute()
+        if before := _open.pop(self._folder, None):
+            before.close()
+        _open[self._folder] = self
+
+    @classmethod
+    def of(cls, runs_dir: str) -> "Panel":
+        """The open panel of that folder, or a new one."""
+        return _open.get(user_path(runs_dir).absolute()) or cls(runs_dir)
+
+    def close(self) -> None:
+        """Close its widgets and end its loop; runs and exports go on."""
+        if _open.get(self._folder) is self:
+            del _open[self._folder]
+        self.update_loop.end()
+        self.state.watch.want(None)
+        close(self.view)
 
     def show(self) -> None:
         """Show it in this cell.
 
         Raises:
-            BizassistError: where there is no notebook to show it in.
+            BizassistError: outside a notebook, or once it is closed.
         """
+        if _open.get(self._folder) is not self:
+            raise BizassistError("this panel is closed; show that of its folder with %bizassist, or make a new Panel")
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             raise BizassistError(
-                "the panel is shown in a notebook (JupyterLab, Notebook, Colab), and this is none; "
+                "the panel can only be shown in a notebook (JupyterLab, Notebook, Colab); "
                 "in a terminal, use the command line: bizassist --help"
             ) from None
-        display(
-            {
-                "application/vnd.jupyter.widget-view+json": {
-                    "version_major": 2,
-                    "version_minor": 0,
-                    "model_id": self._view.model_id,
-                },
-                "text/html": f"<i>{html.escape(_FALLBACK)}</i>",
-                "text/plain": _FALLBACK,
-            },
-            raw=True,
-        )
-        self._kept.show()
-        self._update_loop.start()
+        show_widget(self.view, _FALLBACK)
+        self._static.show()
+        self.update_loop.start()
 
-    def _ipython_display_(self) -> None:
-        self.show()
+    _ipython_display_ = show
 
-    def _update(self) -> None:
-        self._state.look()
-        problem = html.escape(self._update_loop.problem or self._state.problem)
-        self._problem.value = f'<div class="bn-alert" role="alert">⚠ {problem}</div>' if problem else ""
-        for tab in self._tabs:
-            tab.update()
-        run = self._state.followed
-        if run and over(run):
-            self._kept.keep(run)
+    def _update_static(self) -> None:
+        if run := self.state.followed:
+            self._static.update(run)
+
+    def _show_problems(self) -> None:
+        problems = dict.fromkeys(filter(None, [*self.update_loop.problems, self.state.problem]))
+        self._problem.value = "".join(map(alert, problems))
 
 
-class Kept:
-    """The last run's plot and summary as outputs of their own, which a saved notebook shows without a kernel."""
-
-    def __init__(self, name: str):
-        """`name` tells this panel's outputs from others'."""
-        self._ids = (f"bizassist-plot-{name}", f"bizassist-summary-{name}")
-        self._data: list[dict[str, Any]] = [{"text/html": ""}, {"text/html": ""}]
-        self._of: tuple[object, ...] = ()
-
-    def show(self) -> None:
-        """Make room for them in this cell."""
-        for data, name in zip(self._data, self._ids, strict=True):
-            display(data, raw=True, display_id=name)
-
-    def keep(self, run: RunDirectory) -> None:
-        """Put this run, which has ended, in them, if it is not there already."""
-        of = (run.path, run.status, len(run.events))
-        if of == self._of:
-            return
-        self._of = of
-        plot = run.path / "loss.png"
-        png = {"image/png": base64.b64encode(plot.read_bytes()).decode()} if plot.is_file() else {"text/html": ""}
-        self._data = [
-            {**png, "text/plain": summary.headline(run)},
-            {"text/html": _kept_html(run), "text/plain": summary.run_text(run)},
-        ]
-        for data, name in zip(self._data, self._ids, strict=True):
-            display(data, raw=True, display_id=name, update=True)
-
-
-def _kept_html(run: RunDirectory) -> str:
-    return f'<div class="bn-kept">{summary.run_html(run)}</div>'
-
-
-def _css() -> str:
-    return resources.files(__package__).joinpath("panel.css").read_text("utf-8")
+_open: Final[dict[Path, Panel]] = {}
+"""The panels that are not closed, by folder."""
 
 
 def _controls(widget: Any) -> Iterator[Any]:
-    """The widgets in it that a person gives a value."""
+    """All widgets within this one in which a person sets a value."""
     if hasattr(widget, "children"):
         for child in widget.children:
             yield from _controls(child)

@@ -10,95 +10,96 @@ import ipywidgets as w
 import tomli_w
 
 from bizassist_nb.core.settings import Settings
+from bizassist_nb.notebook.views import labelled
 
-_VERSION: Final = int(w.__version__.partition(".")[0])
-
-# What a slider spans (any value can be typed beside it), as exponents of the base, with the exponents' step.
+# Range of a slider: (base, least exponent, most, step). Any value can be typed beside it.
 _SLIDERS: Final = {"subset": (10, 0, 4.3, 0.05), "rank": (2, 0, 9, 1)}
 _OTHER: Final = "other …"
 _SUGGESTED: Final = {"model": ("auto", "mistral-7b", "smollm2-135m"), "data": ("dolly", "sample")}
+_PLACES: Final = {"model": "a folder", "data": "a file"}
 _LABELS: Final = {"subset": "rows to train on", "rank": "LoRA rank", "runs_dir": "folder of runs"}
 
 
-def tip(text: str) -> dict[str, str]:
-    """The keyword that gives a widget its tooltip: ipywidgets 8 renamed it."""
-    return {"tooltip" if _VERSION >= 8 else "description_tooltip": text}
-
-
 def fold(title: str, *content: Any) -> Any:
-    """Content behind a button that shows it. The front end does so alone (panel.css), and keys reach it, which they
-    do not with an `Accordion`.
+    """Content behind a button that shows it. panel.css does so without the kernel, and unlike an `Accordion`'s title
+    the button can be reached by keys.
     """
     button = w.ToggleButton(description=title, icon="caret-right", tooltip=f"show or hide: {title}")
-    button.add_class("bn-fold")
-    box = w.VBox(content)
-    box.add_class("bn-folded")
-    return w.VBox([button, box])
+    return w.VBox([button.add_class("bn-fold"), w.VBox(content).add_class("bn-folded")])
 
 
-def control(field: "dataclasses.Field[Any]") -> "Control":
-    """The control for that field."""
-    if field.name in _SLIDERS:
-        return Slider(field)
-    return Choice(field) if field.name in _SUGGESTED else Control(field)
+def offer(menu: Any, names: list[str]) -> None:
+    """List these names in a dropdown; the one chosen stays chosen, else the first is."""
+    if list(menu.options) != names:
+        chosen = menu.value
+        menu.options = names
+        menu.value = chosen if chosen in names else next(iter(names), None)
 
 
-class Control:
-    """A labelled input and, below it, what is wrong with its value. Only the pump calls its methods."""
+def alert(words: str) -> str:
+    """Words that something is wrong, as HTML."""
+    return f'<div class="bn-alert" role="alert">⚠ {html.escape(words)}</div>'
+
+
+class Entry:
+    """Inputs in a row and, below them, what is wrong with their value. Only the update loop calls its methods."""
+
+    def __init__(self, *inputs: Any):
+        self.inputs = inputs
+        self._problem = w.HTML().add_class("bn-problem")
+        self.view = w.VBox([w.Box(inputs).add_class("bn-row"), self._problem]).add_class("bn-field")
+
+    def complain(self, problem: str) -> None:
+        """Show what is wrong; nothing for an empty text."""
+        self._problem.value = f'<span role="alert">⚠ {html.escape(problem)}</span>' if problem else ""
+
+
+class Control(Entry):
+    """The entry of one setting."""
 
     def __init__(self, field: "dataclasses.Field[Any]"):
-        """Show the field's default."""
-        self.name, self.field = field.name, field
-        default = getattr(Settings(), field.name)
+        self.name, self.limits = field.name, field.metadata
         self.label = _LABELS.get(field.name, field.name.replace("_", " "))
-        self._problem = w.HTML()
-        self._problem.add_class("bn-problem")
-        self.inputs = self._inputs(default)
-        row = w.Box(self.inputs)
-        row.add_class("bn-row")
-        self.view = w.VBox([row, self._problem])
-        self.view.add_class("bn-field")
+        super().__init__(*self._inputs(getattr(Settings(), field.name)))
+
+    def _labelled(self, kind: Any, **state: Any) -> Any:
+        return labelled(kind, self.label, self.limits["text"], **state)
 
     def _inputs(self, default: Any) -> list[Any]:
-        limits = self.field.metadata
-        plain = {"description": self.label, **tip(limits["text"])}
-        if limits["choices"]:
-            return [w.Dropdown(options=limits["choices"], value=default, **plain)]
+        if self.limits["choices"]:
+            return [self._labelled(w.Dropdown, options=self.limits["choices"], value=default)]
         if self.name == "system_prompt":
-            return [w.Textarea(value=default, rows=3, **plain)]
+            return [self._labelled(w.Textarea, value=default, rows=3)]
         if isinstance(default, float):
-            return [w.FloatText(value=default, step=None, **plain)]
+            return [self._labelled(w.FloatText, value=default, step=None)]
         if isinstance(default, int):
-            return [w.IntText(value=default, **plain)]
-        return [w.Text(value=self._written(default), **plain)]
+            return [self._labelled(w.IntText, value=default)]
+        return [self._labelled(w.Text, value=self._written(default))]
 
     def read(self) -> Any:
-        """The value as it stands, valid or not."""
-        return self._meant(self.inputs[0].value)
+        """The value as it stands; text that is no value of the setting stays as it is, and `Settings` refuses it."""
+        value = self.inputs[0].value
+        if "keys" in self.limits:
+            table = value.strip().removeprefix(self.name).strip().removeprefix("=").strip()  # as in a cell, too
+            try:
+                return tomllib.loads(f"table = {table if table.startswith('{') else f'{{ {table} }}'}")["table"]
+            except tomllib.TOMLDecodeError:
+                return value
+        if not self.limits["words"]:
+            return value
+        try:
+            return type(self.limits["least"])(value)
+        except ValueError:
+            return value.strip()
 
     def put(self, value: Any) -> None:
         """Show this value."""
         self.inputs[0].value = self._written(value)
 
-    def complain(self, problem: str) -> None:
-        """Say what is wrong, or nothing."""
-        self._problem.value = f'<span role="alert">⚠ {html.escape(problem)}</span>' if problem else ""
-
     def _written(self, value: Any) -> Any:
-        if self.name == "columns":
+        if "keys" in self.limits:
             return ", ".join(line.strip() for line in tomli_w.dumps(value).splitlines())
-        return str(value) if self.field.metadata["words"] else value
-
-    def _meant(self, value: Any) -> Any:
-        """What a person who typed this meant; what makes no sense stays as it is, for `Settings` to refuse."""
-        if self.name == "columns":
-            try:
-                return tomllib.loads(f"columns = {{ {value} }}")["columns"]
-            except tomllib.TOMLDecodeError:
-                return value
-        if self.field.metadata["words"] and value.strip().lstrip("-").isdigit():
-            return int(value)
-        return value.strip() if self.field.metadata["words"] else value
+        return str(value) if self.limits["words"] else value
 
 
 class Slider(Control):
@@ -106,15 +107,12 @@ class Slider(Control):
 
     def _inputs(self, default: Any) -> list[Any]:
         base, least, most, step = _SLIDERS[self.name]
-        plain = {"description": self.label, **tip(self.field.metadata["text"])}
-        self._slider = w.FloatLogSlider(
-            value=default, base=base, min=least, max=most, step=step, readout=False, **plain
-        )
-        self._number = w.IntText(value=default, description=f"{self.label}, as a number", **tip(plain["description"]))
-        self._number.add_class("bn-number")
+        ends = {"base": base, "min": least, "max": most, "step": step}
+        self._slider = self._labelled(w.FloatLogSlider, value=default, readout=False, **ends)
+        self._number = labelled(w.IntText, f"{self.label}, as a number", self.label, value=default)
         self._seen = (self._slider.value, default)
         self._range = (base**least, base**most)
-        return [self._slider, self._number]
+        return [self._slider, self._number.add_class("bn-number")]
 
     def read(self) -> int:
         """The number; where only the slider was moved, the number first follows it."""
@@ -122,14 +120,14 @@ class Slider(Control):
         if number != self._seen[1]:
             self.put(number)
         elif slid != self._seen[0]:
-            # A front end puts a slider that it was given a value between two steps on one of them, and says so.
+            # A front end moves a slider whose value is between two steps to one of them, and reports that.
             if number < 1 or abs(math.log(slid / number, self._slider.base)) > 0.51 * self._slider.step:
-                self._number.value = number = _round(slid)
+                self._number.value = number = int(float(f"{slid:.2g}"))
             self._seen = (slid, number)
         return int(number)
 
     def put(self, value: int) -> None:
-        """Show this value, the slider as near to it as it goes."""
+        """Show this value; the slider stops at its ends."""
         self._number.value = value
         self._slider.value = min(max(value, self._range[0]), self._range[1])
         self._seen = (self._slider.value, value)
@@ -139,14 +137,11 @@ class Choice(Control):
     """Names to choose from, and a text for any other."""
 
     def _inputs(self, default: Any) -> list[Any]:
-        plain = {"description": self.label, **tip(self.field.metadata["text"])}
-        self._choice = w.Dropdown(options=[*_SUGGESTED[self.name], _OTHER], value=default, **plain)
-        self._text = w.Text(
-            description=f"{self.label}: which", placeholder=_PLACES[self.name], **tip(plain["description"])
-        )
-        self._text.add_class("bn-which")
+        self._choice = self._labelled(w.Dropdown, options=[*_SUGGESTED[self.name], _OTHER], value=default)
+        where = f"hub id (owner/name) or path of {_PLACES[self.name]}"
+        self._text = labelled(w.Text, f"{self.label}: which", self.label, placeholder=where)
         self._text.layout.display = "none"
-        return [self._choice, self._text]
+        return [self._choice, self._text.add_class("bn-which")]
 
     def read(self) -> str:
         """The name chosen, or the text."""
@@ -161,12 +156,7 @@ class Choice(Control):
         self._text.value = "" if known else value
 
 
-_PLACES: Final = {
-    "model": "hub id (owner/name) or path of a folder",
-    "data": "hub id (owner/name) or path of a file",
-}
-
-
-def _round(value: float) -> int:
-    """To two digits, as a person would choose."""
-    return int(float(f"{value:.2g}"))
+def control(field: "dataclasses.Field[Any]") -> Control:
+    """The control for that field."""
+    kind = Slider if field.name in _SLIDERS else Choice if field.name in _SUGGESTED else Control
+    return kind(field)

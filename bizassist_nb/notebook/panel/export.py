@@ -1,4 +1,4 @@
-"""The Export tab: what `bizassist export` makes of a run, in a process of its own, with its progress and its verdict.
+"""The Export tab: `bizassist export` in a process of its own, with its progress and its result.
 
 Not in the kernel: a merged model is compared with the tuned assistant, which the chat may be using.
 """
@@ -10,100 +10,86 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import IO, Final, get_args
+from typing import IO, Final
 
 import ipywidgets as w
 
-from bizassist_nb.api import Run
 from bizassist_nb.assistant.loaded import unload
 from bizassist_nb.core.rendering import duration
-from bizassist_nb.notebook.panel.controls import tip
+from bizassist_nb.notebook.panel.controls import offer
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.notebook.panel.update_loop import UpdateLoop, clicked
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop
+from bizassist_nb.notebook.views import labelled
 from bizassist_nb.results.model_card import parity_words
-from bizassist_nb.runs.run import RunDirectory
+from bizassist_nb.runs import records
+from bizassist_nb.runs.run import RunDirectory, check_alone
+from bizassist_nb.training.launch import child_environment
 
-_WORDS: Final = {
-    "adapter": "the adapter's folder, with a model card",
-    "merged": "a merged 16-bit model",
-    "gguf": "a GGUF file, for llama.cpp and Ollama",
-    "hub": "the Hugging Face hub (the adapter)",
-}
+_EXPORTS: Final = [
+    ("a merged 16-bit model", "merged"),
+    ("the adapter's folder, with a model card", "adapter"),
+    ("the Hugging Face hub (the adapter)", "hub"),
+    ("a GGUF file, for llama.cpp and Ollama", "gguf"),
+]
 _BASES: Final = [("the 4-bit weights it was trained on", "trained"), ("the 16-bit originals of those", "original")]
 _NONE: Final = '<p class="bn-muted">No tuned model yet: train one on the Train tab.</p>'
 _SHOWN: Final = 4000
-"""Bytes of a process's output, from its end, that are looked at."""
+"""Bytes read from the end of a process's output."""
 
 
 class Export:
-    """What to export and where to, and how far it is."""
+    """What to export and where to, and the progress."""
 
     title = "Export"
 
     def __init__(self, state: State, update_loop: UpdateLoop):
-        """Build the widgets."""
         self._state = state
         self._job: Job | None = None
-        self._run = w.Dropdown(description="run", **tip("the run whose tuned model is exported"))
-        self._to = w.Dropdown(
-            options=[(_WORDS[to], to) for to in get_args(Run.export.__annotations__["to"])],
-            value="adapter",
-            description="export to",
-            **tip("what is made of it"),
-        )
-        self._base = w.Dropdown(
-            options=_BASES, description="merge into", **tip("the weights that the adapter is folded into")
-        )
-        self._repo = w.Text(description="repository", placeholder="OWNER/NAME", **tip("of the hub; made if need be"))
-        self._private = w.Checkbox(description="private", **tip("make the repository private"))
-        self._start = w.Button(description="Export", button_style="primary", icon="download")
-        self._cancel = w.Button(description="Cancel", icon="stop", tooltip="end the export; the run stays as it is")
-        clicked(self._start, update_loop, self._on_start)
-        clicked(self._cancel, update_loop, self._on_cancel)
-        buttons = w.Box([self._start, self._cancel])
-        buttons.add_class("bn-buttons")
-        self._form = w.VBox([self._run, self._to, self._base, self._repo, self._private])
-        self._form.add_class("bn-options")
+        self._run = labelled(w.Dropdown, "run", "the run whose tuned model is exported")
+        self._to = labelled(w.Dropdown, "export to", "what the export makes", options=_EXPORTS, value="adapter")
+        self._base = labelled(w.Dropdown, "merge into", "the weights that the adapter is merged into", options=_BASES)
+        self._repo = labelled(w.Text, "repository", "on the hub; created if there is none", placeholder="OWNER/NAME")
+        self._private = labelled(w.Checkbox, "private", "make the repository private")
+        self._start = update_loop.button("Export", self._on_start, button_style="primary", icon="download")
+        stop = "end the export; the run stays as it is"
+        self._cancel = update_loop.button("Cancel", self._on_cancel, icon="stop", tooltip=stop)
+        buttons = w.Box([self._start, self._cancel]).add_class("bn-buttons")
+        form = w.VBox([self._run, self._to, self._base, self._repo, self._private]).add_class("bn-options")
         self._status = w.HTML()
-        self.view = w.VBox([self._form, buttons, self._status])
+        self.view = w.VBox([form, buttons, self._status])
 
     def update(self) -> None:
-        """Show what can be chosen, and how far the export is."""
+        """Show the runs, the options of the export that is chosen, and its progress."""
         names, to = self._state.tuned, self._to.value
-        if list(self._run.options) != names:
-            chosen = self._run.value
-            self._run.options = names
-            self._run.value = chosen if chosen in names else next(iter(names), None)
+        offer(self._run, names)
         for widget, wanted in ((self._base, to == "merged"), (self._repo, to == "hub"), (self._private, to == "hub")):
             widget.layout.display = None if wanted else "none"
-        going = self._job is not None and self._job.going
-        self._state.exporting = going
+        self._state.exporting = going = self._job is not None and self._job.going
         self._start.disabled = going or not names
         self._cancel.layout.display = None if going else "none"
         self._status.value = self._job.html() if self._job else "" if names else _NONE
 
     def _on_start(self) -> None:
         if self._run.value and not (self._job and self._job.going):
-            unload()  # the process loads the base itself
-            self._job = Job(self._state.runs[self._run.value], self._to.value, self._options())
+            run = self._state.runs[self._run.value]
+            if self._to.value in ("merged", "gguf"):
+                check_alone(run.path.parent)
+                unload()  # the process loads the base itself
+            options = {
+                "merged": ["--base", self._base.value],
+                "hub": ["--repo", self._repo.value.strip(), *(["--private"] if self._private.value else [])],
+            }.get(self._to.value, [])
+            self._job = Job(run, self._to.value, options)
 
     def _on_cancel(self) -> None:
         if self._job:
             self._job.cancel()
-
-    def _options(self) -> list[str]:
-        if self._to.value == "merged":
-            return ["--base", self._base.value]
-        if self._to.value == "hub":
-            return ["--repo", self._repo.value.strip(), *(["--private"] if self._private.value else [])]
-        return []
 
 
 class Job:
     """One `bizassist export`, from its start to its result."""
 
     def __init__(self, run: RunDirectory, to: str, options: list[str]):
-        """Start it."""
         self._run, self._to, self._cancelled = run, to, False
         self._began = time.monotonic()
         self._took: float | None = None
@@ -112,25 +98,26 @@ class Job:
         self._process = subprocess.Popen(  # noqa: S603 - no shell, our own module
             [sys.executable, "-m", "bizassist_nb", *where, *options],
             stdin=subprocess.DEVNULL,
+            env=child_environment(),
             stdout=self._out,
             stderr=self._err,
-            start_new_session=True,  # interrupting a cell is not meant for it
+            start_new_session=True,  # interrupting a cell does not interrupt it
         )
 
     @property
     def going(self) -> bool:
-        """Whether it is still at work."""
+        """Whether the process still runs."""
         if self._took is None and self._process.poll() is not None:
             self._took = time.monotonic() - self._began
         return self._took is None
 
     def cancel(self) -> None:
-        """End it; the next export of this run clears away what it left half done."""
+        """End it; the next export of this run deletes its unfinished files."""
         self._cancelled = True
-        os.killpg(self._process.pid, signal.SIGTERM)  # with what it may have started itself
+        os.killpg(self._process.pid, signal.SIGTERM)  # with any processes that it has started
 
     def html(self) -> str:
-        """How far it is, or what came of it."""
+        """Its progress, or its result."""
         name = f"<b>{html.escape(self._run.name)}</b>"
         said = _end(self._err)
         if self.going:
@@ -144,12 +131,12 @@ class Job:
             words = error if ours else f"the export ended with status {self._process.returncode}:\n{said}"
             return f'<div class="bn-alert" role="alert">⚠ {name}: <pre>{html.escape(words)}</pre></div>'
         result = f"<p>✓ {name} is in <code>{html.escape(_end(self._out))}</code> ({duration(self._took or 0)}).</p>"
-        merged = self._run.last("merge")
-        verdict = parity_words(merged["parity"]) if merged and self._to in ("merged", "gguf") else ""
+        merged = self._run.last(records.Merge)
+        verdict = parity_words(merged.parity) if merged and self._to in ("merged", "gguf") else ""
         return f'<div role="status">{result}<p>{html.escape(verdict)}</p></div>'
 
 
 def _end(file: IO[bytes]) -> str:
-    """The end of what was written to it; the writer's place in it, which is ours too, stays where it is."""
+    """The end of the file, read without moving its position, which the writing process shares."""
     size = os.fstat(file.fileno()).st_size
     return os.pread(file.fileno(), _SHOWN, max(0, size - _SHOWN)).decode("utf-8", "replace").strip()

@@ -1,83 +1,124 @@
-"""What the panel's tabs share: the settings as they stand, the runs there are, and the one that is followed."""
+"""What the panel's tabs share: the settings, the list of runs, and the run that is shown."""
 
+import contextlib
+import dataclasses
+import hashlib
 import time
 from typing import Final
 
-from bizassist_nb.core.errors import RunError
-from bizassist_nb.core.settings import Settings
-from bizassist_nb.runs.run import ENDED, RunDirectory, list_runs
+from bizassist_nb.core.errors import QuestionError, RunError, SettingsError
+from bizassist_nb.core.files import write_atomic
+from bizassist_nb.core.settings import DEMO, Settings, cache, user_path
+from bizassist_nb.runs.run import RunDirectory, list_runs
+from bizassist_nb.training import preflight
 from bizassist_nb.training.forecast import ForecastThread
 
-_RUNS_EVERY: Final = 1.0
+_RUNS_EVERY: Final = 5.0
 """Seconds between looks at which runs there are."""
 
 
 class State:
-    """Read and written by the update loop only, but for `ForecastThread`, which has a thread of its own."""
+    """Read and written by the update loop only, except `ForecastThread`, which has its own thread."""
 
     def __init__(self, runs_dir: str):
-        """Look for runs; follow the one in training, if there is one."""
-        self.settings: Settings | None = Settings(runs_dir=runs_dir)
-        """As chosen; None while they are not valid."""
+        # Not in the folder of runs, which may be a mount that is gone for now.
+        folder = str(user_path(runs_dir).absolute()).encode("utf-8", "replace")
+        self._form = cache() / "forms" / f"{hashlib.sha256(folder).hexdigest()[:32]}.toml"
+        try:
+            self._in_form = Settings.from_toml(self._form.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, SettingsError):  # there is none yet, or one of another version
+            first = Settings.from_toml(DEMO if preflight.device().name == "cpu" else "")
+            self._in_form = dataclasses.replace(first, runs_dir=runs_dir)
+        self.settings: Settings | None = self._in_form
+        """The settings in the form; None while they are not valid."""
         self.unsettled = False
-        """Whether the settings were changed a moment ago."""
+        """Whether the settings have just been changed."""
         self.watch = ForecastThread()
         self.runs: dict[str, RunDirectory] = {}
-        """By name, oldest first; those that can be read."""
+        """The runs that can be read, by name, oldest first."""
+        self.tuned: list[str] = []
+        """Names of the runs that have an adapter, newest first."""
+        self._open: list[RunDirectory] = []
         self.damaged: list[RunDirectory] = []
-        """Those that cannot."""
+        """The runs that cannot be read."""
         self.problem = ""
-        """Why there are none, if the folder cannot be read."""
+        """Why the folder of runs cannot be read."""
         self.followed: RunDirectory | None = None
+        """The run that the Train tab shows."""
         self.live: RunDirectory | None = None
-        """The run whose worker is at work, if any is."""
+        """The run whose worker is alive on this machine, if any."""
         self.working = False
-        """Whether a tab's next turn has more to do at once."""
+        """Whether a tab has more to do at once."""
         self.exporting = False
-        self._runs_dir = runs_dir
+        self._runs_dir = self._in_form.runs_dir
         self.looked = 0.0
         """When the runs were last listed."""
         self.look()
         self.followed = self.live or next(reversed(self.runs.values()), None)
 
-    def look(self) -> None:
-        """See which run is at work and, if it has been a while, which there are."""
-        self._list()
-        self.live = next((run for run in reversed(self.runs.values()) if run.alive), None)
-
-    def _list(self) -> None:
-        runs_dir = self.settings.runs_dir if self.settings else self._runs_dir
-        if runs_dir == self._runs_dir and time.monotonic() - self.looked < _RUNS_EVERY:
+    def save_form(self) -> None:
+        """Save valid settings that have changed in the form: the panel of the next kernel opens with them."""
+        if self.settings is None or self.settings == self._in_form:
             return
+        self._in_form = settings = self.settings
+        with contextlib.suppress(OSError):  # without it the panel opens with the defaults
+            self._form.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._form, lambda part: part.write_text(settings.to_toml(), "utf-8"))
+
+    def look(self) -> None:
+        """See which run is alive and, every `_RUNS_EVERY` seconds and when that changes, list the runs."""
+        before, runs_dir = self.live, self.settings.runs_dir if self.settings else self._runs_dir
+        if runs_dir != self._runs_dir or time.monotonic() - self.looked >= _RUNS_EVERY:
+            self._list(runs_dir)
+        # Only those are looked at that were not over when they were listed, or are shown.
+        self.live = next((run for run in self._open if run.alive and not run.elsewhere), None)
+        if self.live is None and self.followed and self.followed.alive:
+            self.live = self.followed
+        if self.live is not before:
+            self._list(runs_dir)
+
+    def refresh(self) -> None:
+        """Have the runs listed and the rows read anew."""
+        self.looked = 0.0
+        self.watch.want(None)
+        if self.settings:  # another object: what was found for that one does not stand for this
+            self.settings = dataclasses.replace(self.settings)
+
+    def _list(self, runs_dir: str) -> None:
         before = [*self.runs.values(), *self.damaged] if runs_dir == self._runs_dir else []
         known = {run.path: run for run in before}
         away = {run.name: run for run in known.values() if run.status == "out of reach" and run.alive}
         try:
             found, self.problem = [known.get(run.path, run) for run in list_runs(runs_dir)], ""
-        except RunError as error:  # also a mount that has failed; those whose workers live are told of it
+        except RunError as error:  # also where a mount has failed; runs with a live worker stay in the list
             found, self.problem = [], str(error)
         self.damaged = [run for run in found if run.damage]
         self.runs = {run.name: run for run in found if run not in self.damaged} | away
+        self.tuned = [name for name, run in reversed(self.runs.items()) if run.adapter]
+        self._open = [run for run in reversed(self.runs.values()) if not run.over]
         self._runs_dir, self.looked = runs_dir, time.monotonic()
         if self.followed and self.followed.name not in self.runs:
             self.followed = None
 
     def follow(self, run: RunDirectory) -> None:
         """Show this run from now on."""
-        self.runs[run.name] = self.runs.pop(run.name, run)
-        self.followed = self.live = self.runs[run.name]
+        self.runs[run.name] = self.followed = self.live = run
+        self._open.insert(0, run)
+
+    @property
+    def base(self) -> Settings:
+        """Settings whose base answers where no tuned model is chosen: of the run that is shown, else of the form.
+
+        Raises:
+            QuestionError: if no run is shown and the form is not valid.
+        """
+        if self.followed:
+            return self.followed.resolved
+        if self.settings is None:
+            raise QuestionError("which base answers? the settings on the Train tab are not valid yet: put them right")
+        return self.settings
 
     @property
     def following(self) -> bool:
-        """Whether something goes on that the views have to keep up with."""
+        """Whether anything goes on that the views show."""
         return self.live is not None or self.watch.busy or self.unsettled or self.exporting
-
-    @property
-    def tuned(self) -> list[str]:
-        """Names of the runs that have an adapter, newest first."""
-        return [name for name, run in reversed(self.runs.items()) if run.adapter]
-
-
-def over(run: RunDirectory) -> bool:
-    """Whether it has ended and its worker is gone: only then can it be resumed."""
-    return run.status in ENDED and not run.alive

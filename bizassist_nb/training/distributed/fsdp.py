@@ -1,7 +1,7 @@
-"""One base spread over the ranks of a run, by PyTorch's FSDP2: each keeps its part of every frozen weight, and has a
-whole decoder block only while that computes.
+"""One base sharded over the ranks of a run by PyTorch's FSDP2.
 
-The adapter is not spread: each rank has all of it, and DistributedDataParallel averages its gradients as it does where
+Each rank stores its part of every frozen weight, and has a whole decoder block only while that computes. The adapter
+is not sharded: each rank has all of it, and DistributedDataParallel averages its gradients as it does where
 every rank has a whole base. So checkpoints and adapters are the same files, and a run can go on either way.
 """
 
@@ -11,10 +11,9 @@ from bizassist_nb.models import base as models
 
 
 def shard(model: Any) -> None:
-    """Spread the frozen weights of a base in NF4 with its adapter, which are in RAM, over the ranks' devices, in place.
+    """Shard the frozen weights of a base in NF4 with its adapter, which are in RAM, over the ranks' devices, in place.
 
-    Their scales, about a thirtieth of them, stay whole: bitsandbytes keeps them beside the weights, in each layer's
-    `quant_state`.
+    Their scales, about a thirtieth of them, stay whole: bitsandbytes stores them in each layer's `quant_state`.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
@@ -42,20 +41,20 @@ def shard(model: Any) -> None:
 
 
 def in_step(accelerator: Any, model: Any) -> Any:
-    """That model for a trainer: under the accelerator's autocast, and the adapters' gradients averaged over the ranks.
+    """Wrap the model for a trainer: under the accelerator's autocast, with gradients averaged over the ranks.
 
-    accelerate itself refuses to do the second for a model that has sharded parameters.
+    accelerate itself refuses to average those of a model that has sharded parameters.
     """
     from torch.nn.parallel import DistributedDataParallel
 
     model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call] # torch gives it no type
     return DistributedDataParallel(model)
 
 
-def held(model: Any) -> tuple[int, int]:
-    """(bytes of the base's weights that this rank holds, bytes of all of them)."""
+def weight_bytes(model: Any) -> tuple[int, int]:
+    """(bytes of the base's weights in this rank, bytes of all of them)."""
     from torch.distributed.tensor import DTensor
 
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

@@ -1,50 +1,53 @@
-"""The processes (ranks) that train one run together, as each of them sees itself. A run on one device has one."""
+"""The processes (ranks) that train one run together, as each of them sees itself. A run on one device has one rank."""
 
 import dataclasses
 import functools
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from bizassist_nb.core.errors import BizassistError, RunError
+from bizassist_nb.core.errors import BizassistError, RunError, without_secrets
 from bizassist_nb.core.files import write_atomic
+from bizassist_nb.runs import records
 
 T = TypeVar("T")
 
 LAUNCHER: Final = "BIZASSIST_LAUNCHER"
 """Environment variable with the number of the process that launched the ranks of this machine."""
 SHARDED: Final = "ACCELERATE_USE_FSDP"
-"""Environment variable by which `accelerate launch` says that a configuration is for FSDP."""
+"""Environment variable that `accelerate launch` sets where a configuration is for FSDP."""
 FIT: Final = "BIZASSIST_FIT"
-"""Environment variable with the fit to go on with (JSON), where the ranks are launched anew as memory ran out."""
+"""Environment variable with the fit to go on with (JSON), where the ranks are started again after memory ran out."""
 _POLL: Final = 0.2
 """Seconds between looks at whether the launcher is still there."""
 _PATIENCE: Final = timedelta(hours=12)
-"""How long the others wait for the first rank, which may score alone. One that died is noticed by the launcher."""
+"""How long ranks wait for rank 0, which may score alone. The launcher notices a rank that has died."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-    """One of the processes of a run, and what they tell each other."""
+    """One of the processes of a run, and its exchange with the others."""
 
     number: int = 0
     """Counted from 0. The first alone writes the run directory."""
     count: int = 1
     beside: int = 1
-    """How many of them are on this machine."""
+    """How many ranks are on this machine."""
     sharded: bool = False
-    """Whether the base is spread over them (`training.distributed.fsdp`). Then all have to take part in every
-    forward pass; else the first alone scores and answers."""
+    """Whether the base is sharded over the ranks (`training.distributed.fsdp`). Then all have to take part in every
+    forward pass; else rank 0 alone scores and answers."""
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that writes."""
+        """Whether it is rank 0, which alone writes."""
         return self.number == 0
 
     def join(self) -> None:
@@ -61,16 +64,12 @@ class Rank:
         # The Trainer will find the process group that this makes, and use it.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
-    def shares(self, rows: Sequence[T]) -> list[list[T]]:
-        """Rank r gets rows r, r + count, …: where rows are sorted by length, loads are even."""
-        return [list(rows[number :: self.count]) for number in range(self.count)]
-
     def longest(self, lengths: Sequence[int]) -> list[int]:
-        """The share of a step that has its longest rows, by their tokens; it is the first rank's."""
-        return self.shares(sorted(lengths, reverse=True))[0]
+        """Rank 0's share of a step's rows, by their tokens: sorted by length, rank r gets rows r, r + count, …"""
+        return sorted(lengths, reverse=True)[:: self.count]
 
     def one_at_a_time(self, work: Callable[[], T]) -> T:
-        """Have the ranks of each machine do this one after the other, as far as the base is sharded; what it gives."""
+        """The result of `work`; if the base is sharded, the ranks of a machine work one after the other."""
         if not self.sharded:
             return work()
         found: list[T] = []
@@ -81,21 +80,11 @@ class Rank:
         return found[0]
 
     def barrier(self) -> None:
-        """Wait until all are here."""
+        """Wait for all ranks."""
         import torch
 
         if self.count > 1:
             torch.distributed.barrier()
-
-    def broadcast(self, answers: Sequence[bool]) -> list[bool]:
-        """The first rank's answers, in every rank."""
-        return [bool(answer) for answer in self._collective("broadcast", answers, 0)]
-
-    def all_reduce_min(self, number: float) -> float:
-        """The least of all ranks' numbers."""
-        import torch
-
-        return self._collective("all_reduce", [number], torch.distributed.ReduceOp.MIN)[0]
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's value, in every rank."""
@@ -106,22 +95,12 @@ class Rank:
             torch.distributed.all_gather_object(found, value)
         return found
 
-    def _collective(self, name: str, numbers: Sequence[float], how: Any) -> list[float]:
-        import torch
-
-        if self.count == 1:
-            return list(numbers)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
-        getattr(torch.distributed, name)(tensor, how)
-        return [float(number) for number in tensor.tolist()]
-
 
 class NoRoomError(RunError):
-    """Memory ran out in this rank; `fit` is what is to be tried next (the fields of a `preflight.Fit`)."""
+    """Memory ran out in this rank; `fit` has the fields of the `records.Fit` to try next."""
 
     def __init__(self, fit: dict[str, Any]):
-        """Say so, for where nobody launches the ranks anew."""
+        """The message is for several machines, where the ranks are not started again."""
         self.fit = fit
         super().__init__(
             f"{fit['reason']}. Over several machines a run does not go on with less by itself: start it under a new "
@@ -131,7 +110,7 @@ class NoRoomError(RunError):
 
 @functools.cache
 def this_rank() -> Rank:
-    """The rank that this process is, which torch's launcher says in its environment."""
+    """The rank of this process, from the environment that torch's launcher sets."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Rank()
     number, count, beside = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -139,12 +118,12 @@ def this_rank() -> Rank:
 
 
 def scorers() -> Rank:
-    """This rank among those that score and answer: all of them where the base is sharded, else it alone."""
+    """This rank among those that score and answer: all of them if the base is sharded, else this one alone."""
     return this_rank() if this_rank().sharded else Rank()
 
 
 def end_with_launcher() -> None:
-    """End this process at once when the one that launched it is gone.
+    """End this process as soon as its launcher is gone.
 
     The launcher gives each rank a session of its own (torch/distributed/elastic, subprocess_handler.py), so a kill of
     the run's process group does not reach them.
@@ -159,15 +138,23 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def leave_reason(message: str, error: Exception) -> None:
+def failure(error: Exception) -> records.Error:
+    """The event that says why this process fails; the log gets the traceback of an error that nobody expected."""
+    if isinstance(error, BizassistError):
+        return records.Error(message=str(error), expected=True)
+    print(without_secrets(traceback.format_exc()), file=sys.stderr)
+    return records.Error(message=without_secrets(f"{type(error).__name__}: {error}"), expected=False)
+
+
+def leave_reason(reason: records.Error, error: Exception) -> None:
     """Tell the launcher why this rank fails, in the file and form that torch's errors have (ErrorHandler)."""
     rank = this_rank()
     extra = {
         "timestamp": str(int(time.time())),
         "time": time.time(),
-        "expected": isinstance(error, BizassistError),
+        "expected": reason.expected,
         "fit": error.fit if isinstance(error, NoRoomError) and rank.beside == rank.count else None,
     }
-    text = json.dumps({"message": {"message": message, "extraInfo": extra}})
+    text = json.dumps({"message": {"message": reason.message, "extraInfo": extra}})
     # Whole or absent: the launcher, which fails over half of it, may end this rank while it writes.
     write_atomic(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), lambda part: part.write_text(text, "utf-8"))

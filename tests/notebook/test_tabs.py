@@ -1,0 +1,803 @@
+"""The panel without a browser: what its controls do, and what is shown then; tests/browser has a person at it."""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
+from live_kernel import wait_until
+from random_run import random_run
+
+from bizassist_nb import Assistant, BizassistError, Conversation, Panel, load_ipython_extension, open_run
+from bizassist_nb.api import Run
+from bizassist_nb.assistant import assistant, decoding, loaded
+from bizassist_nb.core.errors import ModelError, RunError, SettingsError
+from bizassist_nb.core.settings import DEMO, Settings
+from bizassist_nb.notebook import views
+from bizassist_nb.results.summary import run_text
+from bizassist_nb.runs import records
+from bizassist_nb.runs.journal import Journal, json_line, take_lock, write_worker
+from bizassist_nb.runs.run import list_runs, running
+from bizassist_nb.training import launch, preflight
+from bizassist_nb.training.forecast import forecast, past
+from bizassist_nb.training.launch import start
+
+QUESTIONS = ("How should we price it?", "And what would you do next?")
+DRAWN = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 0.95, "top_k": 500, "repetition_penalty": 1.1, "seed": 3}
+
+
+class Driven:
+    """A panel whose update loop is turned by the test instead of a kernel's event loop."""
+
+    def __init__(self, folder):
+        self.panel = Panel(str(folder))
+        self.turn()
+
+    def turn(self):
+        self.panel.update_loop.turn()
+
+    def widgets(self, at=None):
+        at = at or self.panel.view
+        yield at
+        for child in getattr(at, "children", ()):
+            yield from self.widgets(child)
+
+    def named(self, name, which=-1):
+        """The last of that name: the train tab, which comes first, names some things as later ones do."""
+        return [widget for widget in self.widgets() if getattr(widget, "description", None) == name][which]
+
+    def press(self, name):
+        self.named(name).click()
+        self.turn()
+
+    def fill(self, name, value):
+        self.named(name).value = value
+        self.turn()
+
+    def until(self, condition, timeout=60):
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, self.shown()
+            self.turn()
+            time.sleep(0.01)
+
+    def ask(self, question):
+        self.fill("long question", question)
+        self.press("Send")
+        self.until(lambda: not self.named("Regenerate").disabled)
+
+    def shown(self):
+        return "\n".join(str(widget.value) for widget in self.widgets() if type(widget).__name__ == "HTML")
+
+
+@pytest.fixture
+def runs(tiny, tmp_path):
+    return [random_run(tmp_path / "runs" / name, tiny) for name in ("one", "two")]
+
+
+@pytest.fixture
+def driven(runs):
+    driven = Driven(runs[0].path.parent)
+    for name, value in DRAWN.items():
+        driven.fill(name.replace("_", " "), value)
+    driven.fill("tuned model", "one")
+    return driven
+
+
+def test_what_is_said_before_training_is_what_training_finds(trained, monkeypatch):
+    free = trained.last(records.Preflight).free  # what other processes take may have changed since
+    here = dataclasses.replace(preflight.device(), free=free)
+    monkeypatch.setattr(preflight, "device", lambda: here)
+    *_, found = forecast(trained.settings)
+    read = trained.last(records.Data).training
+    assert (found.rows, found.epoch_tokens) == (read.rows, read.tokens)
+    assert found.truncated_share * found.rows == pytest.approx(read.truncated)
+    assert found.steps == trained.total_steps
+    assert found.expected.peak == pytest.approx(trained.last(records.Preflight).peak)
+    assert found.fit.micro_batch == trained.last(records.Fit).micro_batch
+    assert found.power.rows == trained.last(records.Power).rows == trained.evaluation.base.rows
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Be a machine with that device, on which no panel was open yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda name: monkeypatch.setattr(preflight, "device", lambda: preflight.Device(name, (0, 0), 16.0))
+
+
+def test_the_form_opens_on_what_trains_here(machine, tmp_path):
+    for name, expected in (("cpu", Settings.from_toml(DEMO)), ("cuda:0", Settings())):
+        machine(name)
+        driven = Driven(tmp_path)
+        assert driven.panel.state.settings == dataclasses.replace(expected, runs_dir=str(tmp_path))
+        assert driven.named("data").value == expected.data
+        assert not (tmp_path / "cache" / "bizassist_nb").exists()  # nothing was typed
+
+
+def test_the_form_is_kept_over_a_restart_of_the_kernel(machine, tmp_path):
+    machine("cpu")
+    driven = Driven(tmp_path)
+    driven.fill("LoRA rank, as a number", 8)
+    driven.fill("columns", 'response = "answer"')
+    driven.until(lambda: not driven.panel.state.unsettled)
+    kept = dataclasses.replace(Settings.from_toml(DEMO), rank=8, columns={"response": "answer"}, runs_dir=str(tmp_path))
+    driven.fill("seed", -1)  # what is not valid is not kept
+    driven.until(lambda: not driven.panel.state.unsettled)
+    assert Driven(tmp_path).panel.state.settings == kept
+    assert Driven(tmp_path / "another").panel.state.settings.rank == 16
+    (form,) = (tmp_path / "cache" / "bizassist_nb" / "forms").iterdir()
+    form.write_text("of_another_version = 1")
+    assert Driven(tmp_path).panel.state.settings.rank == 16
+
+
+def test_the_menu_of_runs_to_load_begins_with_the_newest_and_keeps_what_was_chosen(driven, runs, tiny):
+    menu = driven.named("settings of run")
+    assert menu.value == "two"
+    driven.fill("settings of run", "one")
+    random_run(runs[0].path.with_name("three"), tiny)
+    driven.until(lambda: "three" in menu.options)
+    assert menu.value == "one"
+
+
+def test_memory_is_told_before_training_and_too_little_is_an_alert(tiny, tmp_path, monkeypatch):
+    driven = Driven(tmp_path)
+    for name, value in (("model", "other …"), ("model: which", str(tiny)), ("data", "sample")):
+        driven.fill(name, value)
+    driven.fill("rows to train on, as a number", 24)
+    driven.until(lambda: "GiB free" in driven.shown())
+    assert "does not seem to fit" not in driven.shown()
+    monkeypatch.setattr(preflight, "device", lambda: preflight.Device("cpu", (0, 0), 0.01))
+    driven.fill("rows to train on, as a number", 25)
+    driven.until(lambda: "does not seem to fit" in driven.shown())
+
+
+def test_rows_that_cannot_be_used_are_warned_of_before_training_and_after(tiny, tmp_path, rows_file):
+    rows = [{"instruction": f"Why {i}? " * (2 if i % 4 else 60), "response": "So it is."} for i in range(40)]
+    rows[3] = {"instruction": "Only a question"}
+    asked = {"model": str(tiny), "data": str(rows_file(rows)), "subset": 24, "held_out": 6, "max_length": 64}
+    driven = Driven(tmp_path)
+    for name in ("model", "data"):
+        driven.fill(name, "other …")
+        driven.fill(f"{name}: which", asked[name])
+    driven.fill("rows to train on, as a number", 24)
+    driven.fill("held out", 6)
+    driven.fill("max length", 64)
+    driven.until(lambda: "GiB free" in driven.shown())
+    assert "1 rows of the data cannot be used; the first is row 4: " in driven.shown()
+    [few] = re.findall(r"(\d+) of 24 rows are not used", driven.shown())
+    [needed] = re.findall(r"With max_length = (\d+) all are used whole", driven.shown())
+    assert 0 < int(few) < 24
+    *_, found = forecast(Settings(**asked | {"max_length": int(needed)}))
+    assert (found.too_long, found.truncated_share) == (0, 0)
+    assert re.search(r"With [0-6] test rows nobody can tell \(at least 12 are needed\)", driven.shown())
+    run = start(Settings(**asked, runs_dir=str(tmp_path), engine="transformers"), "run")
+    wait_until(lambda: run.last(records.Data))
+    run.kill()
+    assert re.search(rf"of 30 rows are not used: .*With max_length = {needed} all", run_text(run))
+
+
+def test_rows_that_choose_the_adapter_are_no_test_rows(tiny, tmp_path):
+    """What can be seen is promised for the test rows alone."""
+    asked = {"model": str(tiny), "data": "sample", "subset": 24, "held_out": 24, "runs_dir": str(tmp_path)}
+    *_, plain = forecast(Settings(**asked))
+    *_, split = forecast(Settings(**asked, keep="best"))
+    assert (plain.power.rows, split.power.rows) == (24, 16)
+    assert split.power.change > plain.power.change
+
+
+def test_a_template_is_previewed_as_it_is_edited_with_what_is_odd_about_its_rows(tiny, tmp_path, rows_file):
+    rows = [{"text": f"Message number {i} of them", "label": i % 3 == 0} for i in range(40)]
+    rows[3]["text"] += ", jane.doe@example.com"
+    driven = Driven(tmp_path)
+    for name, value in (("model", str(tiny)), ("data", str(rows_file(rows)))):
+        driven.fill(name, "other …")
+        driven.fill(f"{name}: which", value)
+    driven.fill("rows to train on, as a number", 30)
+    driven.fill("held out", 10)
+    driven.fill("engine", "transformers")
+    driven.fill("template", 'user = "Is this urgent? {txt}", assistant = "{label}"')
+    driven.until(lambda: "has no column &#x27;txt&#x27; (named in template); it has text, label" in driven.shown())
+    assert "did you mean {text}?" in driven.shown()
+    driven.fill("template", 'user = "Is this urgent? {text}", assistant = "{label}"')
+    driven.until(lambda: "Is this urgent? Message number" in driven.shown())
+    driven.until(lambda: "answers are labels: false" in driven.shown())
+    assert "Data check of the 30 rows drawn" in driven.shown()
+    settings = driven.panel.state.settings
+    assert settings.template == {"user": "Is this urgent? {text}", "assistant": "{label}"}
+    assert Settings.from_toml(driven.named("as a cell").value.partition("\n")[2]) == settings
+    drawn = {row.number for row in driven.panel.state.watch.found.training}
+    assert ("hold an e-mail address" in driven.shown()) == (4 in drawn)
+
+
+def test_the_time_promised_is_that_of_the_whole_run(tiny, tmp_path):
+    def write(run, **seconds):
+        (run.path / "events.jsonl").unlink()
+        now = time.time()
+        for state, took in seconds.items():
+            Journal(run.path).append(json_line(records.State(state=state, time=now)))
+            now += took
+            for step in range(10) if state == "training" else ():
+                done = {"step": step + 1, "loss": 2.0, "learning_rate": 1e-4, "gradient_norm": 1.0, "tokens": 1000}
+                Journal(run.path).append(json_line(records.Step(**done, seconds=1.0, time=now - 1)))
+
+    run = random_run(tmp_path / "run", tiny)
+    write(run, starting=5, loading=25, scoring=10, training=30, answering=60, saving=5, finished=0)
+    assert past([run], run.model) == ("run", 1000.0, 125.0)  # all of 135 s but for the steps
+    driven = Driven(tmp_path)
+    for name, value in (("model", "other …"), ("model: which", str(tiny)), ("data", "sample")):
+        driven.fill(name, value)
+    driven.fill("rows to train on, as a number", 24)
+    driven.until(lambda: "GiB free" in driven.shown())
+    assert "and the 2 min that it took to load, score, answer and save" in driven.shown()
+    [promised] = re.findall(r"<span>time</span> <b>≈ (\d+) min</b>", driven.shown())
+    assert int(promised) >= 2
+    write(run, starting=5, loading=25, scoring=10, training=30, stopped=0)
+    assert past([Run(run.path)], run.model) == ("run", 1000.0, None)
+
+
+def test_both_panes_remember_what_was_said_and_every_option_is_heeded(driven, runs):
+    conversation, assistant = Conversation(), Assistant(runs[0])
+    for question in QUESTIONS:
+        driven.ask(question)
+        expected = assistant.ask(question, conversation=conversation, **DRAWN)
+    chat = driven.panel.tabs[2]
+    assert chat.turns[-1].comparison == expected
+    assert expected.answers != assistant.ask(QUESTIONS[1], **DRAWN).answers  # it has been told the first question
+    driven.press("Regenerate")
+    driven.until(lambda: not driven.named("Regenerate").disabled)
+    assert [question for question, _ in chat.conversation.turns("base")] == list(QUESTIONS)
+    assert chat.turns[-1].comparison.answers != expected.answers
+    driven.press("Clear")
+    assert chat.conversation.turns("base") == []
+
+
+def test_a_question_without_an_answer_is_not_taken_back_for_another():
+    conversation = Conversation()
+    conversation.add("One?", {"base": "1", "tuned": "one"})
+    conversation.add("Two?", {"base": "2", "tuned": " "})
+    assert conversation.turns("tuned") == [("One?", "one")]
+    conversation.forget_last()
+    assert conversation.turns("tuned") == [("One?", "one")]
+    assert conversation.turns("base") == [("One?", "1")]
+
+
+def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(driven):
+    driven.ask("word " * 1500)
+    assert "left out" not in driven.shown()
+    driven.ask("word " * 1000)
+    assert "the first question and its answer were left out" in driven.shown()
+
+
+def test_strength_goes_from_the_base_to_beyond_what_was_trained(driven):
+    driven.fill("temperature", 0.0)
+    driven.fill("repetition penalty", 2.0)
+    alike = []
+    for strength in (0.0, 1.5):
+        driven.fill("strength", strength)
+        driven.ask(QUESTIONS[0])
+        turn = driven.panel.tabs[2].turns[-1]
+        alike.append(turn.comparison.tuned == turn.comparison.base)
+        driven.press("Clear")
+    assert alike == [True, False]
+
+
+def test_another_tuned_model_begins_a_new_conversation(driven):
+    driven.ask(QUESTIONS[0])
+    driven.fill("tuned model", "two")
+    assert "A new conversation, since tuned is now two." in driven.shown()
+    assert driven.panel.tabs[2].conversation.turns("base") == []
+
+
+def test_a_blind_vote_is_written_and_then_reveals_who_is_who(driven, runs):
+    driven.fill("blind", True)
+    driven.fill("strength", 0.5)
+    driven.ask(QUESTIONS[0])
+    chat = driven.panel.tabs[2]
+    assert chat.turns[-1].comparison.strength == 1  # as trained, and not part of what is being talked about
+    assert chat.conversation.turns("base") == []
+    assert "tuned (one)" not in driven.shown()
+    driven.press("Left is better")
+    (line,) = (runs[0].path / "votes.jsonl").read_text().splitlines()
+    vote = json.loads(line)
+    assert vote["winner"] == vote["left"]
+    assert "your vote" in driven.shown()
+    assert "tuned (one)" in driven.shown()
+
+
+def test_a_merged_model_is_exported_with_its_verdict(driven, runs):
+    driven.fill("run", "one")
+    driven.fill("export to", "merged")
+    driven.press("Export")
+    driven.until(lambda: "✓" in driven.shown(), timeout=120)
+    assert str(runs[0].path / "merged") in driven.shown()
+    assert "compared with the tuned model on 6 held-out prompts" in driven.shown()
+    assert (runs[0].path / "merged" / "model.safetensors").is_file()
+
+
+def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
+    driven.fill("export to", "hub")
+    driven.fill("repository", "no-owner")
+    driven.press("Export")
+    assert driven.named("Export").disabled
+    driven.until(lambda: not driven.named("Export").disabled)
+    assert "name the hub repository as OWNER/NAME" in driven.shown()
+
+
+@pytest.mark.parametrize(("to", "stays"), [("adapter", True), ("merged", False)])
+def test_only_an_export_that_needs_a_model_makes_room_for_one(driven, runs, monkeypatch, to, stays):
+    monkeypatch.setattr(loaded, "bases", {})
+    loaded.loaded_base(runs[0].model)
+    base = weakref.ref(*loaded.bases.values())
+    monkeypatch.setattr(loaded.models, "device", lambda: "cuda:0")  # only there it lets go of bases
+    driven.fill("export to", to)
+    driven.press("Export")
+    assert (base() is not None) is stays
+    driven.press("Cancel")
+    driven.until(lambda: not driven.named("Export").disabled)
+
+
+def test_only_a_run_that_would_get_further_can_be_resumed(driven, runs):
+    journal = Journal(runs[1].path)
+    journal.write(records.State(state="failed"))
+    resume = driven.named("Resume")
+    for message, refused in (("the disk is full", False), ("the loss became nan at step 5", True)):
+        journal.write(records.Error(message=message, expected=True))
+        driven.turn()
+        assert (resume.disabled, resume.description) == (refused, "Resume" if refused else "Resume two")
+    assert "a lower learning_rate than auto" in resume.tooltip
+
+
+@pytest.fixture
+def shell():
+    shell = InteractiveShell()
+    load_ipython_extension(shell)
+    return shell
+
+
+def test_a_run_that_is_started_in_a_cell_has_the_memory_of_an_answer_under_way(runs, shell, monkeypatch):
+    monkeypatch.setattr(loaded, "bases", {})
+    driven = Driven(runs[0].path.parent)
+    driven.fill("tuned model", "one")
+    driven.fill("max new tokens", 1500)
+    driven.fill("long question", QUESTIONS[0])
+    driven.press("Send")
+    turn = driven.panel.tabs[2].turns[-1]
+    driven.until(lambda: turn.comparison and turn.comparison.tuned)
+    base = weakref.ref(*loaded.bases.values())
+    with pytest.raises(SettingsError):
+        shell.find_cell_magic("finetune")("NAME", "rank = 0")
+    assert base()  # nothing came of it, so the answer goes on
+    monkeypatch.setattr(launch, "follow", lambda *_, **__: runs[0])
+    monkeypatch.setattr(loaded.models, "device", lambda: "cuda:0")  # only there it lets go of bases
+    shell.find_cell_magic("finetune")("NAME", "")
+    assert base() is None
+    assert (turn.ended, turn.remark) == (True, "stopped")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("line", ["%%ask --run one --runs-dir", "Assistant(open_run('one', PLACE)).ask(QUESTION) #"])
+def test_an_answer_that_fails_in_a_cell_keeps_no_base(runs, shell, monkeypatch, error, line):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loaded, "bases", {})
+    monkeypatch.setattr(decoding.ModuleSteps, "forward", fail)
+    folder = runs[0].path.parent
+    shell.user_ns |= {"Assistant": Assistant, "open_run": open_run, "PLACE": folder, "QUESTION": QUESTIONS[0]}
+    result = shell.run_cell(f"{line} {folder}\n" + (QUESTIONS[0] if line.startswith("%%") else ""))
+    assert not result.success
+    base = weakref.ref(*loaded.bases.values())
+    monkeypatch.setattr(loaded.models, "device", lambda: "cuda:0")
+    loaded.unload()
+    assert base() is None
+
+
+@pytest.mark.slow
+def test_chat_beside_a_run_that_needs_the_memory_is_refused_unless_asked_for(runs, shell, tiny, monkeypatch, request):
+    asked = {"subset": 16, "held_out": 4, "epochs": 200, "engine": "transformers", "max_length": 160}
+    run = start(Settings(model=str(tiny), data="sample", runs_dir=str(runs[0].path.parent), **asked), "live")
+    request.addfinalizer(run.kill)
+    driven = Driven(runs[0].path.parent)
+    driven.until(lambda: run.steps)
+    assert run.path in [each.path for each in running()]
+    driven.fill("tuned model", "one")
+    driven.fill("max new tokens", 2)
+    monkeypatch.setattr(loaded, "bases", {})
+
+    def check_room(*asked):  # as on a GPU
+        with monkeypatch.context() as gpu:
+            gpu.setattr(loaded.models, "device", lambda: "cuda:0")
+            loaded.check_room(*asked)
+
+    monkeypatch.setattr(assistant, "check_room", check_room)
+
+    def plan(peak):
+        planned = {"free": 14.5, "memory": "GPU memory", "parts": {"weights": 4.0, "activations": peak - 4}}
+        Journal(run.path).write(records.Preflight(sentence="", peak=peak, **planned))
+
+    plan(12.0)
+    driven.ask(QUESTIONS[0])
+    assert "is being trained and is expected to take 12.0 of 14.5 GiB of GPU memory" in driven.shown()
+    assert loaded.bases == {}
+    assert not driven.panel.tabs[2].turns[-1].comparison
+    result = shell.run_cell(f"%%ask --run one --runs-dir {runs[0].path.parent}\n{QUESTIONS[0]}")
+    assert "or chat all the same with --anyway" in str(result.error_in_exec)
+    driven.fill("chat anyway", True)
+    driven.ask(QUESTIONS[0])
+    assert driven.panel.tabs[2].turns[-1].comparison
+    monkeypatch.setattr(loaded, "bases", {})
+    driven.fill("chat anyway", False)
+    plan(9.0)  # there is room for both
+    driven.ask(QUESTIONS[0])
+    assert driven.panel.tabs[2].turns[-1].comparison
+
+
+def test_a_base_that_could_not_be_loaded_leaves_nothing_behind(runs, shell, monkeypatch):
+    halves, emptied = [], []
+
+    def half(_source, **_):
+        model = torch.nn.Linear(1, 1)
+        halves.append(weakref.ref(model))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(loaded, "bases", {})
+    monkeypatch.setattr(loaded.models, "load_nf4", half)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**34))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    result = shell.run_cell(f"%%ask --run one --runs-dir {runs[0].path.parent}\n{QUESTIONS[0]}")
+    assert isinstance(result.error_in_exec, ModelError)
+    monkeypatch.setattr(loaded.models, "device", lambda: "cuda:0")
+    loaded.unload()
+    assert [each() for each in halves] == [None]
+    assert emptied == [True]
+
+
+def test_a_base_that_a_run_would_have_go_counts_as_free(runs, monkeypatch):
+    monkeypatch.setattr(loaded, "bases", {})
+    monkeypatch.setattr(torch.cuda, "memory_allocated", iter((0, 2 << 30)).__next__)  # before it is loaded, and after
+    monkeypatch.setattr(preflight, "device", lambda: preflight.Device("cpu", (0, 0), 3.0))
+    settings = dataclasses.replace(runs[0].settings, subset=4)
+    *_, before = forecast(settings)
+    loaded.loaded_base(settings.model)
+    *_, after = forecast(settings)
+    assert (before.expected.free, after.expected.free) == (3.0, 5.0)
+
+
+def test_outside_a_notebook_it_says_so(driven):
+    with pytest.raises(BizassistError, match="shown in a notebook"):
+        driven.panel.show()
+
+
+def test_other_columns_are_counted_anew(tiny, rows_file):
+    rows = [{"q": f"Why {i}?", "short": "Yes.", "long": "Because of this and of that. " * 20} for i in range(40)]
+    asked = {"model": str(tiny), "data": str(rows_file(rows)), "subset": 20, "held_out": 4}
+    *_, short = forecast(Settings(**asked, columns={"instruction": "q", "response": "short"}))
+    *_, long = forecast(Settings(**asked, columns={"instruction": "q", "response": "long"}))
+    assert long.epoch_tokens > short.epoch_tokens + 20 * 60
+
+
+class Worker:
+    """What a run's views see of a worker: a process that holds the run's lock; it heeds a stop only if told to."""
+
+    def __init__(self, run, *, heeds=False):
+        lock = take_lock(run.path)
+        Journal(run.path).write(records.State(state="training"))
+        command = ["sleep", "600"] if heeds else ["bash", "-c", "trap '' TERM; sleep 600"]
+        self.process = subprocess.Popen(command, pass_fds=(lock,), start_new_session=True)
+        write_worker(lock, self.process.pid)
+        os.close(lock)
+        time.sleep(0.3)  # until bash has set its trap
+
+    def end(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.process.wait()
+
+
+@pytest.fixture
+def working(runs):
+    """Give a run a worker."""
+    workers = []
+
+    def begin(number, **options):
+        workers.append(Worker(runs[number], **options))
+        return workers[-1].process
+
+    yield begin
+    for worker in workers:
+        worker.end()
+
+
+def test_two_clicks_on_stop_in_a_hurry_are_one(runs, working):
+    worker = working(1)
+    driven = Driven(runs[0].path.parent)
+    stop = driven.named("Stop two")
+    stop.click()
+    stop.click()
+    driven.turn()
+    assert stop.description == "Stop two at once"
+    assert "asked again, it ends at once" in driven.shown()
+    stop.click()
+    assert (worker.poll(), runs[1].killed) == (None, False)
+    time.sleep(1)  # for so long "stopping" has to be shown before a second click counts
+    stop.click()
+    assert worker.wait(10) == -signal.SIGKILL
+    assert runs[1].killed
+    driven.turn()
+    assert (stop.description, stop.disabled) == ("Stop", True)
+
+
+def test_a_panel_shows_that_another_has_stopped_the_run(runs, working):
+    working(1)
+    runs[1].stop()
+    assert Driven(runs[0].path.parent).named("Stop two at once")
+
+
+def test_stop_and_resume_are_of_the_run_that_is_shown(runs, working):
+    shown, other = working(0, heeds=True), working(1, heeds=True)
+    driven = Driven(runs[0].path.parent)
+    choice = driven.named("run", 0)
+    choice.value = "one"
+    driven.turn()
+    driven.press("Stop one")
+    assert shown.wait(10) == -signal.SIGTERM
+    assert other.poll() is None
+    driven.turn()
+    assert "one: " in driven.shown()
+    assert driven.named("Resume").disabled
+    other.kill()
+    other.wait()
+    driven.turn()
+    assert not driven.named("Resume one").disabled
+
+
+def test_two_clicks_on_start_begin_one_run(runs, tiny, ended):
+    driven = Driven(runs[0].path.parent)
+    for name, value in (("model", "other …"), ("model: which", str(tiny)), ("data", "sample"), ("held out", 4)):
+        driven.fill(name, value)
+    driven.fill("rows to train on, as a number", 12)
+    driven.fill("epochs", 100)
+    driven.fill("engine", "transformers")
+    start = driven.named("Start")
+    start.click()
+    start.click()
+    driven.turn()
+    assert [run.name for run in list_runs(runs[0].path.parent)] == ["one", "two", "sample-1"]
+    assert "is being trained, and both" in driven.shown()
+    list_runs(runs[0].path.parent)[-1].kill()
+
+
+@pytest.mark.parametrize("button", ["Start", "Resume", "Export"])
+def test_nothing_that_needs_the_gpu_begins_beside_a_run_of_another_kernel(runs, working, button):
+    Journal(runs[1].path).write(records.State(state="stopped"))
+    driven = Driven(runs[0].path.parent)
+    driven.fill("export to", "merged")
+    press = driven.named("Resume two" if button == "Resume" else button)
+    working(0)  # the panel has not looked since
+    press.click()
+    driven.turn()
+    assert "&#x27;one&#x27; is being trained, and both would need the same GPU&#x27;s memory" in driven.shown()
+    assert (runs[1].status, len(list_runs(runs[0].path.parent))) == ("stopped", 2)
+    assert not (runs[1].path / "merged").exists()
+
+
+def test_a_cell_starts_no_second_run_beside_one_in_training(runs, working, shell):
+    working(0)
+    for line in ("fresh", "fresh --background", "two --resume"):
+        with pytest.raises(RunError, match="'one' is being trained"):
+            shell.find_cell_magic("finetune")(line, f'runs_dir = "{runs[0].path.parent}"')
+    assert len(list_runs(runs[0].path.parent)) == 2
+
+
+def test_a_tab_that_cannot_be_brought_up_to_date_stops_no_other(driven, monkeypatch):
+    def broken(_):
+        raise ValueError("no facts <here>")
+
+    monkeypatch.setattr(views, "facts", broken)  # of the Train tab, which comes first
+    driven.fill("export to", "merged")
+    assert "ValueError: no facts &lt;here&gt;" in driven.shown()
+    assert driven.named("merge into").layout.display is None  # on the Export tab, which comes last
+    monkeypatch.undo()
+    driven.turn()
+    assert "no facts" not in driven.shown()
+
+
+def test_in_a_first_training_the_base_that_is_trained_answers(runs, tiny, driven, shell):
+    for run in runs:
+        shutil.rmtree(run.path / "adapter")
+    driven.press("Refresh")
+    driven.ask(QUESTIONS[0])  # and not what "auto" stands for
+    assert driven.panel.tabs[2].turns[-1].comparison.model == str(tiny)
+    assert f"<h4>base ({tiny.name})</h4>" in driven.shown()
+
+
+def test_without_a_run_the_base_of_the_form_answers_with_its_system_prompt(tiny, tmp_path):
+    driven = Driven(tmp_path)
+    for name, value in DRAWN.items():
+        driven.fill(name.replace("_", " "), value)
+    driven.fill("model", "other …")
+    driven.fill("model: which", str(tiny))
+    base = Settings(model=str(tiny))
+    answers = []
+    for prompt in (base.system_prompt, "Short answers only."):
+        driven.fill("system prompt", prompt)
+        driven.ask(QUESTIONS[0])
+        answers.append(driven.panel.tabs[2].turns[-1].comparison)
+        assert answers[-1] == Assistant(base=dataclasses.replace(base, system_prompt=prompt)).ask(
+            QUESTIONS[0], who=("base",), **DRAWN
+        )
+        driven.press("Clear")
+    assert answers[0].base != answers[1].base
+    driven.fill("system prompt", "x\0")
+    driven.fill("long question", QUESTIONS[0])
+    driven.press("Send")
+    assert "which base answers?" in driven.shown()
+
+
+def test_a_cell_asks_the_base_of_the_newest_run_where_none_is_tuned(runs, tiny, shell):
+    for run in runs:
+        shutil.rmtree(run.path / "adapter")
+    found = shell.run_line_magic("ask", f"--runs-dir {runs[0].path.parent} --max-new-tokens 4 Why?")
+    assert (list(found.answers), found.model) == (["base"], str(tiny))
+    assert "There is no tuned model yet" in found.note
+
+
+def widgets_alive():
+    from ipywidgets.widgets.widget import _instances
+
+    return len(_instances)
+
+
+def test_there_is_one_panel_a_folder_and_nothing_is_left_of_one_that_is_closed(runs):
+    folder = str(runs[0].path.parent)
+
+    async def shown():
+        before = widgets_alive(), len(asyncio.all_tasks())
+        panel = Panel.of(folder)
+        panel.show()
+        one = widgets_alive(), len(asyncio.all_tasks())
+        assert Panel.of(folder) is panel
+        for _ in range(3):
+            panel = Panel(folder)
+            panel.show()
+            await asyncio.sleep(0)
+        assert (widgets_alive(), len(asyncio.all_tasks())) == one
+        panel.close()
+        await asyncio.sleep(0)
+        assert (widgets_alive(), len(asyncio.all_tasks())) == before
+        with pytest.raises(BizassistError, match="this panel is closed"):
+            panel.show()
+
+    asyncio.run(shown())
+
+
+def calls(act):
+    """How many functions of Python are called in it."""
+    count = 0
+
+    def note(_frame, event, _argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_an_idle_panel_does_little_and_answers_at_once(tmp_path, monkeypatch):
+    for number in range(200):
+        path = tmp_path / f"run-{number}"
+        path.mkdir()
+        (path / "settings.toml").write_text(Settings(data="sample", model="smollm2-135m").to_toml())
+        (path / "worker.lock").touch()
+        Journal(path).write(records.State(state="finished"))
+    driven = Driven(tmp_path)
+    driven.fill("data", "sample")
+    driven.fill("rows to train on, as a number", 4)
+    driven.until(lambda: not driven.panel.state.following)
+    driven.panel.state.looked = 0.0
+    assert calls(driven.turn) < 200 * 1_000  # the runs are listed: for each there are some files to read
+    driven.panel.state.looked = time.monotonic() + 3600  # they are not listed again
+    driven.turn()
+    assert calls(driven.turn) < 4_000  # only the run that is shown is looked at
+
+    waits, wait_for = [], asyncio.wait_for
+
+    def wait(woken, seconds):
+        waits.append(seconds)
+        return wait_for(woken, 3600)  # nothing but what a person does ends it
+
+    async def until(condition):
+        async with asyncio.timeout(60):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def idle():
+        driven.panel.update_loop.start()
+        await until(lambda: waits)
+        assert waits == [2.0]  # seconds between turns
+        driven.named("batch size").value = 0
+        await until(lambda: "batch_size = 0" in driven.shown())
+        driven.named("export to").value = "hub"
+        driven.named("Refresh").click()
+        await until(lambda: driven.named("repository").layout.display is None)
+
+    monkeypatch.setattr(asyncio, "wait_for", wait)
+    asyncio.run(idle())
+
+
+def test_columns_are_named_as_the_error_says(tiny, rows_file, tmp_path):
+    driven = Driven(tmp_path)
+    data = rows_file([{"q": f"Why {i}?", "a": "So."} for i in range(40)])
+    for name, value in (("model", "other …"), ("model: which", str(tiny)), ("data", "other …")):
+        driven.fill(name, value)
+    driven.fill("data: which", str(data))
+    driven.until(lambda: "has no instruction column" in driven.shown())
+    assert driven.named("Start").disabled
+    assert "has no instruction column" in driven.named("Start").tooltip
+    driven.named("data: which").value = str(tmp_path / "next.jsonl")
+    driven.turn()
+    assert "has no instruction column" not in driven.shown()  # not of a file that is no longer named
+    driven.fill("data: which", str(data))
+    for written in (
+        'instruction = "q", response = "a"',
+        '{ instruction = "q", response = "a" }',
+        'columns = { instruction = "q", response = "a" }',
+    ):
+        driven.fill("columns", written)
+        assert driven.panel.state.settings.columns == {"instruction": "q", "response": "a"}
+    driven.fill("rows to train on, as a number", 1000)
+    driven.fill("held out", 64)
+    driven.until(lambda: "set held_out to 8 and subset to at most 32" in driven.shown())
+    driven.fill("rows to train on, as a number", 30)
+    driven.fill("held out", 10)
+    driven.until(lambda: "GiB free" in driven.shown())
+    assert not driven.named("Start").disabled
+    driven.fill("columns", "instruction = q")
+    assert "{ instruction = &quot;question&quot; }" in driven.shown()
+
+
+def test_a_file_that_has_come_meanwhile_is_read_by_refresh(tiny, rows_file, tmp_path):
+    driven = Driven(tmp_path / "runs")
+    path = tmp_path / "late.jsonl"
+    for name, value in (("model", "other …"), ("model: which", str(tiny)), ("data", "other …"), ("held out", 4)):
+        driven.fill(name, value)
+    driven.fill("rows to train on, as a number", 8)
+    driven.fill("data: which", str(path))
+    driven.until(lambda: "there is no file" in driven.shown())
+    rows_file([{"instruction": f"Why {i}?", "response": "So."} for i in range(40)], "late.jsonl")
+    driven.press("Refresh")
+    driven.until(lambda: "GiB free" in driven.shown())
+    assert not driven.named("Start").disabled
+
+
+def test_what_the_panels_threads_log_of_the_hub_is_not_printed_into_a_cell():
+    """huggingface_hub's own line for a retry; of a cell's download it is still shown."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    printed = []
+    handler = logging.Handler()
+    handler.emit = lambda record: printed.append(record.threadName)
+    logger.addHandler(handler)
+    try:
+        for name in ("bizassist-forecast", "bizassist-load", "MainThread"):
+            thread = threading.Thread(target=logger.warning, args=["Retrying in 1s [Retry 1/5]."], name=name)
+            thread.start()
+            thread.join()
+    finally:
+        logger.removeHandler(handler)
+    assert printed == ["MainThread"]

@@ -1,0 +1,88 @@
+"""What held-out rows will show, said before training: as often as promised, from earlier runs where there are any."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import Settings
+from bizassist_nb.results.power import power, rows_for, visible
+from bizassist_nb.results.summary import run_text
+from bizassist_nb.results.verdict import Score, assess, judge
+from bizassist_nb.runs import records
+from bizassist_nb.runs.journal import Journal
+from bizassist_nb.runs.run import RunDirectory
+
+
+def compared(rows: int, change: float, spread: float, seed: int) -> records.Judged:
+    """A comparison on rows of 10 tokens, which gain so much on average, and differ by so much."""
+    gains = np.random.default_rng(seed).normal(change, spread, rows)
+    base = [Score(row, 30.0, 10) for row in range(rows)]
+    return judge(base, [Score(row, 30.0 + 10 * float(gain), 10) for row, gain in enumerate(gains)], seed=seed)
+
+
+@pytest.mark.parametrize("rows", [12, 64])
+def test_four_of_five_cases_show_the_change_that_is_promised(rows):
+    """By t tests; tests/benchmarks/verdict.py has the verdict's own intervals, on real rows."""
+    gains = np.random.default_rng(rows).normal(-visible(rows, 0.2), 0.2, (20_000, rows))
+    seen = (stats.ttest_1samp(gains, 0, axis=1).confidence_interval(0.95).high < 0).mean()
+    assert seen == pytest.approx(0.8, abs=0.015)
+
+
+def test_a_change_within_the_margin_is_never_promised():
+    assert visible(10_000, 0.1) == 0.02
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.2, 0.7])
+def test_so_many_rows_show_so_small_a_change(spread):
+    rows = rows_for(0.05, spread)
+    assert rows == 12 or visible(rows, spread) <= 0.05 < visible(rows * 9 // 10 - 1, spread)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Make a run of a base on data in tmp_path, whose rows differ by so much."""
+
+    def make(name: str, spread: float, *, rows: int = 64, **settings) -> RunDirectory:
+        run = RunDirectory.create(tmp_path / name, Settings(**{"model": "smollm2-135m", **settings}))
+        found = compared(rows, -0.3, spread, seed=len(name))
+        write_json(run.path / "evaluation.json", assess(found, found, None))
+        return run
+
+    return make
+
+
+def test_without_an_earlier_run_dollys_figures_are_taken_and_named(tmp_path):
+    found = power(Settings(data="sample", runs_dir=str(tmp_path / "none")), "smollm2-135m", 64)
+    assert found.sentence.startswith(f"With 64 test rows, changes of {found.change:.2g} nats a token or more will be ")
+    assert found.sentence.endswith(" rows (rows that differ as measured on Dolly with smollm2-135m)")
+
+
+def test_earlier_runs_of_that_base_on_that_data_say_how_rows_differ(tmp_path, scored):
+    settings = Settings(data="sample", runs_dir=str(tmp_path))
+    scored("a", 0.1, data="sample")
+    scored("dolly", 9.0, data="dolly")
+    scored("other", 9.0, data="sample", model="other/base")
+    scored("few", 9.0, data="sample", rows=11)
+    damaged = scored("damaged", 9.0, data="sample")
+    (damaged.path / "evaluation.json").write_text("{")
+    found = power(settings, "smollm2-135m", 64)
+    assert found.change == pytest.approx(visible(64, 0.1), rel=0.25)
+    assert found.sentence.endswith("(rows that differ as in 1 earlier run on this data)")
+    scored("wider", 0.5, data="sample")
+    scored("widest", 0.9, data="sample")
+    assert power(settings, "smollm2-135m", 64).change == pytest.approx(
+        visible(64, 0.6), rel=0.1
+    )  # their root mean square
+
+
+def test_too_few_rows_promise_nothing(tmp_path):
+    found = power(Settings(data="sample", runs_dir=str(tmp_path)), "smollm2-135m", 11)
+    assert found.change is None
+    assert found.sentence.startswith("With 11 test rows nobody can tell (at least 12 are needed); 0.05 nats take ")
+
+
+def test_a_run_says_what_it_can_show(scored):
+    run = scored("a", 0.1)
+    Journal(run.path).write(records.Power(rows=64, change=0.07, sentence="With 64 test rows, changes …"))
+    assert "what it can show: With 64 test rows, changes …" in run_text(run)
