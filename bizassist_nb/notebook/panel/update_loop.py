@@ -38,6 +38,7 @@ class UpdateLoop:
         self.task: asyncio.Task[None] | None = None
         self._woken: Callable[[], object] = lambda: None
         self._driving = False
+        self._woken_again = False  # while it drives
         self._refused = ""  # the error message of what was posted last
         self.problems: list[str] = []
         """Error messages, empty ones among them: of what was posted last, and of this turn's updates so far."""
@@ -55,6 +56,7 @@ class UpdateLoop:
 
     def wake(self) -> None:
         """Have the next turn come soon; any thread may call this."""
+        self._woken_again = True
         if in_colab() and not self._driving:
             self._drive()
         self._woken()
@@ -106,11 +108,12 @@ class UpdateLoop:
                 going = True
                 while going:
                     going = self._state.working or self._state.following
+                    self._woken_again = False
                     self.turn()  # afterwards, so that what ended in between is shown, too
                     serve(10)
                     time.sleep(_BUSY)
                     # The turn may have begun something, and what was served waits for the next turn.
-                    going = going or self._state.working or self._state.following or bool(self._posted)
+                    going = going or self._state.working or self._state.following or self._woken_again
         except KeyboardInterrupt:
             pass  # the view stops here; the run goes on
         finally:
