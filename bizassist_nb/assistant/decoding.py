@@ -77,11 +77,15 @@ def read_prompts(
     model: Any, batch: Batch, max_new_tokens: int, prefix: PrefixCache | None
 ) -> Iterator[tuple[torch.Tensor, "ModuleSteps | decode_graph.FusedSteps"]]:
     """The logits (rows, vocabulary) after the prompts, and what computes those after each further token."""
-    ids, mask = left_padded(batch.prompts, batch.pad_id, model.device)
+    asked, places = (batch, []) if prefix else _distinct(batch)
+    ids, mask = left_padded(asked.prompts, batch.pad_id, model.device)
     cache = DynamicCache(config=model.config)
     known = prefix.take(batch.prompts, batch.strengths, cache) if prefix else 0
-    steps = ModuleSteps(model, batch, cache, mask)
+    steps = ModuleSteps(model, asked, cache, mask)
     logits = steps.forward(ids[:, known:])
+    if len(places) > len(asked.prompts):
+        steps.select(places)
+        logits, mask = logits[places], mask[places]
     if not decode_graph.fits(model, len(batch.prompts)):
         steps.prefix = prefix
         try:
@@ -96,6 +100,15 @@ def read_prompts(
         yield logits, graph
     finally:
         decode_graph.idle[model] = graph
+
+
+def _distinct(batch: Batch) -> tuple[Batch, list[int]]:
+    """The rows that differ in prompt or strengths, each once; and for every row of the batch its place among them."""
+    rows = list(zip(map(tuple, batch.prompts), *batch.strengths.values(), strict=True))
+    firsts = sorted({rows.index(row) for row in rows})
+    strengths = {name: [values[i] for i in firsts] for name, values in batch.strengths.items()}
+    once = dataclasses.replace(batch, prompts=[batch.prompts[i] for i in firsts], strengths=strengths)
+    return once, [firsts.index(rows.index(row)) for row in rows]
 
 
 class ModuleSteps:
@@ -115,7 +128,7 @@ class ModuleSteps:
         self.prefix = None
 
     def select(self, living: list[int]) -> None:
-        """Leave out the rows that are over."""
+        """Go on with these rows, which may be named twice; the others are over."""
         self.store_prefix()  # while all rows are there
         rows = torch.tensor(living, device=self._mask.device)
         self._cache.batch_select_indices(rows)

@@ -38,6 +38,7 @@ class LoadedBase:
                 f"{base.name} does not fit beside what is in GPU memory ({free:.1f} GiB are free): while a run is "
                 "being trained the assistant may have to wait; look at it with %bizassist runs, or stop it"
             ) from error
+        models.unpack(self.model)
         self.memory = torch.cuda.memory_allocated() - before
         """Bytes of GPU memory that its weights take."""
         self.prefix_cache = PrefixCache() if self.model.device.type == "cpu" else None

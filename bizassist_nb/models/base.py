@@ -1,5 +1,6 @@
 """Base models: which one, from where, and how it is loaded in 4 bits."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -245,6 +246,25 @@ def without_packing(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def unpack(model: Any) -> None:
+    """Store a model's 4-bit matrices on a CPU in float32, too, if half of the free RAM has room for them.
+
+    A pass unpacks them otherwise, each time: two thirds of a token's time in a chat (docs/benchmarks.md).
+    """
+    import psutil
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    packed = [module for module in model.modules() if isinstance(module, Linear4bit) and "forward" not in vars(module)]
+    numbers = sum(module.in_features * module.out_features for module in packed)
+    if model.device.type != "cpu" or 2 * 4 * numbers > psutil.virtual_memory().available:
+        return
+    for module in packed:
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        module.forward = functools.partial(torch.nn.functional.linear, weight=weight, bias=module.bias)
 
 
 def device() -> str:

@@ -100,6 +100,7 @@ def answer(
     ids = [each for _, each in asked]
     training = model.training
     model.eval()
+    models.unpack(model)
     most = decode_graph.MOST_ROWS  # more rows would go through the modules, which take longer than several such batches
     size = most // 4 if decode_graph.fits(model, most) else len(ids)
     try:
