@@ -91,7 +91,8 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_no_text_of_a_run_adds_to_the_structure_of_a_view(view, tmp_path):
+def test_no_text_of_a_run_adds_to_the_structure_of_a_view(view, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss_plot.LossFigure, "_repr_png_", lambda _: b"a picture")  # drawn further down
     expected = structure(VIEWS[view](hostile_run(tmp_path / "plain", "x")))
     for i, text in enumerate(TEXTS):
         page = VIEWS[view](hostile_run(tmp_path / f"run{i}", text))
@@ -108,7 +109,8 @@ def test_no_name_of_a_folder_adds_to_the_structure_of_a_view(tmp_path):
         assert runs_section([run]).page().count("<") == runs_section([run]).page().count(">")
         assert len(structure(runs_section([run]).page())) == len(structure(runs_section([plain]).page())) + 1
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", run_text(run) + repr(runs_section([run])))
-        assert loss_plot.overlaid_figure([run, plain])._repr_png_().startswith(b"\x89PNG")  # no formula, no formats
+        if set("$\\_%{") & set(name):  # no formula, no formats
+            assert loss_plot.overlaid_figure([run, plain])._repr_png_().startswith(b"\x89PNG")
 
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bizassist_nb.core.errors import RunError, brief
 from bizassist_nb.core.files import write_atomic, write_json
-from bizassist_nb.models.adapters import adapter_config, adapter_folder
+from bizassist_nb.models.adapters import adapter_folder, read_config
 from bizassist_nb.results.model_card import base_name, card
 from bizassist_nb.results.verdict_figure import save_png
 from bizassist_nb.runs.run import RunDirectory
@@ -18,7 +18,7 @@ def complete_adapter(run: RunDirectory) -> Path:
         ModelError: if the run has no adapter.
     """
     folder, curve = adapter_folder(run), run.path / "loss.png"
-    write_json(folder / "adapter_config.json", adapter_config(folder) | {"base_model_name_or_path": base_name(run)})
+    write_json(folder / "adapter_config.json", read_config(folder) | {"base_model_name_or_path": base_name(run)})
     write_atomic(folder / "README.md", lambda part: part.write_text(card(run), "utf-8"))
     save_png(run, folder)
     if curve.is_file():

@@ -87,17 +87,21 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     """
     from peft import LoraConfig
 
-    try:
-        text = (folder / "adapter_config.json").read_bytes()
-        decode(text, _Config)
-        found = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder / 'adapter_config.json'} cannot be used ({brief(error)}); {REMEDY}") from error
-    plain = LoraConfig().to_dict()
+    found, plain = read_config(folder), LoraConfig().to_dict()
     for name in found.keys() & plain.keys() - {*_Config.__struct_fields__} - _HARMLESS:
         if found[name] != plain[name] and found[name]:
             raise ModelError(
                 f"{folder / 'adapter_config.json'} sets {name}, which no adapter that was trained here does, and which "
                 "may run code or change the base; it is not loaded"
             )
-    return dict(found)
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The same, unchecked and without PEFT, which takes seconds to import: to be given away, not to be loaded."""
+    try:
+        text = (folder / "adapter_config.json").read_bytes()
+        decode(text, _Config)
+        return dict(json.loads(text))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} cannot be used ({brief(error)}); {REMEDY}") from error

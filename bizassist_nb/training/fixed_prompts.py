@@ -96,21 +96,20 @@ def answer(
             between()
         return list(zip(*(given[start : start + count] for start in range(0, 4 * count, count)), strict=True))
 
-    asked = _asked(run, chat)
-    ids = [each for _, each in asked]
+    prompts, ids = zip(*_asked(run, chat), strict=True)
     training = model.training
     model.eval()
     models.unpack(model)
     most = decode_graph.MOST_ROWS  # more rows would go through the modules, which take longer than several such batches
     size = most // 4 if decode_graph.fits(model, most) else len(ids)
     try:
-        batches = (in_halves(tokens, ids[start : start + size]) for start in range(0, len(ids), size))
+        batches = (in_halves(tokens, list(ids[start : start + size])) for start in range(0, len(ids), size))
         given = list(itertools.chain.from_iterable(batches))
     finally:
         model.train(training)
     data = run.last(Data)
     learned = data.training.trained_tokens / max(1, data.training.rows) if data else limit
-    return [_answers(chat, prompt, each, learned) for (prompt, _), each in zip(asked, given, strict=True)]
+    return [_answers(chat, prompt, each, learned) for prompt, each in zip(prompts, given, strict=True)]
 
 
 def _answers(chat: ChatTokenizer, prompt: str, given: tuple[list[int], ...], learned: float) -> Answers:

@@ -106,8 +106,8 @@ def test_as_many_rows_as_it_asks_for_do_tell():
     def drawn(rows: int) -> records.Judged:
         return judge(scored([30.0] * rows), scored(30.0 + 10 * random.normal(-0.1, 0.4, rows)), seed=0)
 
-    asked = [rows_needed(found) for found in (drawn(24) for _ in range(20)) if found.verdict == "can't tell yet"]
-    assert len(asked) > 10
+    asked = [rows_needed(found) for found in (drawn(24) for _ in range(8)) if found.verdict == "can't tell yet"]
+    assert len(asked) > 3
     told = [
         drawn(2 * rows).verdict for rows in asked
     ]  # twice as many: what 24 rows said of the change is itself unsure

@@ -124,7 +124,7 @@ HOSTILE = [
     "\ufeff\u200b\u2028\u2029<script>",
     "＜script＞ ‹script› ʺ",
     "<script " * 20,
-    *(part * (100_000 // len(part)) for part in ("a", "<b>", "<", ">", "*", "[", "`", "- ", "> ", "![](", "&#", "|\n")),
+    *(part * (30_000 // len(part)) for part in ("a", "<b>", "<", ">", "*", "[", "`", "- ", "> ", "![](", "&#", "|\n")),
 ]
 
 
