@@ -72,7 +72,8 @@ class Settings:
         "dolly",
         'rows to learn from: "dolly" (Databricks Dolly 15k), "sample" (120 rows that ship with the package), '
         "the path of a .jsonl (also .gz, .zst), .json, .csv, .parquet or .xlsx file, or of a folder of files of one "
-        'kind; a hub data set\'s id, or "hf://datasets/owner/name@revision/file.jsonl"',
+        'kind; a hub data set\'s id, or "hf://datasets/owner/name@revision/file.jsonl"; in a cell "{df}" is the table '
+        "in that variable",
     )
     config: str = setting("", 'configuration (subset) of a hub data set; "" for its only one')
     split: str = setting("train", "split of a hub data set")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 from live_kernel import wait_until
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Phi3Co
 from bizassist_nb import Settings, finetune
 from bizassist_nb.api import Run
 from bizassist_nb.assistant.assistant import Assistant
-from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.errors import DataError, RunError
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.data.tokens import Example
 from bizassist_nb.models.base import pinned, resolve
@@ -446,6 +447,27 @@ def test_two_workers_cannot_train_one_run(tiny, tmp_path):
     with pytest.raises(RunError, match="being trained by another process"):
         launch.start(settings, "one", resume=True)
     run.kill()
+
+
+def test_rows_of_a_notebook_are_kept_for_resuming_and_evaluating(tiny, tmp_path):
+    frame = pandas.DataFrame([{"question": f"What is {n}?", "reply": str(n)} for n in range(40)])
+    settings = quick(tiny, tmp_path, columns={"instruction": "question", "response": "reply"})
+    with pytest.raises(DataError, match=r"frame\.parquet holds no usable row among 40: row 1: has no column 'answer'"):
+        finetune(quick(tiny, tmp_path, data="{frame}", columns={"response": "answer"}), data=frame)
+    assert not list(tmp_path.iterdir())
+    run = launch.start(settings, "table", data=frame)
+    run.kill()
+    wait_until(lambda: run.status == "lost")
+    with pytest.raises(RunError, match="has its rows already"):
+        finetune(Settings(runs_dir=str(tmp_path)), "table", data=frame, resume=True)
+    run = finetune(Settings(runs_dir=str(tmp_path)), "table", resume=True)
+    assert (run.status, run.settings.data) == ("finished", "{data}")
+    assert run.environment.fingerprint == hashlib.sha256((run.path / "data.parquet").read_bytes()).hexdigest()
+    assert str(tmp_path) not in card(run)
+    assert evaluate(run).base.rows == 4
+    frame[:30].to_parquet(run.path / "data.parquet")
+    with pytest.raises(RunError, match="has changed since it began"):
+        rows_of(run)
 
 
 def test_resume_refuses_other_settings_and_names_them(tiny, tmp_path):
