@@ -28,7 +28,9 @@ COLUMN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 DEMO: Final = 'data = "sample"\nsubset = 96\nheld_out = 24\nmax_length = 512\n'
 """Settings of the demo: a few minutes on two CPU cores, without a network."""
-NAMES: Final = ("auto", "mistral-7b", "smollm2-135m", "dolly", "sample")
+NAMES: Final = (
+    "auto", "mistral-7b", "qwen3-4b", "llama-3.2-3b", "smollm3-3b", "gemma-3-1b", "smollm2-135m", "dolly", "sample",
+)  # fmt: skip
 """Models and data that have names of their own here."""
 ALL_LINEAR: Final = "all-linear"
 _AUTO: Final = "auto"
@@ -65,8 +67,8 @@ class Settings:
 
     model: str = setting(
         _AUTO,
-        'base model: "mistral-7b", "smollm2-135m" (the embedded one), a hub id or a local folder; '
-        '"auto" takes mistral-7b where a CUDA GPU has room for it, else smollm2-135m',
+        f'base model: {", ".join(NAMES[1:6])}, smollm2-135m (the embedded one), a hub id or a local folder; "bizassist '
+        'models" says more; "auto" takes mistral-7b where a CUDA GPU has room for it, else smollm2-135m',
     )
     data: str = setting(
         "dolly",
