@@ -204,7 +204,7 @@ def _models(_: argparse.Namespace) -> None:
 
     rows = [("name", "on a T4", "licence", "hub id", "why")]
     for name, base in NAMED.items():
-        why = base.why if base.tested else f"{base.why}; its weights untested here"
+        why = base.why + "; its weights untested here" * (not base.tested)
         rows.append((name, f"{on_t4(name):.1f} GiB", base.licence, base.hub, why))
     _say(text_table(rows, most=120))
 
