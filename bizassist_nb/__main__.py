@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         _votes: "count the blind votes on a run",
         _export: "write the merged 16-bit model, or the adapter's folder, or upload it",
         _data: "check rows before training: what is wrong or odd about them, with row numbers and what to do",
+        _models: "show the bases that have names, with the memory that they take and their licences",
         _runs: "show a table of the runs",
         _doctor: "show what this machine has, and what follows from it",
         _demo: "fine-tune the embedded model on a CPU and ask it a question",
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         if command in (_finetune, _demo, _data):
             setting = "a setting, applied after all others"
             subparser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
-        elif command not in (_runs, _doctor):
+        elif command not in (_models, _runs, _doctor):
             subparser.add_argument("run", metavar="RUN")
     _add_arguments(commands.choices)
     return parser
@@ -194,6 +195,18 @@ def _data(options: argparse.Namespace) -> None:
 
     words, found = check_source(dataclasses.replace(Settings.from_toml("", options.set), data=options.file))
     _say("\n".join([words, text_table([finding.cells() for finding in found], most=100) if found else "nothing odd"]))
+
+
+def _models(_: argparse.Namespace) -> None:
+    from bizassist_nb.core.rendering import text_table
+    from bizassist_nb.models.named import NAMED
+    from bizassist_nb.training.preflight import on_t4
+
+    rows = [("name", "on a T4", "licence", "hub id", "why")]
+    for name, base in NAMED.items():
+        why = base.why + "; its weights untested here" * (not base.tested)
+        rows.append((name, f"{on_t4(name):.1f} GiB", base.licence, base.hub, why))
+    _say(text_table(rows, most=120))
 
 
 def _runs(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.settings import Settings, user_path
@@ -69,26 +69,29 @@ def finetune(
     settings: Settings,
     name: str | None = None,
     *,
-    resume: bool = False,
-    replace: bool = False,
+    data: Any = None,
     show: Callable[[RunDirectory], None] = lambda _: None,
+    **how: bool,
 ) -> Run:
     """Train a run to its end in a process of its own, calling `show` all the while, and give it back.
 
-    `replace` moves a run that has the name already into the folder .bin beside it.
+    `data` is a table in place of what the settings name, a DataFrame of pandas or polars or a datasets.Dataset; the run
+    keeps a copy. `how` is resume=True, or replace=True, which moves a run that has the name already into the folder
+    .bin beside it.
     Resuming a run whose worker lives, as it does when its kernel was restarted, is following it to its end.
 
     The first interrupt (Ctrl-C, ■) stops the run after its step, with a checkpoint; the second ends it at once.
 
     Raises:
+        DataError: if the data cannot be used.
         RunError: if the name cannot be used, or the run failed, with the reason.
         SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
     """
     from bizassist_nb.training import launch
 
     def begin() -> RunDirectory:
-        followed = launch.running(settings, name) if resume and name else None
-        return followed or launch.start(settings, name, resume=resume, replace=replace)
+        followed = launch.running(settings, name) if how.get("resume") and name and data is None else None
+        return followed or launch.start(settings, name, data=data, **how)
 
     return Run(launch.follow(begin, show).path)
 

@@ -132,7 +132,7 @@ def test_ctrl_c_stops_cleanly(file, tmp_path):
 def test_a_second_ctrl_c_ends_the_run_and_exits_as_interrupted(tmp_path, monkeypatch):
     """A worker that does not mind a stop, and the first interrupt before the launcher has it."""
 
-    def start(settings, name, *, resume, replace):
+    def start(settings, name, **_):
         path = settings.run_path(name)
         path.mkdir()
         (path / "settings.toml").write_text(settings.to_toml())

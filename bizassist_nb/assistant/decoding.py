@@ -174,8 +174,9 @@ def activate(model: Any, adapters: Sequence[str]) -> None:
 
 
 def scales(model: Any, strengths: Strengths) -> dict[str, list[float]]:
-    """Strengths times each adapter's own scaling (alpha / rank)."""
-    own = {name: config.lora_alpha / config.r for name, config in getattr(model, "peft_config", {}).items()}
+    """Strengths times each adapter's own scaling: alpha / rank, or alpha / sqrt(rank) with rslora."""
+    configs = getattr(model, "peft_config", {}).items()
+    own = {name: config.lora_alpha / config.r ** (0.5 if config.use_rslora else 1) for name, config in configs}
     return {name: [value * own[name] for value in values] for name, values in strengths.items()}
 
 

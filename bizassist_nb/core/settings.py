@@ -28,7 +28,9 @@ COLUMN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 DEMO: Final = 'data = "sample"\nsubset = 96\nheld_out = 24\nmax_length = 512\n'
 """Settings of the demo: a few minutes on two CPU cores, without a network."""
-NAMES: Final = ("auto", "mistral-7b", "smollm2-135m", "dolly", "sample")
+NAMES: Final = (
+    "auto", "mistral-7b", "qwen3-4b", "llama-3.2-3b", "smollm3-3b", "gemma-3-1b", "smollm2-135m", "dolly", "sample",
+)  # fmt: skip
 """Models and data that have names of their own here."""
 ALL_LINEAR: Final = "all-linear"
 _AUTO: Final = "auto"
@@ -37,15 +39,15 @@ _FEWEST_SPLIT: Final = 3
 _MAY_BE_EMPTY: Final = ("system_prompt", "accelerate_config", "config", "revision")
 
 
-def setting(default: Any, text: str, between: tuple[float, float] | None = None, others: tuple[str, ...] = ()) -> Any:
+def setting(default: Any, text: str, between: tuple[float, float] | None = None, others: tuple[Any, ...] = ()) -> Any:
     """A field with its help text and its allowed values.
 
     `between` is an inclusive range of numbers, or of whole numbers if its ends are whole. `others`, and a default that
-    is a text, are allowed words. Without a range and `others` any text is allowed. A table (`dict`) has
+    is a text or truth value, are allowed words. Without a range and `others` any text is allowed. A table (`dict`) has
     `others` for its keys, and texts for values.
     """
     least, most = between or (None, None)
-    words = (default, *others) if isinstance(default, str) and (between or others) else ()
+    words = (default, *others) if isinstance(default, str | bool) and (between or others) else ()
     metadata = {"text": text, "least": least, "most": most, "words": words if between else (), "choices": ()}
     if not between:
         metadata["choices"] = words
@@ -65,14 +67,15 @@ class Settings:
 
     model: str = setting(
         _AUTO,
-        'base model: "mistral-7b", "smollm2-135m" (the embedded one), a hub id or a local folder; '
-        '"auto" takes mistral-7b where a CUDA GPU has room for it, else smollm2-135m',
+        f'base model: {", ".join(NAMES[1:6])}, smollm2-135m (the embedded one), a hub id or a local folder; "bizassist '
+        'models" says more; "auto" takes mistral-7b where a CUDA GPU has room for it, else smollm2-135m',
     )
     data: str = setting(
         "dolly",
         'rows to learn from: "dolly" (Databricks Dolly 15k), "sample" (120 rows that ship with the package), '
         "the path of a .jsonl (also .gz, .zst), .json, .csv, .parquet or .xlsx file, or of a folder of files of one "
-        'kind; a hub data set\'s id, or "hf://datasets/owner/name@revision/file.jsonl"',
+        'kind; a hub data set\'s id, or "hf://datasets/owner/name@revision/file.jsonl"; in a cell "{df}" is the table '
+        "in that variable",
     )
     config: str = setting("", 'configuration (subset) of a hub data set; "" for its only one')
     split: str = setting("train", "split of a hub data set")
@@ -97,6 +100,7 @@ class Settings:
     )
     rank: int = setting(16, "LoRA rank: width of the adapter; more learns more and takes more memory", (1, 512))
     alpha: int = setting(16, "LoRA alpha: the adapter's output is multiplied by alpha / rank", (1, 4096))
+    rslora: bool = setting(False, "multiply by alpha / sqrt(rank) instead: 4 times as much at rank 16", others=(True,))
     target_modules: str = setting(
         ALL_LINEAR,
         'linear layers that get an adapter: "all-linear" is every one in the decoder blocks; or their names, separated '
@@ -106,10 +110,12 @@ class Settings:
     epochs: int = setting(1, "times each training row is seen", (1, 1000))
     learning_rate: float | str = setting(
         _AUTO,
-        'peak learning rate, which then falls linearly to 0; "auto" is 2e-4 for a 7B model (hidden size 4,096), more '
-        "for a narrower one: 9.3e-4 for smollm2-135m",
+        'peak learning rate (see scheduler); "auto" is 2e-4 for a 7B model (hidden size 4,096), more for a narrower '
+        "one: 9.3e-4 for smollm2-135m",
         (1e-8, 1.0),
     )
+    scheduler: str = setting("linear", "how the learning rate falls from its peak to 0", others=("cosine", "constant"))
+    weight_decay: float = setting(0.0, "share of each adapter weight that a step takes off, times the rate", (0.0, 1.0))
     warmup_steps: int | str = setting(
         _AUTO,
         'steps in which the learning rate rises to its peak; "auto" is 8 % of all steps, at most 20',
@@ -172,6 +178,11 @@ class Settings:
         "",
         "file that `accelerate config` wrote, for several machines or FSDP; in place of gpus it says how many "
         'processes train; "" for none',
+    )
+    report_to: str = setting(
+        "none",
+        "an installed tracker that is sent losses, learning rates and settings; tensorboard's are in RUN/tensorboard",
+        others=("trackio", "wandb", "tensorboard"),
     )
     runs_dir: str = setting("runs", "folder in which each run has its own folder")
 
@@ -342,7 +353,7 @@ def _fits(field: "dataclasses.Field[Any]", value: Any) -> bool:
             return False
         return keys is not TURNS or not value or all(any(COLUMN.findall(value.get(key, ""))) for key in keys)
     if limits["choices"]:
-        return value in limits["choices"]
+        return value in limits["choices"] and type(value) is type(limits["choices"][0])  # 0 is not false
     if limits["least"] is None:
         return isinstance(value, str) and _is_text(value) and (bool(value.strip()) or field.name in _MAY_BE_EMPTY)
     if value in limits["words"]:
@@ -402,6 +413,8 @@ def _shown(value: Any) -> str:
         return shown.encode("utf-8", "backslashreplace").decode()  # a lone surrogate could not be printed
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {_shown(item)}" for key, item in value.items()) + " }" if value else "{}"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, int) and abs(value) >= 10**80:
         return f"a number of {value.bit_length():,} bits"  # Python spells out no number of thousands of digits
     return f"{value:g}" if isinstance(value, float) else cut(without_secrets(str(value)))

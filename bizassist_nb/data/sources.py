@@ -40,6 +40,10 @@ _AT_ONCE: Final = {".json": 16 * 2**20, ".xlsx": 2**20}
 """Bytes up to which the first rows of a file that has to be read from end to end come within a second."""
 _HF: Final = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)")
 """The address of a file on the hub: repository, revision, path."""
+VARIABLE: Final = re.compile(r"\{(\w+)\}")
+"""`Settings.data` of a table in a notebook: the name of its variable, as the group."""
+KEPT: Final = "data.parquet"
+"""The file of a run directory that has the rows of such a table."""
 _HUB_ONLY: Final = ("config", "split", "revision")
 """Settings of data sets of the hub."""
 
@@ -98,7 +102,8 @@ def path_of(settings: Settings) -> Path | None:
             return None
         raise DataError(
             f'data = "{data}" is neither "dolly" nor "sample", nor a path ending in {", ".join(SUFFIXES)}, '
-            'nor a folder of such files, nor a hub id like "owner/name" or "hf://datasets/owner/name/file.jsonl"'
+            'nor a folder of such files, nor a hub id like "owner/name" or "hf://datasets/owner/name/file.jsonl", '
+            'nor, in a %%finetune cell, a table in a variable: "{df}" (in Python finetune(settings, data=df))'
         )
     if beside := settings.changed().keys() & set(_HUB_ONLY):
         raise DataError(f'{" and ".join(sorted(beside))}: only for a hub id like "owner/name", not for data = "{data}"')
@@ -143,7 +148,7 @@ def _dolly_file() -> Path:
 
 
 def _open_hub(settings: Settings) -> Source:
-    _check_pyarrow()
+    check_pyarrow()
     import datasets
 
     name = settings.data
@@ -234,7 +239,7 @@ def _bytes(path: Path) -> IO[bytes]:
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     if compression is None:
         return path.open("rb", buffering=2**20)
-    _check_pyarrow()
+    check_pyarrow()
     import pyarrow
 
     return cast(IO[bytes], io.BufferedReader(pyarrow.input_stream(path, compression=compression), 2**20))
@@ -343,14 +348,14 @@ def _first_not_utf8(path: Path) -> str:
     return "in a line that is too long"
 
 
-def _check_pyarrow() -> None:
+def check_pyarrow() -> None:
     """Refuse to read Parquet, also the hub's, with a pyarrow that was replaced under this kernel."""
     if problem := replaced("pyarrow"):
         raise DataError(f"hub data sets, Parquet and compressed files cannot be read in this kernel: {problem}")
 
 
 def _parquet(path: Path, _: Container[int] | None) -> Records:
-    _check_pyarrow()
+    check_pyarrow()
     import pyarrow
     import pyarrow.parquet
 

@@ -218,7 +218,7 @@ def largest_weight_error(written: Weights, tuned: TunedWeights) -> float | None:
     largest = torch.zeros((), device=models.device())
     for name in tuned.shapes().keys() & written.names:  # one that is missing shows in the logits
         should = tuned.read(name)
-        least = torch.linalg.vector_norm(should) / should.numel() ** 0.5 * 2**-12
+        least = (torch.linalg.vector_norm(should) / should.numel() ** 0.5 * 2**-12).clamp(min=1e-30)  # all may be 0
         for ours, theirs in zip(written.read(name).split(4096), should.split(4096), strict=True):  # for memory's sake
             errors = (ours.float() - theirs).abs() / (theirs.abs() * 2**-8 + least)
             largest = torch.maximum(largest, errors.max())  # NaN goes on

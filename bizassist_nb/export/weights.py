@@ -88,7 +88,7 @@ class TunedWeights:
         }
 
     def read(self, name: str) -> Any:
-        """One weight in float32: W + B A * alpha / rank, on the device that models run on."""
+        """One weight in float32: W + B A times its scaling, on the device that models run on."""
         from bitsandbytes.functional import dequantize_4bit
 
         parameter, layer = self._weights[name]

@@ -26,6 +26,7 @@ class _Config(Record):
     lora_alpha: float
     lora_dropout: float
     target_modules: list[str]
+    use_rslora: bool = False
 
 
 _HARMLESS: Final = {"auto_mapping", "task_type", "inference_mode", "peft_version", "revision"}

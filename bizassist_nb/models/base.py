@@ -16,13 +16,11 @@ from bizassist_nb.core.errors import ModelError, brief
 from bizassist_nb.core.settings import user_path
 from bizassist_nb.data.tokens import ChatTokenizer
 from bizassist_nb.models.embedded import embedded_folder
+from bizassist_nb.models.named import NAMED
 from bizassist_nb.runs.records import Model
 
-MISTRAL: Final = "unsloth/mistral-7b-instruct-v0.3-bnb-4bit"
-"""NF4 weights of mistralai/Mistral-7B-Instruct-v0.3: 4.1 GB to download instead of 14.5."""
-
-HUB_IDS: Final = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct", "mistral-7b": MISTRAL}
-"""What the hub calls the bases that have names of their own here; both are under the Apache License 2.0."""
+HUB_IDS: Final = {name: named.hub for name, named in NAMED.items()}
+"""What the hub calls the bases that have names of their own here."""
 
 _MISTRAL_ROOM: Final = 7.0
 """GiB of free GPU memory that training Mistral-7B in NF4 takes at the least (4.8 GiB measured at micro-batch 1)."""
@@ -51,8 +49,8 @@ def resolve(model: str, spare: float = 0.0) -> Base:
             model, reason = "smollm2-135m", f"{why}; Mistral-7B takes {_MISTRAL_ROOM:g} GiB"
     if model == "smollm2-135m":
         source = str(embedded_folder())
-    elif model == "mistral-7b":
-        source = MISTRAL
+    elif model in HUB_IDS:
+        source = HUB_IDS[model]
     elif (folder := user_path(model)).is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} holds no model: it has no config.json")
@@ -65,7 +63,7 @@ def resolve(model: str, spare: float = 0.0) -> Base:
         source = model
     else:
         raise ModelError(
-            f'model = "{model}" is neither "auto", "mistral-7b" nor "smollm2-135m", nor a folder that exists, '
+            f'model = "{model}" is neither "auto" nor {", ".join(HUB_IDS)}, nor a folder that exists, '
             'nor a hub id like "owner/name"'
         )
     return Base(name=model, source=source, reason=reason)
@@ -285,6 +283,13 @@ def compute_dtype() -> Any:
 
 def unreachable(what: str, source: str | Path, error: Exception) -> ModelError:
     """The error for a model or tokenizer that would not load."""
+    from huggingface_hub.errors import GatedRepoError
+
+    if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
+        return ModelError(
+            f"{source} is gated: accept its licence at https://huggingface.co/{source}, then log in with "
+            "hf auth login, or set HF_TOKEN (on Colab, in Secrets), and start again"
+        )
     return ModelError(
         f"the {what} of {source} cannot be loaded ({brief(error)}). "
         "Check its name and the network; a folder needs config.json, tokenizer files and .safetensors weights"

@@ -10,9 +10,10 @@ from IPython.core.magic_arguments import MagicArgumentParser
 from IPython.display import display
 
 from bizassist_nb.api import Run, finetune, open_run
-from bizassist_nb.core.errors import RunError, without_locals
+from bizassist_nb.core.errors import DataError, RunError, without_locals
 from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, add_options, chosen
 from bizassist_nb.core.settings import Settings
+from bizassist_nb.data.sources import VARIABLE
 from bizassist_nb.runs.run import RunDirectory, check_alone, list_runs
 
 _WORD = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\S)+""")
@@ -96,22 +97,32 @@ class BizassistMagics(Magics):
         how = {"resume": options.resume, "replace": options.replace}
         if any(how.values()) and options.name is None:
             raise UsageError("%%finetune: which run? %%finetune NAME --resume, or %%finetune NAME --replace")
+        data = None if options.resume else self._table(settings.data)
         check_alone(settings.runs_dir, but=options.name)
         unload()
         if options.background:
-            self._run = Run(start(settings, options.name, **how).path)
+            self._run = Run(start(settings, options.name, data=data, **how).path)
             self._runs_dir = settings.runs_dir
             return self._run
         from bizassist_nb.notebook.views import TrainingView
 
         view = TrainingView()
         try:
-            self._run = finetune(settings, options.name, **how, show=view)
+            self._run = finetune(settings, options.name, data=data, **how, show=view)
         finally:
             view.finish()
             if view.run:
                 self._runs_dir = settings.runs_dir
         return self._run
+
+    def _table(self, data: str) -> Any:
+        """What the variable holds that `Settings.data` names in braces; None for other data."""
+        if not (found := VARIABLE.fullmatch(data)):
+            return None
+        table = self.shell.user_ns.get(found[1])  # type: ignore[union-attr] # a registered Magics has its shell
+        if table is None:
+            raise DataError(f'data = "{data}": the notebook has no table named {found[1]}; make it in a cell before')
+        return table
 
     @no_var_expand  # a question is text: {braces} and $ in it are the asker's
     @line_cell_magic

@@ -61,7 +61,8 @@ def rows_for(change: float, spread: float) -> int:
 
 
 def _spreads(settings: Settings, model: str) -> Iterator[float]:
-    for run in list_runs(settings.runs_dir):
+    runs = [] if settings.data.startswith("{") else list_runs(settings.runs_dir)  # another table may have that name
+    for run in runs:
         try:
             same = run.settings.data == settings.rooted().data and run.model == model
             found = run.evaluation if same else None

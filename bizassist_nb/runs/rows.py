@@ -9,6 +9,7 @@ from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.overlap import validation_split
 from bizassist_nb.data.rows import Row, Table, draw, open_source, read_table
+from bizassist_nb.data.sources import KEPT, VARIABLE
 from bizassist_nb.runs.run import RunDirectory
 
 SPLIT: Final = 3
@@ -27,6 +28,8 @@ def rows_of(run: RunDirectory) -> tuple[Table, list[Row], list[Row]]:
         RunError: if the data is not what the run began with.
     """
     settings, known = dataclasses.replace(run.settings, train_on=train_on(run)), run.environment
+    if VARIABLE.fullmatch(settings.data):
+        settings = dataclasses.replace(settings, data=str(run.path / KEPT))
     source = open_source(settings)
     if known.fingerprint not in ("", source.fingerprint):
         raise RunError(

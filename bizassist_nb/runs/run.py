@@ -1,6 +1,7 @@
 """The run directory: what a run is, was and has done, readable by anyone while its worker writes it.
 
 runs/NAME/  settings.toml     as asked for
+            data.parquet      the rows, where they were a table in a notebook
             environment.json  versions, device, resolved model and engine, fingerprint of the data
             events.jsonl      append-only, one JSON object a line: "time" (seconds since 1970), "event", its fields
             checkpoints/      optimizer, scheduler, random state and adapter, to resume from
@@ -33,6 +34,7 @@ from typing import Any, Final, Literal, Self, TypeVar, cast
 from bizassist_nb.core.errors import RunError, SettingsError, brief
 from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.settings import Settings, user_path
+from bizassist_nb.data.sources import KEPT
 from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import EVENTS, Journal, elsewhere, is_locked, spool_folder, take_lock
 
@@ -52,8 +54,8 @@ SEVERAL: Final = "bizassist_nb.training.distributed.launcher"
 _ROOM: Final = 1_000_000
 """A disk with fewer free bytes than this is full."""
 
-_BEGUN: Final = ".settings.toml.part"
-"""All that is in the directory of a run whose launcher was killed while it made it."""
+_BEGUN: Final = {".settings.toml.part", KEPT, f".{KEPT}.part"}
+"""All that may be in the directory of a run whose launcher was killed while it made it."""
 _BLANK: Final = records.Environment(model="", data="", fingerprint="", device="", python="", versions={})
 _NAME: Final = re.compile(r"\w[\w.-]{0,62}\w|\w")
 
@@ -85,8 +87,8 @@ class RunDirectory:
         self._held_out: dict[int, float] = {}
 
     @classmethod
-    def create(cls, path: Path, settings: Settings, *, replace: bool = False) -> Self:
-        """Make the directory of a new run.
+    def create(cls, path: Path, settings: Settings, *, replace: bool = False, kept: Path | None = None) -> Self:
+        """Make the directory of a new run, with a copy of `kept`, the Parquet file of a table in a notebook.
 
         An older run of that name is moved to the bin if it has no contents, or with `replace`.
 
@@ -102,10 +104,12 @@ class RunDirectory:
                     "name, go on with it with --resume, or move it to the bin with --replace"
                 )
             run.move_to_bin()
-        elif path.exists() and not (path.is_dir() and {inner.name for inner in path.iterdir()} <= {_BEGUN}):
+        elif path.exists() and not (path.is_dir() and {inner.name for inner in path.iterdir()} <= _BEGUN):
             raise RunError(f"{path} exists and holds no run; take another name")
         shutil.rmtree(spool_folder(path), ignore_errors=True)  # of a run of that name that was deleted
         path.mkdir(parents=True, exist_ok=True)
+        if kept:
+            write_atomic(path / KEPT, lambda part: shutil.copyfile(kept, part))
         write_atomic(path / "settings.toml", lambda part: part.write_text(settings.rooted().to_toml(), "utf-8"))
         return cls(path)
 

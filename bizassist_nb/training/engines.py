@@ -146,6 +146,7 @@ def load(engine: Engine, base: models.Base, settings: Settings, *, checkpointing
 
     torch.manual_seed(settings.seed)  # the adapter's A matrices are drawn at random; its B matrices are zero
     lora: dict[str, Any] = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+    lora["use_rslora"] = settings.rslora
     if engine.name == "unsloth":
         from unsloth import FastLanguageModel
 

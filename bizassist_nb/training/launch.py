@@ -1,18 +1,23 @@
 """Starting a worker process for a run, and following it to its end."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from bizassist_nb.core.errors import RunError, brief
 from bizassist_nb.core.settings import Settings, cache
 from bizassist_nb.data.rows import check_beginning
+from bizassist_nb.data.sources import VARIABLE
+from bizassist_nb.data.tables import write_parquet
 from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal, beat, is_locked, take_lock, write_worker
 from bizassist_nb.runs.run import ENDED, SEVERAL, WORKER, RunDirectory, check_name, free_name
@@ -46,24 +51,33 @@ def follow(begin: Callable[[], RunDirectory], show: Callable[[RunDirectory], Non
     return run
 
 
-def start(settings: Settings, name: str | None = None, *, resume: bool = False, replace: bool = False) -> RunDirectory:
+def start(
+    settings: Settings, name: str | None = None, *, data: Any = None, resume: bool = False, replace: bool = False
+) -> RunDirectory:
     """Start training in the background. A name is made up if none is given.
 
-    `resume` goes on with the run of that name, `replace` moves it to the bin and begins anew.
+    `data` is a table in place of what the settings name. `resume` goes on with the run of that name, `replace` moves
+    it to the bin and begins anew.
 
     Raises:
         RunError: if the name cannot be used: taken, busy, or nothing there to resume.
         SettingsError: if there are fewer GPUs than asked for, or their configuration cannot be used.
-        DataError: if the first rows of a file already tell that it cannot be used.
+        DataError: if the first rows of a file or table already tell that it cannot be used.
     """
+    if data is not None:
+        if resume:
+            raise RunError("a run that is resumed has its rows already: leave data out")
+        if not VARIABLE.fullmatch(settings.data):
+            settings = dataclasses.replace(settings, data="{data}")
     path = settings.run_path(check_name(name) if name is not None else free_name(settings))
-    if not resume:
-        processes(settings)  # what cannot be done here is refused before the folder is made
-        check_beginning(settings)
     try:
         if resume:
             return _started(RunDirectory.resume(path, settings))
-        return _started(RunDirectory.create(path, settings, replace=replace))
+        processes(settings)  # what cannot be done here is refused before the folder is made
+        with tempfile.TemporaryDirectory() as folder:
+            kept = None if data is None else write_parquet(Path(folder) / f"{settings.data[1:-1]}.parquet", data)
+            check_beginning(dataclasses.replace(settings, data=str(kept)) if kept else settings)
+            return _started(RunDirectory.create(path, settings, replace=replace, kept=kept))
     except OSError as error:
         raise RunError(
             f"{path.absolute()} cannot be written ({brief(error)}); see to it that there is room and that you may "

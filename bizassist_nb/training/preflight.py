@@ -16,6 +16,7 @@ from bizassist_nb.core.errors import ModelError
 from bizassist_nb.core.rendering import duration
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.models import base as models
+from bizassist_nb.models.named import NAMED
 from bizassist_nb.runs.records import Engine, Fit, Preflight, Rate
 from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training.engines import own_kernels
@@ -61,8 +62,10 @@ class Shape:
         """The numbers of a transformers config of a Llama-like decoder.
 
         Raises:
-            ModelError: for a mixture of experts.
+            ModelError: for a mixture of experts, or a model of more than text.
         """
+        if config.get_text_config() is not config:
+            raise ModelError(f"{config.model_type} reads more than text, which is not trained here; take a text model")
         if several := [name for name in _EXPERTS if (getattr(config, name, None) or 1) > 1]:
             raise ModelError(
                 f"{config.model_type} is a mixture of experts ({several[0]} = {getattr(config, several[0])}), whose "
@@ -270,6 +273,13 @@ def device() -> Device:
     if not torch.cuda.is_available():
         return Device("cpu", (0, 0), psutil.virtual_memory().available / GIB)  # without swapping
     return Device("cuda:0", torch.cuda.get_device_capability(), torch.cuda.mem_get_info()[0] / GIB)
+
+
+def on_t4(name: str) -> float:
+    """GiB that training the named base takes on a T4: plain transformers, rank 16, a row of 512 tokens at once."""
+    engine = Engine(name="transformers", reason="")
+    place = Placement(Shape(**NAMED[name].numbers), 16, engine, Device("cuda:0", (7, 5), 14.6))
+    return place.need([512], checkpointing=False)
 
 
 @functools.cache

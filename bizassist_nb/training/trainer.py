@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import gc
 import math
+import os
 import pickle
 import random
 import tempfile
@@ -55,12 +56,14 @@ def plan(examples: Sequence[Example], settings: Settings) -> list[list[Example]]
 
 
 def share_of_peak(settings: Settings, step: int, steps: int) -> float:
-    """Which part of the peak learning rate the step after `step` others takes: a linear rise, then a linear fall.
+    """Which part of the peak learning rate the step after `step` others takes: a linear rise, then the scheduler's.
 
     The first step learns, too: transformers' own schedule begins at 0, so that a run of one step would learn nothing.
     """
     warmup = settings.warmup_steps if isinstance(settings.warmup_steps, int) else min(20, math.ceil(0.08 * steps))
-    return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+    left = (steps - step) / max(1, steps - warmup)
+    fall = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[settings.scheduler]
+    return (step + 1) / warmup if step < warmup else fall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +252,7 @@ def _arguments(training: Training, fit: records.Fit) -> SFTConfig:
     # Unsloth brings its own chunked loss; TRL's (1.14) leaves out what Granite's logits are divided by.
     chunked = engine.name == "transformers" and getattr(training.model.config, "logits_scaling", None) in (None, 1)
     on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
     rate = preflight.learning_rate(run, preflight.Shape.of(training.model.config)).learning_rate
     return SFTConfig(
         output_dir=str(run.path / "checkpoints"),
@@ -258,6 +262,7 @@ def _arguments(training: Training, fit: records.Fit) -> SFTConfig:
         ddp_find_unused_parameters=False,  # all of an adapter is used
         max_steps=steps,
         learning_rate=rate,
+        weight_decay=settings.weight_decay,
         optim="adamw_torch_fused",  # one launch for all matrices; the 8-bit one goes through them in Python
         seed=settings.seed,
         train_sampling_strategy="sequential",  # the plan is the order
@@ -271,7 +276,8 @@ def _arguments(training: Training, fit: records.Fit) -> SFTConfig:
         save_strategy="no",  # the callback says when
         logging_steps=1,
         logging_nan_inf_filter=False,  # a NaN has to be seen where it happens
-        report_to="none",
+        report_to=settings.report_to,
+        run_name=run.name,
         disable_tqdm=True,
     )
 

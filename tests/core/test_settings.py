@@ -34,10 +34,13 @@ def test_defaults_are_those_of_the_contract():
         "seed": 42,
         "rank": 16,
         "alpha": 16,
+        "rslora": False,
         "target_modules": "all-linear",
         "dropout": 0.0,
         "epochs": 1,
         "learning_rate": "auto",
+        "scheduler": "linear",
+        "weight_decay": 0.0,
         "warmup_steps": "auto",
         "max_length": 2048,
         "batch_size": 4,
@@ -51,6 +54,7 @@ def test_defaults_are_those_of_the_contract():
         "engine": "auto",
         "gpus": "auto",
         "accelerate_config": "",
+        "report_to": "none",
         "runs_dir": "runs",
     }
     assert Settings.from_toml("") == Settings()
@@ -138,6 +142,12 @@ def test_a_template_has_a_column_in_the_words_of_both(template):
     (problem,) = problems(f"template = {template}")
     assert problem.startswith("template = ")
     assert problem.endswith('each with a {column}: { user = "Classify: {text}", assistant = "{label}" }')
+
+
+@pytest.mark.parametrize("value", ["1", "0", '"true"', "2.0"])
+def test_a_truth_value_is_true_or_false(value):
+    assert problems(f"rslora = {value}") == (f"rslora = {value.removesuffix('.0')}: has to be false or true",)
+    assert Settings.from_toml("", ["rslora=true"]).changed() == {"rslora": True}
 
 
 def test_what_a_template_makes_has_no_column_beside_it():

@@ -25,6 +25,7 @@ from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.rows import Row, Table, check_beginning, draw, open_source, read_table, split
 from bizassist_nb.data.sources import DOLLY_SHA256, SUFFIXES
+from bizassist_nb.data.tables import write_parquet
 
 PLAIN = [
     {"instruction": "What is 1 + 1?", "context": "", "response": "2", "category": "sums"},
@@ -263,6 +264,52 @@ def test_a_folder_of_several_kinds_or_none_is_refused(tmp_path):
     write(tmp_path / "b.jsonl", [SAID])
     with pytest.raises(DataError, match=r"holds files of several kinds \(\.csv, \.jsonl\)"):
         read_table(str(tmp_path))
+
+
+def tables(library):
+    """(a table of that library, the kinds that its rows shall have): some values are missing."""
+    values = {
+        "question": ["a?", "b?", None],
+        "reply": ["yes", None, "no"],
+        "topic": ["x", "y", "x"],
+        "size": [1, None, 3],
+    }
+    if library == "pandas":
+        return pandas.DataFrame(values, index=[7, 3, 5]).astype({"topic": "category"}), ["x"]
+    if library == "polars":
+        polars = pytest.importorskip("polars")
+        return polars.DataFrame(values, schema_overrides={"topic": polars.Categorical}), ["x"]
+    label = datasets.ClassLabel(names=["x", "y"])
+    several = datasets.Dataset.from_dict(values | {"topic": [0, 1, -1]}).cast_column("topic", label)
+    return several.select([2, 1, 0, 0]), ["x", "x"]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "datasets"])
+def test_a_table_of_a_notebook_is_read_with_its_row_numbers(tmp_path, library):
+    table, kinds = tables(library)
+    path = write_parquet(tmp_path / "df.parquet", table)
+    assert set(pyarrow.parquet.read_schema(path).names) == {"question", "reply", "topic", "size"}  # no index
+    found = read_table(str(path), {"instruction": "question", "response": "reply"})
+    assert [(row.instruction, row.response, row.category) for row in found.rows] == [
+        ("a?", "yes", kind) for kind in kinds
+    ]
+    assert {bad.number: bad.reason.split(";")[0] for bad in found.rejected} == {
+        2: "reply is empty", 1 if library == "datasets" else 3: "question is empty",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([SAID], "df is a list, not a table; .*pandas.DataFrame"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list([SAID])), "df is a DatasetDict, .* one split of"),
+        (pandas.DataFrame({"label": ["x", 1]}), "df cannot be stored .*column label.*astype"),
+        (pandas.DataFrame([["x", "y"]], columns=["a", "a"]), "df cannot be stored .*Duplicate column names"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_its_name(tmp_path, value, said):
+    with pytest.raises(DataError, match=said):
+        write_parquet(tmp_path / "df.parquet", value)
 
 
 def test_first_rows_of_every_format_are_looked_at_before_a_run(tmp_path):

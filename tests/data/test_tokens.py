@@ -3,8 +3,10 @@
 import shutil
 import statistics
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
+import trl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
@@ -319,6 +321,26 @@ def test_a_template_that_can_think_is_told_not_to(variant):
     assert ids[: len(prompt)] == prompt
     assert chat.decode([label for label in labels if label != IGNORED]) == "an answer<|im_end|>"
     assert not variant(chat_template=CHATML + ASK).thinking_off
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "thinks"),
+    [
+        ("qwen2_5", "own", False), ("qwen3", "own", True), ("qwen3_instruct_2507", "own", False),
+        ("llama3_2", "own", False), ("gemma", "first", False), ("gemma3", "own", False), ("phi3", "own", False),
+    ],
+)  # fmt: skip
+def test_published_templates_are_told_apart(variant, name, place, thinks):
+    """Those that TRL ships: some have no system role, some think, most have blocks for tools, which stay out."""
+    chat = variant(chat_template=(Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8"))
+    assert (chat.system_place, chat.thinking_off) == (place, thinks)
+    prompt = chat.prompt(conversation(SYSTEM, [], "q"))
+    ids, labels, _ = example(chat, "q", "an answer")
+    assert ids[: len(prompt)] == prompt
+    assert labels[: len(prompt)] == [IGNORED] * len(prompt)
+    assert chat.decode([label for label in labels if label != IGNORED]).startswith("an answer<")
+    assert SYSTEM in chat.decode(prompt)
+    assert "tool" not in chat.decode(ids)
 
 
 def test_answers_end_where_the_base_ends_them_too(tiny, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import filecmp
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 
+import httpx
 import huggingface_hub.constants
 import msgspec
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
 from random_run import random_run, save
 from safetensors.torch import load_file
@@ -21,21 +24,26 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
     GenerationConfig,
     MistralConfig,
     MistralForCausalLM,
 )
 
+from bizassist_nb.__main__ import main
 from bizassist_nb.assistant import loaded
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.loaded import loaded_base
 from bizassist_nb.core.errors import ModelError
 from bizassist_nb.core.files import write_json
+from bizassist_nb.core.settings import NAMES
 from bizassist_nb.data.tokens import Example
 from bizassist_nb.models import base as models
 from bizassist_nb.models import embedded as making
-from bizassist_nb.models.base import MISTRAL, load_nf4, load_tokenizer, pinned, resolve
+from bizassist_nb.models.base import HUB_IDS, load_nf4, load_tokenizer, pinned, resolve
 from bizassist_nb.models.embedded import embedded_folder
+from bizassist_nb.models.named import NAMED
+from bizassist_nb.training import preflight
 from bizassist_nb.training.scoring import score
 
 
@@ -144,12 +152,47 @@ def test_a_conversion_that_fails_leaves_nothing_and_is_done_again(tmp_path, monk
 
 
 def test_names_stand_for_their_bases(embedded, tiny, monkeypatch):
-    assert (resolve("mistral-7b").source, resolve("mistral-7b").reason) == (MISTRAL, "asked for")
+    assert (resolve("mistral-7b").source, resolve("mistral-7b").reason) == (HUB_IDS["mistral-7b"], "asked for")
     assert (resolve("smollm2-135m").name, resolve("smollm2-135m").source) == ("smollm2-135m", str(embedded))
     assert (resolve("owner/name").name, resolve("owner/name").source) == ("owner/name", "owner/name")
     assert (resolve(str(tiny)).name, resolve(str(tiny)).source) == (str(tiny), str(tiny.resolve()))
     monkeypatch.chdir(tiny.parent)
     assert resolve(f"./{tiny.name}").source == str(tiny.resolve())
+
+
+def test_the_named_bases_are_listed_alike_everywhere(capsys):
+    assert main(["models"]) == 0
+    rows = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[0] for row in rows] == list(HUB_IDS) == list(NAMES[1:-2])
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    for name, room, licence, hub, why in rows:
+        assert f"| `{name}` | {room} | {licence} | `{hub}` | {why.split('; its weights')[0]}" in page
+    assert all(("untested" in row[4]) == (row[0] != "smollm2-135m") for row in rows)
+
+
+def test_numbers_of_the_named_bases_are_those_of_their_configs(embedded):
+    assert preflight.Shape(**NAMED["smollm2-135m"].numbers) == preflight.shape(str(embedded))
+    assert preflight.Shape(**NAMED["mistral-7b"].numbers) == preflight.Shape.of(MistralConfig(vocab_size=32768))
+    # Without norms, which are thousands; as each model's page says, in billions.
+    for name, size in (("qwen3-4b", 4.02), ("llama-3.2-3b", 3.21), ("smollm3-3b", 3.08), ("gemma-3-1b", 1.00)):
+        shape = preflight.Shape(**NAMED[name].numbers)
+        assert (shape.linear + shape.embeddings) / 1e9 == pytest.approx(size, abs=0.01)
+
+
+def test_a_model_that_reads_images_is_refused(tmp_path):
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="gemma3 reads more than text"):
+        preflight.shape(str(tmp_path))
+
+
+def test_a_gated_base_says_how_to_get_access_before_it_is_loaded(monkeypatch):
+    def gated(*_, **__):
+        request = httpx.Request("GET", "https://huggingface.co")
+        raise OSError("gated") from GatedRepoError("no", response=httpx.Response(403, request=request))
+
+    monkeypatch.setattr("transformers.utils.cached_file", gated)
+    with pytest.raises(ModelError, match=r"owner/name is gated: .*https://huggingface.co/owner/name.*hf auth login"):
+        pinned(resolve("owner/name"))
 
 
 @pytest.fixture
@@ -204,7 +247,7 @@ def test_auto_follows_the_free_memory_of_the_gpu(embedded, monkeypatch):
     assert resolve("auto").source == str(embedded)
     assert resolve("auto").reason.startswith("Tesla T4 has only 6.5 GiB free")
     monkeypatch.setattr(models, "free_gpu_memory", lambda: (14.6, "Tesla T4"))
-    assert (resolve("auto").name, resolve("auto").source) == ("mistral-7b", MISTRAL)
+    assert (resolve("auto").name, resolve("auto").source) == ("mistral-7b", HUB_IDS["mistral-7b"])
     assert resolve("auto").reason.startswith("Tesla T4 has 14.6 GiB free")
 
 
@@ -212,7 +255,7 @@ def test_auto_follows_the_free_memory_of_the_gpu(embedded, monkeypatch):
     "model", ["mistral", "no/such/folder", "/no/such", "a b/c", "../x y", "~nobody-of-that-name/x"]
 )
 def test_unknown_names_list_what_a_model_can_be(model):
-    with pytest.raises(ModelError, match=r'is neither "auto", "mistral-7b" nor "smollm2-135m", nor a folder that'):
+    with pytest.raises(ModelError, match=r'is neither "auto" nor mistral-7b, .*smollm2-135m, nor a folder that'):
         resolve(model)
 
 

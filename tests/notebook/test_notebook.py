@@ -335,6 +335,18 @@ def test_an_edited_cell_can_be_run_again_under_its_name(live, quick):
     live.run("while second.alive: time.sleep(0.1)")
 
 
+def test_a_table_in_the_notebook_is_trained_on_by_its_name(live, quick):
+    live.run("import pandas\ndf = pandas.DataFrame({'text': [f'good {n}' for n in range(40)], 'label': [True] * 40})")
+    body = quick.replace('"sample"', '"{df}"') + '[template]\nuser = "Good? {text}"\nassistant = "{label}"\n'
+    assert live.run(f"%%finetune framed\n{body}").status == "ok"
+    assert (
+        live.run("_.settings.data, sorted(p.name for p in _.path.glob('*.parquet'))").text
+        == "('{df}', ['data.parquet'])"
+    )
+    cell = live.run(f"%%finetune misnamed\n{body.replace('{label}', '{lable}')}")
+    assert "row 1: has no column 'lable' (named in template); it has text, label; did you mean {label}?" in cell.text
+
+
 def test_a_worker_that_dies_at_start_shows_its_last_words(live, quick, tmp_path):
     (tmp_path / "trl.py").write_text('import os\nprint("trl went up in smoke", flush=True)\nos._exit(3)\n')
     live.run(f"import os; os.environ['PYTHONPATH'] = {str(tmp_path)!r}")

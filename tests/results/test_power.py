@@ -76,6 +76,12 @@ def test_earlier_runs_of_that_base_on_that_data_say_how_rows_differ(tmp_path, sc
     )  # their root mean square
 
 
+def test_a_table_of_the_same_name_in_another_notebook_is_other_data(tmp_path, scored):
+    scored("table", 9.0, data="{df}")
+    found = power(Settings(data="{df}", runs_dir=str(tmp_path)), "smollm2-135m", 64)
+    assert found.sentence.endswith("as measured on Dolly with smollm2-135m)")
+
+
 def test_too_few_rows_promise_nothing(tmp_path):
     found = power(Settings(data="sample", runs_dir=str(tmp_path)), "smollm2-135m", 11)
     assert found.change is None

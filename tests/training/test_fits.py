@@ -18,6 +18,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from bizassist_nb.data.tokens import IGNORED
@@ -122,6 +123,7 @@ FAMILIES = {
     "norms of queries and keys": Qwen3Config(**SMALL, head_dim=16),
     "norms and windows of its own": Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=5),
     "one matrix for several": Phi3Config(**SMALL, pad_token_id=0),
+    "layers without positions": SmolLM3Config(**SMALL, no_rope_layers=[1, 0], pad_token_id=0),
 }
 
 

@@ -1,6 +1,7 @@
 """Training for real, on a CPU: both engines, the worker's run directory, stopping and resuming, and what is refused."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 from live_kernel import wait_until
+from peft.tuners.lora import LoraLayer
 from random_run import random_run
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,8 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Phi3Co
 
 from bizassist_nb import Settings, finetune
 from bizassist_nb.api import Run
+from bizassist_nb.assistant import decoding
 from bizassist_nb.assistant.assistant import Assistant
-from bizassist_nb.core.errors import RunError
+from bizassist_nb.assistant.loaded import loaded_base
+from bizassist_nb.core.errors import DataError, RunError, SettingsError
 from bizassist_nb.data.rows import Row, split
 from bizassist_nb.data.tokens import Example
 from bizassist_nb.models.base import pinned, resolve
@@ -133,6 +138,42 @@ def test_the_learning_rate_rises_from_the_first_step_and_falls_to_the_last(tiny,
     assert shares == pytest.approx([0.5, 1, 1, 0.5])
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "shares"),
+    [
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.853, 0.5, 0.146]),
+        ("constant", [0.5] + [1] * 5),
+    ],
+)
+def test_the_scheduler_says_how_the_rate_falls(scheduler, shares):
+    asked = Settings(scheduler=scheduler, warmup_steps=2)
+    assert [trainer.share_of_peak(asked, step, 6) for step in range(6)] == pytest.approx(shares, abs=1e-3)
+
+
+def test_settings_of_other_notebooks_hold_in_training_chat_and_merge(tiny, tmp_path):
+    tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    asked = {"rank": 4, "alpha": 8, "rslora": True, "scheduler": "cosine", "warmup_steps": 0, "report_to": tracker}
+    run = finetune(quick(tiny, tmp_path, **asked), "others")
+    assert [step.learning_rate / run.learning_rate for step in run.steps] == pytest.approx([1, 0.75, 0.25])
+    loaded = loaded_base(run.model)
+    name = loaded.adapter(run)
+    assert {layer.scaling[name] for layer in loaded.model.modules() if isinstance(layer, LoraLayer)} == {4.0}
+    assert decoding.scales(loaded.model, {name: [0.0, 0.5]}) == {name: [0.0, 2.0]}
+    assert run.merge().is_dir()
+    assert run.last(records.Merge).parity.passed
+    if tracker == "tensorboard":
+        assert list((run.path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_before_there_is_a_run(tiny, tmp_path, monkeypatch, tracker):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match=f'report_to = "{tracker}": it is not installed; pip install {tracker}'):
+        launch.start(quick(tiny, tmp_path, report_to=tracker), "tracked")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_warm_up_longer_than_the_run_is_said(tiny, tmp_path):
     run = begun(quick(tiny, tmp_path, warmup_steps=40), "short")
     assert "still rises at the last of the 3 steps: warmup_steps = 40" in run_text(run)
@@ -242,7 +283,8 @@ def test_a_tokenizer_without_a_template_fails_and_says_so(tiny, tmp_path):
 
 
 def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
-    settings = quick(tiny, tmp_path, epochs=5, max_length=128)
+    others = {"scheduler": "cosine", "weight_decay": 0.1, "rslora": True}
+    settings = quick(tiny, tmp_path, epochs=5, max_length=128, **others)
     whole = finetune(settings, "whole")
     halted = launch.start(settings, "halted")
     wait_until(lambda: len(halted.steps) >= 2)
@@ -250,6 +292,8 @@ def test_stop_saves_and_resume_ends_as_if_nothing_had_been(tiny, tmp_path):
     wait_until(lambda: halted.status == "stopped")
     done = len(halted.steps)
     assert 2 <= done < 15
+    (group,) = torch.load(checkpoints(halted.path)[-1].path / "optimizer.pt")["param_groups"][:1]
+    assert group["weight_decay"] == 0.1
     resumed = finetune(settings, "halted", resume=True)
     assert resumed.status == "finished"
     assert resumed.last(records.Resumed).step == done
@@ -446,6 +490,27 @@ def test_two_workers_cannot_train_one_run(tiny, tmp_path):
     with pytest.raises(RunError, match="being trained by another process"):
         launch.start(settings, "one", resume=True)
     run.kill()
+
+
+def test_rows_of_a_notebook_are_kept_for_resuming_and_evaluating(tiny, tmp_path):
+    frame = pandas.DataFrame([{"question": f"What is {n}?", "reply": str(n)} for n in range(40)])
+    settings = quick(tiny, tmp_path, columns={"instruction": "question", "response": "reply"})
+    with pytest.raises(DataError, match=r"frame\.parquet holds no usable row among 40: row 1: has no column 'answer'"):
+        finetune(quick(tiny, tmp_path, data="{frame}", columns={"response": "answer"}), data=frame)
+    assert not list(tmp_path.iterdir())
+    run = launch.start(settings, "table", data=frame)
+    run.kill()
+    wait_until(lambda: run.status == "lost")
+    with pytest.raises(RunError, match="has its rows already"):
+        finetune(Settings(runs_dir=str(tmp_path)), "table", data=frame, resume=True)
+    run = finetune(Settings(runs_dir=str(tmp_path)), "table", resume=True)
+    assert (run.status, run.settings.data) == ("finished", "{data}")
+    assert run.environment.fingerprint == hashlib.sha256((run.path / "data.parquet").read_bytes()).hexdigest()
+    assert str(tmp_path) not in card(run)
+    assert evaluate(run).base.rows == 4
+    frame[:30].to_parquet(run.path / "data.parquet")
+    with pytest.raises(RunError, match="has changed since it began"):
+        rows_of(run)
 
 
 def test_resume_refuses_other_settings_and_names_them(tiny, tmp_path):

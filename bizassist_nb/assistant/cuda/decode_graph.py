@@ -115,7 +115,7 @@ class FusedSteps:
     def begin(self, cache: Any, mask: torch.Tensor, scales: Mapping[str, Sequence[float]]) -> None:
         """Take over after the prompt: its cache (transformers' DynamicCache), attention mask and each row's scaling.
 
-        `scales` maps each adapter to what its output is multiplied by in every row (strength times alpha / rank).
+        `scales` maps each adapter to what its output is multiplied by in every row (see `decoding.scales`).
         """
         length = mask.shape[1]
         self._living = list(range(self.rows))

@@ -10,12 +10,14 @@ import ipywidgets as w
 import tomli_w
 
 from bizassist_nb.core.settings import Settings
+from bizassist_nb.models.named import NAMED
 from bizassist_nb.notebook.views import labelled
+from bizassist_nb.training.preflight import on_t4
 
 # Range of a slider: (base, least exponent, most, step). Any value can be typed beside it.
 _SLIDERS: Final = {"subset": (10, 0, 4.3, 0.05), "rank": (2, 0, 9, 1)}
 _OTHER: Final = "other …"
-_SUGGESTED: Final = {"model": ("auto", "mistral-7b", "smollm2-135m"), "data": ("dolly", "sample")}
+_SUGGESTED: Final = {"model": ("auto", *NAMED), "data": ("dolly", "sample")}
 _PLACES: Final = {"model": "a folder", "data": "a file"}
 _LABELS: Final = {"subset": "rows to train on", "rank": "LoRA rank", "runs_dir": "folder of runs"}
 
@@ -137,7 +139,9 @@ class Choice(Control):
     """Names to choose from, and a text for any other."""
 
     def _inputs(self, default: Any) -> list[Any]:
-        self._choice = self._labelled(w.Dropdown, options=[*_SUGGESTED[self.name], _OTHER], value=default)
+        words = {name: f"{name} ({on_t4(name):.1f} GiB on a T4; {NAMED[name].licence})" for name in NAMED}
+        options = [(words.get(name, name), name) for name in (*_SUGGESTED[self.name], _OTHER)]
+        self._choice = self._labelled(w.Dropdown, options=options, value=default)
         where = f"hub id (owner/name) or path of {_PLACES[self.name]}"
         self._text = labelled(w.Text, f"{self.label}: which", self.label, placeholder=where)
         self._text.layout.display = "none"

@@ -8,6 +8,7 @@ as long as any rank lives.
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import operator
 import os
@@ -124,9 +125,11 @@ def processes(settings: Settings) -> Processes:
 
     Raises:
         SettingsError: if there are fewer GPUs than asked for, the configuration cannot be used, or the examples of a
-            step cannot be shared out evenly.
+            step cannot be shared out evenly; or if what `report_to` names, which they are to use, is not installed.
         EngineError: if the engine asked for cannot train a sharded base.
     """
+    if (tracker := settings.report_to) != "none" and importlib.util.find_spec(tracker) is None:
+        raise SettingsError([f'report_to = "{tracker}": it is not installed; pip install {tracker}, or leave this out'])
     if settings.accelerate_config:
         found = _configured(settings.accelerate_config)
         engines.choose(settings.engine, processes=found.count, sharded=found.sharded)
