@@ -28,8 +28,7 @@ from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import Checkpoint
 from bizassist_nb.training.cuda_graphs import CaptureError, Graphs
-from bizassist_nb.training.distributed import fsdp
-from bizassist_nb.training.distributed.rank import NoRoomError, this_rank
+from bizassist_nb.training.distributed.rank import RefitError, this_rank
 from bizassist_nb.training.spool import SpoolingJournal
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def train(training: Training, fit: records.Fit) -> int:
     Where memory runs out, what is done is saved, and training goes on from the same step with less at once.
 
     Raises:
-        NoRoomError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
+        RefitError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
     model, journal, steps = training.model, training.journal, training.steps
@@ -119,7 +118,7 @@ def train(training: Training, fit: records.Fit) -> int:
         torch.cuda.empty_cache()
         fit = _smaller(training, fit, steps[min(done, len(steps) - 1)], problem)
         if not alone:
-            raise NoRoomError(msgspec.to_builtins(fit))
+            raise RefitError(msgspec.to_builtins(fit), f"micro_batch = {fit.micro_batch} or a lower max_length")
         journal.write(msgspec.structs.replace(fit, step=done))
 
 
@@ -153,21 +152,21 @@ def _smaller(training: Training, fit: records.Fit, step: list[Example], problem:
     Without what only saves time; checkpointing where it was thought to do without; then half the micro-batch, or the
     largest below; then checkpointing in every step.
     """
-    settings, lengths = training.run.settings, this_rank().longest([len(row.input_ids) for row in step])
+    settings = training.run.settings
 
     def less(where: str, **changes: Any) -> records.Fit:
         return msgspec.structs.replace(fit, reason=f"memory ran out {where} ({problem})", **changes)
 
     if fit.unpacked:
         return less("beside the base in 16 bits", unpacked=False)
-    if fit.checkpoint_above and not preflight.checkpointed_in(fit, lengths, training.engine):
+    if fit.checkpoint_above and not _checkpointed(training, fit, step):
         return less("in a step without checkpointing", checkpoint_above=0)
     each = settings.share(this_rank().count).batch_size
     if smaller := [size for size in preflight.divisors(each) if size <= fit.micro_batch / 2]:
         return less(f"with {fit.micro_batch} rows at once", micro_batch=smaller[0])
     if not fit.checkpointing:
         return less("with a single row at once", checkpointing=True)
-    row = max(lengths)
+    row = max(map(_tokens, step))
     shape = preflight.Shape.of(training.model.config)
     most = preflight.Placement(shape, settings.rank, training.engine, preflight.device()).longest_that_fits(beside=True)
     raise RunError(
@@ -183,9 +182,7 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
         # Unsloth 2026.10.9 lets no argument overrule what the model was loaded with: its trainer reads this attribute
         # (models/rl.py, prepare_for_training_mode). True is torch's own checkpointing.
         model._unsloth_gradient_checkpointing = model._unsloth_gradient_checkpointing or True
-    # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
-    ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
-    dataset = dataset_of([row for step in ordered for row in _rows(step, fit.micro_batch)])
+    dataset = dataset_of([row for step in steps for batch in _batches(step, fit.micro_batch) for row in batch])
     if engine.end_to_end:  # Unsloth does so with tokenised rows only if their dataset vouches for their length (rl.py)
         dataset._unsloth_truncated_to = training.run.settings.max_length
     trainer = _Trainer(
@@ -196,25 +193,33 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
         callbacks=[RunCallback(training)],
     )
     trainer.training, trainer.fit = training, fit
-    shares = [this_rank().longest([len(row.input_ids) for row in step]) for step in steps]
-    trainer.checkpointed = [preflight.checkpointed_in(fit, share, engine) for share in shares]
+    trainer.checkpointed = [_checkpointed(training, fit, step) for step in steps]
     free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
     if fit.graphs and free:
-        size, rows = fit.micro_batch, [list(_rows(step, fit.micro_batch)) for step in free]
-        batches = [step[start : start + size] for step in rows for start in range(0, len(step), size)]
-        tokens = [sum(len(row.input_ids) for row in batch) for batch in batches]
-        trainer.graphs = Graphs(model, size, tokens, unpacked=fit.unpacked)
+        tokens = [sum(map(_tokens, batch)) for step in free for batch in _batches(step, fit.micro_batch)]
+        mine = tokens[this_rank().number :: this_rank().count]
+        trainer.graphs = Graphs(model, fit.micro_batch, mine, unpacked=fit.unpacked)
         collate = trainer.data_collator
         trainer.data_collator = lambda rows: {**collate(rows), "lengths": [len(row["input_ids"]) for row in rows]}
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if this_rank().sharded:
-        trainer.model_wrapped = fsdp.in_step(trainer.accelerator, model)
+    trainer.adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainer.adapter:
+        parameter.data = parameter.data.float()
+    # DistributedDataParallel averages in hooks, which a graph does not call, and takes no model with sharded weights.
+    trainer.accelerator.prepare_model = functools.partial(trainer.accelerator.prepare_model, evaluation_mode=True)
     model.train()
     return trainer
+
+
+def _tokens(row: Example) -> int:
+    return len(row.input_ids)
+
+
+def _checkpointed(training: Training, fit: records.Fit, step: list[Example]) -> bool:
+    """Whether a step goes through with checkpointing: in all ranks if one has to."""
+    shares = preflight.deal([*map(_tokens, step)], this_rank().count, int)
+    return any(preflight.checkpointed_in(fit, share, training.engine) for share in shares)
 
 
 def dataset_of(order: Sequence[Example]) -> Dataset:
@@ -225,21 +230,21 @@ def dataset_of(order: Sequence[Example]) -> Dataset:
     return Dataset.from_list(rows).select([places[id(row)] for row in order])
 
 
-def _rows(step: list[Example], micro_batch: int) -> Iterator[Example]:
-    """A step's rows, by falling length, in the order in which its ranks read them: each a micro-batch in turn.
+def _batches(step: list[Example], micro_batch: int) -> Iterator[list[Example]]:
+    """A step's micro-batches in the order in which its ranks read them: each one in turn, its longest rows first.
 
     So accelerate gives batches out (BatchSamplerShard). Where the run's last step has too few rows for whole rounds, it
-    would take some of the first step's, so rows of which nothing is learned make them up.
+    would take some of the first step's, so rows of which nothing is learned make them up. With the longest first, rows
+    of like length share a micro-batch, and memory runs out at once if ever.
     """
     count = this_rank().count
-    shares = [step[number::count] for number in range(count)]  # of like length, so that loads are even
+    shares = preflight.deal(step, count, _tokens)
     if count > 1:
         nothing = Example(0, step[-1].input_ids[:2], [IGNORED, IGNORED], truncated=False)
-        length = -(-len(shares[0]) // micro_batch) * micro_batch
+        length = -(-max(map(len, shares)) // micro_batch) * micro_batch
         shares = [share + [nothing] * (length - len(share)) for share in shares]
     for start in range(0, len(shares[0]), micro_batch):
-        for share in shares:
-            yield from share[start : start + micro_batch]
+        yield from (share[start : start + micro_batch] for share in shares)
 
 
 def _arguments(training: Training, fit: records.Fit) -> SFTConfig:
@@ -255,7 +260,6 @@ def _arguments(training: Training, fit: records.Fit) -> SFTConfig:
         per_device_train_batch_size=fit.micro_batch,
         gradient_accumulation_steps=settings.batch_size // this_rank().count // fit.micro_batch,
         average_tokens_across_devices=True,  # a token weighs the same, whichever rank has it
-        ddp_find_unused_parameters=False,  # all of an adapter is used
         max_steps=steps,
         learning_rate=rate,
         optim="adamw_torch_fused",  # one launch for all matrices; the 8-bit one goes through them in Python
@@ -283,6 +287,8 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
     fit: records.Fit
     checkpointed: list[bool]
     """Of each step whether it goes through with checkpointing."""
+    adapter: list[Any]
+    """Its parameters."""
     graphs: Graphs | None = None
     """What the others go through, where they do not go through the model's own modules."""
 
@@ -293,21 +299,29 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
         return {module: flag for module, flag in flags.items() if flag}
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """The loss of a micro-batch, whose gradients are added up."""
+        """The loss of a micro-batch, whose gradients are added up; those of a step are averaged over the ranks."""
+        loss = self._pass(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            this_rank().average([parameter.grad for parameter in self.adapter])
+        return loss
+
+    def _pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         checkpointed = self.checkpointed[self.state.global_step]
         if self.fit.checkpoint_above:
             for module, flag in self._switches.items():
                 module.gradient_checkpointing = flag if checkpointed else False
         lengths = inputs.pop("lengths", None)
         if self.graphs and not checkpointed:
-            ready = self._prepare_inputs(inputs)
-            try:
-                return self.graphs(ready["input_ids"], ready["labels"], lengths, num_items_in_batch)
+            ready, ranks = self._prepare_inputs(inputs), this_rank().count
+            try:  # a loss that is `ranks` times as large, as the Trainer's own: it takes the mean over them
+                return self.graphs(ready["input_ids"], ready["labels"], lengths, num_items_in_batch / ranks)
             except CaptureError as error:
-                self.graphs = None
                 why = f"no CUDA graphs of this model ({error})"
                 step = self.state.global_step
                 self.fit = msgspec.structs.replace(self.fit, graphs=False, unpacked=False, reason=why, step=step)
+                if ranks > 1:  # the passes of a graph and of the Trainer exchange different things
+                    raise RefitError(msgspec.to_builtins(self.fit), 'engine = "unsloth"') from error
+                self.graphs = None
                 self.training.journal.write(self.fit)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss

@@ -1,8 +1,8 @@
 """One base sharded over the ranks of a run by PyTorch's FSDP2.
 
 Each rank stores its part of every frozen weight, and has a whole decoder block only while that computes. The adapter
-is not sharded: each rank has all of it, and DistributedDataParallel averages its gradients as it does where
-every rank has a whole base. So checkpoints and adapters are the same files, and a run can go on either way.
+is not sharded: each rank has all of it, and its gradients are averaged as they are where every rank has a whole base.
+So checkpoints and adapters are the same files, and a run can go on either way.
 """
 
 from typing import Any
@@ -38,19 +38,6 @@ def shard(model: Any) -> None:
     for parameter in adapter:
         parameter.data = parameter.data.to(models.device())
     base.hf_device_map = {"": models.device()}  # which accelerate asks when it prepares the model
-
-
-def in_step(accelerator: Any, model: Any) -> Any:
-    """Wrap the model for a trainer: under the accelerator's autocast, with gradients averaged over the ranks.
-
-    accelerate itself refuses to average those of a model that has sharded parameters.
-    """
-    from torch.nn.parallel import DistributedDataParallel
-
-    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call] # torch gives it no type
-    return DistributedDataParallel(model)
 
 
 def weight_bytes(model: Any) -> tuple[int, int]:

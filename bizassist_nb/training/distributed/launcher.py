@@ -129,7 +129,7 @@ def processes(settings: Settings) -> Processes:
     """
     if settings.accelerate_config:
         found = _configured(settings.accelerate_config)
-        engines.choose(settings.engine, processes=found.count, sharded=found.sharded)
+        engines.choose(settings.engine, sharded=found.sharded)
     elif settings.gpus in ("auto", 1):
         return Processes(1, [])
     else:

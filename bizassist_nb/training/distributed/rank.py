@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -29,7 +29,7 @@ FIT: Final = "BIZASSIST_FIT"
 _POLL: Final = 0.2
 """Seconds between looks at whether the launcher is still there."""
 _PATIENCE: Final = timedelta(hours=12)
-"""How long ranks wait for rank 0, which may score alone. The launcher notices a rank that has died."""
+"""How long ranks wait for one another: rank 0 may download a base. The launcher notices a rank that has died."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Rank:
     beside: int = 1
     """How many ranks are on this machine."""
     sharded: bool = False
-    """Whether the base is sharded over the ranks (`training.distributed.fsdp`). Then all have to take part in every
-    forward pass; else rank 0 alone scores and answers."""
+    """Whether the base is sharded over the ranks (`training.distributed.fsdp`): all take part in every pass."""
 
     @property
     def first(self) -> bool:
@@ -64,20 +63,17 @@ class Rank:
         # The Trainer will find the process group that this makes, and use it.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
-    def longest(self, lengths: Sequence[int]) -> list[int]:
-        """Rank 0's share of a step's rows, by their tokens: sorted by length, rank r gets rows r, r + count, …"""
-        return sorted(lengths, reverse=True)[:: self.count]
-
     def one_at_a_time(self, work: Callable[[], T]) -> T:
         """The result of `work`; if the base is sharded, the ranks of a machine work one after the other."""
         if not self.sharded:
             return work()
-        found: list[T] = []
-        for turn in range(self.beside):
-            if turn == self.number % self.beside:
-                found.append(work())
+        before = self.number % self.beside
+        for _ in range(before):
             self.barrier()
-        return found[0]
+        found = work()
+        for _ in range(before, self.beside):
+            self.barrier()
+        return found
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -95,16 +91,30 @@ class Rank:
             torch.distributed.all_gather_object(found, value)
         return found
 
+    def average(self, tensors: list[Any]) -> None:
+        """Set float tensors of one device, the same shapes in every rank, to their mean over the ranks.
 
-class NoRoomError(RunError):
-    """Memory ran out in this rank; `fit` has the fields of the `records.Fit` to try next."""
+        In one all-reduce, for which they are copied into a flat one.
+        """
+        import torch
 
-    def __init__(self, fit: dict[str, Any]):
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = torch.split(flat.div_(self.count), [tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+class RefitError(RunError):
+    """All ranks have to be started again with another fit; `fit` has the fields of that `records.Fit`."""
+
+    def __init__(self, fit: dict[str, Any], advice: str):
         """The message is for several machines, where the ranks are not started again."""
         self.fit = fit
         super().__init__(
-            f"{fit['reason']}. Over several machines a run does not go on with less by itself: start it under a new "
-            f"name, with micro_batch = {fit['micro_batch']} or a lower max_length"
+            f"{fit['reason']}. Over several machines a run is not started again by itself: start it under a new name, "
+            f"with {advice}"
         )
 
 
@@ -115,11 +125,6 @@ def this_rank() -> Rank:
         return Rank()
     number, count, beside = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return Rank(number, count, beside, os.environ.get(SHARDED) == "true")
-
-
-def scorers() -> Rank:
-    """This rank among those that score and answer: all of them if the base is sharded, else this one alone."""
-    return this_rank() if this_rank().sharded else Rank()
 
 
 def end_with_launcher() -> None:
@@ -153,7 +158,7 @@ def leave_reason(reason: records.Error, error: Exception) -> None:
         "timestamp": str(int(time.time())),
         "time": time.time(),
         "expected": reason.expected,
-        "fit": error.fit if isinstance(error, NoRoomError) and rank.beside == rank.count else None,
+        "fit": error.fit if isinstance(error, RefitError) and rank.beside == rank.count else None,
     }
     text = json.dumps({"message": {"message": reason.message, "extraInfo": extra}})
     # Whole or absent: the launcher, which fails over half of it, may end this rank while it writes.
