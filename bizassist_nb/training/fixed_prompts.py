@@ -25,7 +25,7 @@ from bizassist_nb.results.degeneration import PENALTY, counted, endless, prompts
 from bizassist_nb.runs.records import Answer, AnswerCounts, Answers, Data
 from bizassist_nb.runs.rows import rows_of, validation_of
 from bizassist_nb.runs.run import RunDirectory
-from bizassist_nb.training.distributed.rank import this_rank
+from bizassist_nb.training.distributed.rank import Rank, this_rank
 from bizassist_nb.training.memory import in_halves
 
 _PROMPTS: Final = 40
@@ -84,7 +84,9 @@ def answer(
     from bizassist_nb.assistant.cuda import decode_graph
     from bizassist_nb.assistant.decoding import Batch, decode
 
-    limit = max_new_tokens()
+    limit, asked = max_new_tokens(), _asked(run, chat)
+    most = decode_graph.MOST_ROWS  # more rows would go through the modules, which take longer than several such batches
+    size = most // 4 if decode_graph.fits(model, most) else len(asked)
 
     def tokens(ids: list[list[int]]) -> list[tuple[list[int], ...]]:
         """Tokens of four answers to each prompt: base's and tuned's, and both again with a light repetition penalty."""
@@ -98,20 +100,17 @@ def answer(
             between()
         return list(zip(*(given[start : start + count] for start in range(0, 4 * count, count)), strict=True))
 
-    asked, rank = _asked(run, chat), this_rank()
-    shares = 1 if rank.sharded else rank.count
-    ids = [each for _, each in asked[rank.number % shares :: shares]]
+    def in_batches(ids: list[list[int]]) -> list[tuple[list[int], ...]]:
+        batches = (in_halves(tokens, ids[start : start + size]) for start in range(0, len(ids), size))
+        return list(itertools.chain.from_iterable(batches))
+
     training = model.training
     model.eval()
-    most = decode_graph.MOST_ROWS  # more rows would go through the modules, which take longer than several such batches
-    size = most // 4 if decode_graph.fits(model, most) else len(asked)
+    rank = Rank() if this_rank().sharded else this_rank()  # a pass of a sharded base takes all ranks
     try:
-        batches = (in_halves(tokens, ids[start : start + size]) for start in range(0, len(ids), size))
-        given = list(itertools.chain.from_iterable(batches))
+        given = rank.shared([ids for _, ids in asked], in_batches)
     finally:
         model.train(training)
-    everyone = rank.all_gather(given)[:shares]
-    given = [everyone[place % shares][place // shares] for place in range(len(asked))]
     data = run.last(Data)
     learned = data.training.trained_tokens / max(1, data.training.rows) if data else limit
     return [_answers(chat, prompt, each, learned) for (prompt, _), each in zip(asked, given, strict=True)]

@@ -138,9 +138,9 @@ class Device:
 
 
 # Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,
-# operations a second, bytes of memory a second, and bytes a second between GPUs (by NVLink and PCIe 3, neither measured).
-# Hopper's are from docs/benchmarks.md. No T4 was measured: its bytes of memory are its data sheet's less a fifth, and the
-# rest gives the 1,033.9 s that the notebook from which this package grew recorded on one for 1,000 Dolly rows one by one.
+# operations a second, bytes of memory a second, and bytes a second between GPUs (NVLink and PCIe 3, neither measured).
+# Hopper's are from docs/benchmarks.md. No T4 was measured: its bytes of memory are its data sheet's less a fifth, and
+# the rest gives the 1,033.9 s that the notebook from which this package grew recorded on one for 1,000 Dolly rows.
 _SPEED: Final[dict[tuple[int, int], tuple[float, float, float, float]]] = {
     (7, 5): (0.011, 1.35e13, 2.5e11, 5e9),
     (9, 0): (0.0063, 3.2e14, 2.5e12, 3e11),
@@ -359,10 +359,10 @@ def _slower(place: Placement, settings: Settings, steps: Sequence[Sequence[int]]
     """
 
     def takes(ranks: int, times: int) -> float:
-        at = dataclasses.replace(place, ranks=ranks)
-        joined = [[*itertools.chain(*steps[start : start + times])] for start in range(0, len(steps), times)]
-        lengths, each = at.dealt(joined), dataclasses.replace(settings, batch_size=times * settings.batch_size)
-        return at.work(lengths, choose(each.share(ranks), at, lengths))
+        at, batch = dataclasses.replace(place, ranks=ranks), times * settings.batch_size
+        starts = range(0, len(steps), times)
+        lengths = at.dealt([[*itertools.chain(*steps[start : start + times])] for start in starts])
+        return at.work(lengths, choose(dataclasses.replace(settings, batch_size=batch).share(ranks), at, lengths))
 
     known = place.ranks > 1 and place.on.sharing == 1 and place.on.capability in _SPEED
     if not known or takes(place.ranks, 1) < takes(1, 1):

@@ -110,14 +110,15 @@ def _of_each(
     """What `measure` finds of each example, in the order given: of fewer at once where memory runs out."""
     rank = this_rank()
     found: dict[int, T] = {}
+
+    def measured(rows: list[Example]) -> list[T]:
+        # Without rows, one that is not counted: others may need this rank's part of the weights.
+        return in_halves(measure, rows or [examples[0]])
+
     for batch in batches_of(examples, rank.count * _BATCH_LOGITS // model.config.vocab_size):
         between()
-        mine = batch[rank.number :: rank.count]
-        rows = mine or batch[:1]  # not to be counted, but others may need this rank's part of the weights
-        measured = in_halves(measure, [examples[i] for i in rows])
-        found |= dict(zip(mine, measured, strict=bool(mine)))
-    everyone = {index: each for theirs in rank.all_gather(found) for index, each in theirs.items()}
-    return [everyone[index] for index in range(len(examples))]
+        found |= zip(batch, rank.shared([examples[i] for i in batch], measured), strict=True)
+    return [found[index] for index in range(len(examples))]
 
 
 def batches_of(examples: Sequence[Example], tokens: int) -> list[list[int]]:

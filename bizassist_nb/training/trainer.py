@@ -84,7 +84,8 @@ class Training:
 def train(training: Training, fit: records.Fit) -> int:
     """Train from the newest checkpoint to the last step, or until a stop; the steps done.
 
-    Where memory runs out, what is done is saved, and training goes on from the same step with less at once.
+    Where memory runs out, what is done is saved, and training goes on from the same step with less at once. Where graphs
+    cannot be captured, it goes on without.
 
     Raises:
         RefitError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
@@ -104,8 +105,8 @@ def train(training: Training, fit: records.Fit) -> int:
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if problem is None:
             return done
-        fit = trainer.fit
-        alone = this_rank().count == 1
+        alone, place = this_rank().count == 1, min(done, len(steps) - 1)
+        checkpointed = trainer.checkpointed[place]
         model.zero_grad(set_to_none=True)
         if alone and done > (checkpoint.step if checkpoint else 0):
             trainer._save_checkpoint(trainer.model, trial=None)
@@ -116,14 +117,14 @@ def train(training: Training, fit: records.Fit) -> int:
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
-        fit = _smaller(training, fit, steps[min(done, len(steps) - 1)], problem)
+        fit = _smaller(training, fit, problem, steps[place], checkpointed=checkpointed)
         if not alone:
-            raise RefitError(msgspec.to_builtins(fit), f"micro_batch = {fit.micro_batch} or a lower max_length")
+            raise RefitError(msgspec.to_builtins(fit))
         journal.write(msgspec.structs.replace(fit, step=done))
 
 
-def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
-    """Train to the end or to a stop; what the error says where memory ran out, None otherwise.
+def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | CaptureError | None:
+    """Train to the end or to a stop: None. What the error says where memory ran out, or that graphs cannot be captured.
 
     When it returns, the error is gone, and with it the frames that hold the half-done step's tensors.
     """
@@ -135,6 +136,8 @@ def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
             f"{checkpoint.path} holds something else than tensors, and was not read ({brief(error)}); it is not "
             "what this package wrote. Delete that folder, and go on from the one before with --resume"
         ) from error
+    except CaptureError as error:
+        return CaptureError(*error.args)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -146,8 +149,10 @@ def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
     return None
 
 
-def _smaller(training: Training, fit: records.Fit, step: list[Example], problem: str) -> records.Fit:
-    """The next fit to try when memory ran out in that step.
+def _smaller(
+    training: Training, fit: records.Fit, problem: str | CaptureError, step: list[Example], *, checkpointed: bool
+) -> records.Fit:
+    """The next fit to try when there was that problem in that step, which went through with checkpointing or not.
 
     Without what only saves time; checkpointing where it was thought to do without; then half the micro-batch, or the
     largest below; then checkpointing in every step.
@@ -157,9 +162,12 @@ def _smaller(training: Training, fit: records.Fit, step: list[Example], problem:
     def less(where: str, **changes: Any) -> records.Fit:
         return msgspec.structs.replace(fit, reason=f"memory ran out {where} ({problem})", **changes)
 
+    if isinstance(problem, CaptureError):
+        why = f"no CUDA graphs of this model ({problem})"
+        return msgspec.structs.replace(fit, graphs=False, unpacked=False, reason=why)
     if fit.unpacked:
         return less("beside the base in 16 bits", unpacked=False)
-    if fit.checkpoint_above and not _checkpointed(training, fit, step):
+    if fit.checkpoint_above and not checkpointed:
         return less("in a step without checkpointing", checkpoint_above=0)
     each = settings.share(this_rank().count).batch_size
     if smaller := [size for size in preflight.divisors(each) if size <= fit.micro_batch / 2]:
@@ -193,7 +201,8 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
         callbacks=[RunCallback(training)],
     )
     trainer.training, trainer.fit = training, fit
-    trainer.checkpointed = [_checkpointed(training, fit, step) for step in steps]
+    shares = [preflight.deal([*map(_tokens, step)], this_rank().count, int) for step in steps]  # all ranks do alike
+    trainer.checkpointed = [any(preflight.checkpointed_in(fit, share, engine) for share in each) for each in shares]
     free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
     if fit.graphs and free:
         tokens = [sum(map(_tokens, batch)) for step in free for batch in _batches(step, fit.micro_batch)]
@@ -203,9 +212,9 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
         trainer.data_collator = lambda rows: {**collate(rows), "lengths": [len(row["input_ids"]) for row in rows]}
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
-    trainer.adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainer.adapter:
-        parameter.data = parameter.data.float()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     # DistributedDataParallel averages in hooks, which a graph does not call, and takes no model with sharded weights.
     trainer.accelerator.prepare_model = functools.partial(trainer.accelerator.prepare_model, evaluation_mode=True)
     model.train()
@@ -214,12 +223,6 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
 
 def _tokens(row: Example) -> int:
     return len(row.input_ids)
-
-
-def _checkpointed(training: Training, fit: records.Fit, step: list[Example]) -> bool:
-    """Whether a step goes through with checkpointing: in all ranks if one has to."""
-    shares = preflight.deal([*map(_tokens, step)], this_rank().count, int)
-    return any(preflight.checkpointed_in(fit, share, training.engine) for share in shares)
 
 
 def dataset_of(order: Sequence[Example]) -> Dataset:
@@ -287,8 +290,6 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
     fit: records.Fit
     checkpointed: list[bool]
     """Of each step whether it goes through with checkpointing."""
-    adapter: list[Any]
-    """Its parameters."""
     graphs: Graphs | None = None
     """What the others go through, where they do not go through the model's own modules."""
 
@@ -300,30 +301,20 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The loss of a micro-batch, whose gradients are added up; those of a step are averaged over the ranks."""
-        loss = self._pass(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            this_rank().average([parameter.grad for parameter in self.adapter])
-        return loss
-
-    def _pass(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         checkpointed = self.checkpointed[self.state.global_step]
         if self.fit.checkpoint_above:
             for module, flag in self._switches.items():
                 module.gradient_checkpointing = flag if checkpointed else False
         lengths = inputs.pop("lengths", None)
         if self.graphs and not checkpointed:
-            ready, ranks = self._prepare_inputs(inputs), this_rank().count
-            try:  # a loss that is `ranks` times as large, as the Trainer's own: it takes the mean over them
-                return self.graphs(ready["input_ids"], ready["labels"], lengths, num_items_in_batch / ranks)
-            except CaptureError as error:
-                why = f"no CUDA graphs of this model ({error})"
-                step = self.state.global_step
-                self.fit = msgspec.structs.replace(self.fit, graphs=False, unpacked=False, reason=why, step=step)
-                if ranks > 1:  # the passes of a graph and of the Trainer exchange different things
-                    raise RefitError(msgspec.to_builtins(self.fit), 'engine = "unsloth"') from error
-                self.graphs = None
-                self.training.journal.write(self.fit)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            ready = self._prepare_inputs(inputs)
+            count = num_items_in_batch / this_rank().count  # as in the Trainer's own loss, which is averaged over ranks
+            loss = self.graphs(ready["input_ids"], ready["labels"], lengths, count)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            groups = self.optimizer.param_groups
+            this_rank().average([parameter.grad for group in groups for parameter in group["params"]])
         return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

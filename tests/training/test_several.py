@@ -25,11 +25,19 @@ from bizassist_nb.runs.run import ENDED
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint
 from bizassist_nb.training.distributed.launcher import Processes, processes
+from bizassist_nb.training.distributed.rank import FIT
 from bizassist_nb.training.forecast import forecast
 
 TWO = "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\n"
 FSDP = TWO.replace("MULTI_GPU", "FSDP") + "fsdp_config:\n  fsdp_version: 2\n"
 STEPS = 12
+WITH_GRAPHS = {
+    "micro_batch": 2,
+    "checkpointing": False,
+    "precision": "float32",
+    "reason": "as on a GPU",
+    "graphs": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +98,34 @@ def test_two_processes_learn_what_one_does(settings, together):
         assert [getattr(step, name) for step in together.steps] == [getattr(step, name) for step in alone.steps]
     norms = [[step.gradient_norm for step in run.steps] for run in (alone, together)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-    tuned = [run.evaluation.tuned.loss for run in (alone, together)]
-    assert tuned[0] == pytest.approx(tuned[1], rel=1e-4)
+    for who in ("base", "tuned"):
+        scores = [getattr(run.evaluation, who).loss for run in (alone, together)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    curves = [
+        [(event.step, event.rows) for event in run.events if isinstance(event, records.Evaluation)]
+        for run in (alone, together)
+    ]
+    assert curves[0] == curves[1]
+    assert [answer.base for answer in together.answers] == [answer.base for answer in alone.answers]
+
+
+def test_graphs_in_every_process_learn_the_same(settings, together, monkeypatch):
+    monkeypatch.setenv(FIT, json.dumps(WITH_GRAPHS))
+    run = finetune(dataclasses.replace(settings, evaluate_every=1000), "graphs")
+    assert run.last(records.Fit).graphs
+    assert len([event for event in run.events if isinstance(event, records.Parameters)]) == 1  # started once
+    losses = [[step.loss for step in each.steps] for each in (run, together)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_model_that_no_graph_computes_starts_all_processes_again_without(settings, monkeypatch):
+    monkeypatch.setenv(FIT, json.dumps(WITH_GRAPHS))
+    run = finetune(dataclasses.replace(settings, epochs=1, dropout=0.1, evaluate_every=1000), "dropout")
+    assert run.status == "finished"
+    fits = [event for event in run.events if isinstance(event, records.Fit)]
+    assert [fit.graphs for fit in fits] == [True, False]
+    assert "no CUDA graphs of this model (it has dropout" in fits[1].reason
+    assert [step.step for step in run.steps] == [1, 2, 3]
 
 
 def test_the_first_process_alone_writes_the_run(together):

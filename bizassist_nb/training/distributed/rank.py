@@ -19,6 +19,7 @@ from bizassist_nb.core.files import write_atomic
 from bizassist_nb.runs import records
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 LAUNCHER: Final = "BIZASSIST_LAUNCHER"
 """Environment variable with the number of the process that launched the ranks of this machine."""
@@ -91,6 +92,11 @@ class Rank:
             torch.distributed.all_gather_object(found, value)
         return found
 
+    def shared(self, items: list[T], work: Callable[[list[T]], list[R]]) -> list[R]:
+        """What `work` gives of each item, in every rank; each rank does the work for its share of them."""
+        everyone = self.all_gather(work(items[self.number :: self.count]))
+        return [everyone[place % self.count][place // self.count] for place in range(len(items))]
+
     def average(self, tensors: list[Any]) -> None:
         """Set float tensors of one device, the same shapes in every rank, to their mean over the ranks.
 
@@ -109,12 +115,12 @@ class Rank:
 class RefitError(RunError):
     """All ranks have to be started again with another fit; `fit` has the fields of that `records.Fit`."""
 
-    def __init__(self, fit: dict[str, Any], advice: str):
+    def __init__(self, fit: dict[str, Any]):
         """The message is for several machines, where the ranks are not started again."""
         self.fit = fit
         super().__init__(
             f"{fit['reason']}. Over several machines a run is not started again by itself: start it under a new name, "
-            f"with {advice}"
+            f"with micro_batch = {fit['micro_batch']}, a lower max_length or another engine"
         )
 
 
