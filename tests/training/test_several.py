@@ -188,6 +188,19 @@ def as_if_nothing_had_been(run: Run, together: Run) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(settings, together):
+    run = launch.start(settings, "fewer")
+    wait_until(lambda: len(run.steps) >= 2 or run.status in ENDED)
+    run.stop()
+    assert ended(run) == "stopped"
+    kept = run.path / "settings.toml"
+    kept.write_text(kept.read_text().replace(settings.accelerate_config, ""))
+    finetune(Settings(runs_dir=settings.runs_dir), "fewer", resume=True)
+    assert not run.environment.device.startswith("2")
+    as_if_nothing_had_been(run, together)
+
+
+@pytest.mark.slow
 def test_a_sharded_base_learns_the_same_and_a_run_goes_on_with_or_without(settings, together, tmp_path, monkeypatch):
     config = tmp_path / "accelerate.yaml"
     config.write_text(FSDP)
