@@ -75,8 +75,7 @@ def main(folder: Path) -> None:
         whole, model = base(folder), base(folder)
         block = bytes_at_hand(whole.get_decoder().layers[0].parameters())
         outside = bytes_at_hand(whole.parameters()) - LAYERS * block
-        fsdp.shard(model)
-        held, of = fsdp.weight_bytes(model)
+        held, of = fsdp.shard(model)
         for each in (whole, model):
             each.train()
             if checkpointing:

@@ -43,9 +43,8 @@ def choose(engine: str, *, sharded: bool = False) -> Engine:
             )
         return Engine(name="unsloth", reason="asked for", end_to_end=_end_to_end())
     graphs = not sharded and can_graph()
-    why = "asked for" if engine == "transformers" else _not_installed()
-    if not why and sharded:
-        why = "Unsloth's kernels have not been tried with a sharded base"
+    untried = "Unsloth's kernels have not been tried with a sharded base" if sharded else None
+    why = "asked for" if engine == "transformers" else untried or _not_installed()
     if not why and graphs and _waits_for_its_host():
         why = "on a GPU as fast as this one, with its passes as CUDA graphs, it is faster than Unsloth"
     if why := why or _not_importable():

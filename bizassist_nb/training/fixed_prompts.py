@@ -101,16 +101,11 @@ def answer(
         return list(zip(*(given[start : start + count] for start in range(0, 4 * count, count)), strict=True))
 
     def in_batches(ids: list[list[int]]) -> list[tuple[list[int], ...]]:
-        batches = (in_halves(tokens, ids[start : start + size]) for start in range(0, len(ids), size))
-        return list(itertools.chain.from_iterable(batches))
+        return [each for s in range(0, len(ids), size) for each in in_halves(tokens, ids[s : s + size])]
 
-    training = model.training
     model.eval()
     rank = Rank() if this_rank().sharded else this_rank()  # a pass of a sharded base takes all ranks
-    try:
-        given = rank.shared([ids for _, ids in asked], in_batches)
-    finally:
-        model.train(training)
+    given = rank.shared([ids for _, ids in asked], in_batches)
     data = run.last(Data)
     learned = data.training.trained_tokens / max(1, data.training.rows) if data else limit
     return [_answers(chat, prompt, each, learned) for (prompt, _), each in zip(asked, given, strict=True)]

@@ -360,8 +360,7 @@ def _slower(place: Placement, settings: Settings, steps: Sequence[Sequence[int]]
 
     def takes(ranks: int, times: int) -> float:
         at, batch = dataclasses.replace(place, ranks=ranks), times * settings.batch_size
-        starts = range(0, len(steps), times)
-        lengths = at.dealt([[*itertools.chain(*steps[start : start + times])] for start in starts])
+        lengths = at.dealt([[*itertools.chain(*steps[s : s + times])] for s in range(0, len(steps), times)])
         return at.work(lengths, choose(dataclasses.replace(settings, batch_size=batch).share(ranks), at, lengths))
 
     known = place.ranks > 1 and place.on.sharing == 1 and place.on.capability in _SPEED

@@ -110,14 +110,12 @@ def _of_each(
     """What `measure` finds of each example, in the order given: of fewer at once where memory runs out."""
     rank = this_rank()
     found: dict[int, T] = {}
-
-    def measured(rows: list[Example]) -> list[T]:
-        # Without rows, one that is not counted: others may need this rank's part of the weights.
-        return in_halves(measure, rows or [examples[0]])
-
     for batch in batches_of(examples, rank.count * _BATCH_LOGITS // model.config.vocab_size):
         between()
-        found |= zip(batch, rank.shared([examples[i] for i in batch], measured), strict=True)
+        rows = [examples[i] for i in batch]
+        # A rank without rows scores one that is not counted: others may need its part of the weights.
+        measured = rank.shared(rows, lambda some: in_halves(measure, some or [examples[0]]))
+        found |= zip(batch, measured, strict=True)
     return [found[index] for index in range(len(examples))]
 
 

@@ -6,7 +6,6 @@ import gc
 import math
 import pickle
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,8 +83,8 @@ class Training:
 def train(training: Training, fit: records.Fit) -> int:
     """Train from the newest checkpoint to the last step, or until a stop; the steps done.
 
-    Where memory runs out, what is done is saved, and training goes on from the same step with less at once. Where graphs
-    cannot be captured, it goes on without.
+    Where memory runs out, what is done is saved, and training goes on from the same step with less at once; where no
+    pass can be captured, without graphs.
 
     Raises:
         RefitError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
@@ -174,7 +173,7 @@ def _smaller(
         return less(f"with {fit.micro_batch} rows at once", micro_batch=smaller[0])
     if not fit.checkpointing:
         return less("with a single row at once", checkpointing=True)
-    row = max(map(_tokens, step))
+    row = max(len(row.input_ids) for row in step)
     shape = preflight.Shape.of(training.model.config)
     most = preflight.Placement(shape, settings.rank, training.engine, preflight.device()).longest_that_fits(beside=True)
     raise RunError(
@@ -201,13 +200,14 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
         callbacks=[RunCallback(training)],
     )
     trainer.training, trainer.fit = training, fit
-    shares = [preflight.deal([*map(_tokens, step)], this_rank().count, int) for step in steps]  # all ranks do alike
+    shares = [preflight.deal([len(row.input_ids) for row in step], this_rank().count, int) for step in steps]
     trainer.checkpointed = [any(preflight.checkpointed_in(fit, share, engine) for share in each) for each in shares]
     free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
     if fit.graphs and free:
-        tokens = [sum(map(_tokens, batch)) for step in free for batch in _batches(step, fit.micro_batch)]
-        mine = tokens[this_rank().number :: this_rank().count]
-        trainer.graphs = Graphs(model, fit.micro_batch, mine, unpacked=fit.unpacked)
+        batches = [batch for step in free for batch in _batches(step, fit.micro_batch)]
+        mine = batches[this_rank().number :: this_rank().count]
+        tokens = [sum(len(row.input_ids) for row in batch) for batch in mine]
+        trainer.graphs = Graphs(model, fit.micro_batch, tokens, unpacked=fit.unpacked)
         collate = trainer.data_collator
         trainer.data_collator = lambda rows: {**collate(rows), "lengths": [len(row["input_ids"]) for row in rows]}
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
@@ -219,10 +219,6 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
     trainer.accelerator.prepare_model = functools.partial(trainer.accelerator.prepare_model, evaluation_mode=True)
     model.train()
     return trainer
-
-
-def _tokens(row: Example) -> int:
-    return len(row.input_ids)
 
 
 def dataset_of(order: Sequence[Example]) -> Dataset:
@@ -241,7 +237,7 @@ def _batches(step: list[Example], micro_batch: int) -> Iterator[list[Example]]:
     of like length share a micro-batch, and memory runs out at once if ever.
     """
     count = this_rank().count
-    shares = preflight.deal(step, count, _tokens)
+    shares = preflight.deal(step, count, lambda row: len(row.input_ids))
     if count > 1:
         nothing = Example(0, step[-1].input_ids[:2], [IGNORED, IGNORED], truncated=False)
         length = -(-max(map(len, shares)) // micro_batch) * micro_batch
@@ -289,7 +285,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
     training: Training
     fit: records.Fit
     checkpointed: list[bool]
-    """Of each step whether it goes through with checkpointing."""
+    """Of each step whether it goes through with checkpointing: in all ranks, where one has to."""
     graphs: Graphs | None = None
     """What the others go through, where they do not go through the model's own modules."""
 
@@ -324,22 +320,12 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
         return self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
-        states: list[dict[str, bytes]] = []  # of each rank the file with its random state, by name
-        if this_rank().count > 1:
-            with tempfile.TemporaryDirectory() as name:
-                self._save_rng_state(name)
-                states = this_rank().all_gather({file.name: file.read_bytes() for file in Path(name).iterdir()})
-
         def write(folder: Path) -> None:
             self.args.output_dir = str(folder.parent)
             super(_Trainer, self)._save_checkpoint(model, trial)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, which nothing reads
-            for state in states:
-                for name, content in state.items():
-                    (folder / name).write_bytes(content)
 
-        self.training.journal.checkpoint(step, write)
+        self.training.journal.checkpoint(self.state.global_step, write)
 
     def store_flos(self) -> None:
         """Count no operations: nothing reads the sum, and all ranks would have to meet where only the first saves."""
@@ -356,6 +342,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clocks."""
         self._saved = self._last = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Seed what dropout is drawn from: other in each rank, and the same where a resumed run does a step again."""
+        torch.manual_seed(args.seed + state.global_step * this_rank().count + this_rank().number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decide whether to save and whether to go on: the first rank does, for all."""

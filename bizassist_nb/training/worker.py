@@ -229,8 +229,7 @@ class Worker:
         self.journal.write(records.Parameters(trainable=trainable, total=total))
         print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
         if sharded:
-            fsdp.shard(model)
-            shard, whole = fsdp.weight_bytes(model)
+            shard, whole = fsdp.shard(model)
             self.journal.write(records.Sharded(shard=shard, whole=whole))
         return model
 

@@ -138,8 +138,6 @@ def test_the_first_process_alone_writes_the_run(together):
     assert together.environment.device.startswith("2 × CPU")
     assert "processes: 2, each with 2 of the 4 examples of a step" in run_text(together)
     assert str(together.settings.accelerate_config) not in (together.path / "README.md").read_text()
-    states = {path.name for path in newest_checkpoint(together.path).path.glob("rng_state*")}
-    assert states == {"rng_state_0.pth", "rng_state_1.pth"}  # a resumed run goes on with both
 
 
 @pytest.mark.slow

@@ -10,15 +10,17 @@ from typing import Any
 from bizassist_nb.models import base as models
 
 
-def shard(model: Any) -> None:
+def shard(model: Any) -> tuple[int, int]:
     """Shard the frozen weights of a base in NF4 with its adapter, which are in RAM, over the ranks' devices, in place.
 
-    Their scales, about a thirtieth of them, stay whole: bitsandbytes stores them in each layer's `quant_state`.
+    It gives (bytes of them in this rank, bytes of all of them). Their scales, about a thirtieth of them, stay whole:
+    bitsandbytes stores them in each layer's `quant_state`.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
     kind, _, _ = models.device().partition(":")
@@ -38,12 +40,6 @@ def shard(model: Any) -> None:
     for parameter in adapter:
         parameter.data = parameter.data.to(models.device())
     base.hf_device_map = {"": models.device()}  # which accelerate asks when it prepares the model
-
-
-def weight_bytes(model: Any) -> tuple[int, int]:
-    """(bytes of the base's weights in this rank, bytes of all of them)."""
-    from torch.distributed.tensor import DTensor
-
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
     return here, sum(parameter.nbytes for parameter in frozen)

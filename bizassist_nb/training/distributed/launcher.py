@@ -91,7 +91,7 @@ def _cause(failures: "Iterable[ProcessFailure]") -> tuple[records.Error, dict[st
         if isinstance(left, dict) and "expected" in left["extraInfo"]:  # as `rank.leave_reason` writes it
             message, fit, expected = left["message"], left["extraInfo"]["fit"], left["extraInfo"]["expected"]
             # Another rank's end may cause an unexpected error, but no expected one.
-            order = (False, not expected, left["extraInfo"]["time"])
+            order = (False, not expected, left["extraInfo"]["timestamp"])
         else:
             end = f"by {failed.signal_name()}" if failed.exitcode < 0 else f"with status {failed.exitcode}"
             message = (

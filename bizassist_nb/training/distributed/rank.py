@@ -68,20 +68,15 @@ class Rank:
         """The result of `work`; if the base is sharded, the ranks of a machine work one after the other."""
         if not self.sharded:
             return work()
-        before = self.number % self.beside
-        for _ in range(before):
-            self.barrier()
-        found = work()
-        for _ in range(before, self.beside):
+        for turn in range(self.beside):
+            if turn == self.number % self.beside:
+                found = work()
             self.barrier()
         return found
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        import torch
-
-        if self.count > 1:
-            torch.distributed.barrier()
+        self.all_gather(None)
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's value, in every rank."""
@@ -98,10 +93,7 @@ class Rank:
         return [everyone[place % self.count][place // self.count] for place in range(len(items))]
 
     def average(self, tensors: list[Any]) -> None:
-        """Set float tensors of one device, the same shapes in every rank, to their mean over the ranks.
-
-        In one all-reduce, for which they are copied into a flat one.
-        """
+        """Set tensors of one device, the same shapes in each rank, to their means over the ranks, in one all-reduce."""
         import torch
 
         if self.count == 1:
@@ -113,10 +105,9 @@ class Rank:
 
 
 class RefitError(RunError):
-    """All ranks have to be started again with another fit; `fit` has the fields of that `records.Fit`."""
+    """All ranks have to be started again, with the fields of a `records.Fit` in `fit`; over several machines not."""
 
     def __init__(self, fit: dict[str, Any]):
-        """The message is for several machines, where the ranks are not started again."""
         self.fit = fit
         super().__init__(
             f"{fit['reason']}. Over several machines a run is not started again by itself: start it under a new name, "
@@ -161,8 +152,7 @@ def leave_reason(reason: records.Error, error: Exception) -> None:
     """Tell the launcher why this rank fails, in the file and form that torch's errors have (ErrorHandler)."""
     rank = this_rank()
     extra = {
-        "timestamp": str(int(time.time())),
-        "time": time.time(),
+        "timestamp": time.time(),
         "expected": reason.expected,
         "fit": error.fit if isinstance(error, RefitError) and rank.beside == rank.count else None,
     }
