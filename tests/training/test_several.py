@@ -287,6 +287,15 @@ if os.environ.get("RANK") == "1" and "BIZASSIST_FIT" not in os.environ:
 
 
 @pytest.mark.slow
+def test_memory_that_runs_out_in_one_process_over_a_row_to_be_scored_ends_the_run(settings, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(FULL.replace("tuple", "list").replace("[2]", "[0]"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    run = launch.start(settings, "full")
+    assert ended(run) == "failed"
+    assert "memory ran out while the held-out rows were scored after step 0 (OutOfMemoryError" in run.error
+
+
+@pytest.mark.slow
 def test_before_training_a_stop_and_a_kill_leave_no_process(settings):
     run = launch.start(settings, "early")
     wait_until(lambda: len(ranks(run)) == 2)
