@@ -138,9 +138,9 @@ class Device:
 
 
 # Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,
-# operations a second, bytes of memory a second, and bytes a second between GPUs (NVLink and PCIe 3, neither measured).
-# Hopper's are from docs/benchmarks.md. No T4 was measured: its bytes of memory are its data sheet's less a fifth, and
-# the rest gives the 1,033.9 s that the notebook from which this package grew recorded on one for 1,000 Dolly rows.
+# operations a second, bytes of memory a second, and bytes a second between GPUs (as NVLink and PCIe 3 may have).
+# Hopper's are from docs/benchmarks.md. No T4 was measured: its bytes of memory are its data sheet's less a fifth, all
+# else gives the 1,033.9 s that the notebook from which this package grew recorded on one for 1,000 rows one by one.
 _SPEED: Final[dict[tuple[int, int], tuple[float, float, float, float]]] = {
     (7, 5): (0.011, 1.35e13, 2.5e11, 5e9),
     (9, 0): (0.0063, 3.2e14, 2.5e12, 3e11),

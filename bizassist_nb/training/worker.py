@@ -235,10 +235,10 @@ class Worker:
 
     def train(self) -> int:
         """Train and save the adapter; the steps done. A stop ends training in order, after its step."""
-        self.forget_scores()
-        self.journal.write(records.State(state="training"))
         from bizassist_nb.training.trainer import Training, train  # after unsloth, which has to be imported first
 
+        self.forget_scores()
+        self.journal.write(records.State(state="training"))
         training = Training(
             self.run, self.journal, self.stop, self.engine, self.model, self.chat, self.steps, self.score_after_step,
             self.over,
