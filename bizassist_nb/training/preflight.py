@@ -341,7 +341,8 @@ def estimate(place: Placement, settings: Settings, steps: Sequence[Sequence[int]
         disk=saved * model.adapter(place.rank) / GIB,
         seconds=place.work(lengths, fit) if on.capability in _SPEED else None,  # else the device's speed is not known
     )
-    return fit, msgspec.structs.replace(found, sentence=_sentence(found) + _slower(place, settings, steps))
+    reason = fit.reason + _slower(place, settings, steps)
+    return msgspec.structs.replace(fit, reason=reason), msgspec.structs.replace(found, sentence=_sentence(found))
 
 
 def _sentence(found: Preflight) -> str:

@@ -112,9 +112,8 @@ def _of_each(
     found: dict[int, T] = {}
     for batch in batches_of(examples, rank.count * _BATCH_LOGITS // model.config.vocab_size):
         between()
-        rows = [examples[i] for i in batch]
         # A rank without rows scores one that is not counted: others may need its part of the weights.
-        measured = rank.shared(rows, lambda some: in_halves(measure, some or [examples[0]]))
+        measured = rank.shared([examples[i] for i in batch], lambda some: in_halves(measure, some or [examples[0]]))
         found |= zip(batch, measured, strict=True)
     return [found[index] for index in range(len(examples))]
 

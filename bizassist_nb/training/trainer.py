@@ -212,9 +212,10 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
         trainer.data_collator = lambda rows: {**collate(rows), "lengths": [len(row["input_ids"]) for row in rows]}
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in adapter:
+        parameter.data = parameter.data.float()
+    this_rank().average([parameter.data for parameter in adapter])  # which two kinds of GPU may have drawn differently
     # DistributedDataParallel averages in hooks, which a graph does not call, and takes no model with sharded weights.
     trainer.accelerator.prepare_model = functools.partial(trainer.accelerator.prepare_model, evaluation_mode=True)
     model.train()

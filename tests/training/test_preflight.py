@@ -184,7 +184,7 @@ def test_where_more_gpus_take_no_less_time_that_is_said_before_training():
     def said(engine, ranks=2, **changes):
         on = dataclasses.replace(H100, sharing=changes.pop("sharing", 1))
         place = Placement(MISTRAL, 16, engine, on, ranks)
-        return preflight.estimate(place, Settings(**changes), steps)[1].sentence
+        return preflight.estimate(place, Settings(**changes), steps)[0].reason
 
     assert "GPUs" not in said(GRAPHS)
     assert "; 2 GPUs take no less time than one (" in said(UNSLOTH)
