@@ -109,6 +109,7 @@ def test_two_processes_learn_what_one_does(settings, together):
     assert [answer.base for answer in together.answers] == [answer.base for answer in alone.answers]
 
 
+@pytest.mark.slow
 def test_graphs_in_every_process_learn_the_same(settings, together, monkeypatch):
     monkeypatch.setenv(FIT, json.dumps(WITH_GRAPHS))
     run = finetune(dataclasses.replace(settings, evaluate_every=1000), "graphs")
@@ -118,6 +119,7 @@ def test_graphs_in_every_process_learn_the_same(settings, together, monkeypatch)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_no_graph_computes_starts_all_processes_again_without(settings, monkeypatch):
     monkeypatch.setenv(FIT, json.dumps(WITH_GRAPHS))
     run = finetune(dataclasses.replace(settings, epochs=1, dropout=0.1, evaluate_every=1000), "dropout")
