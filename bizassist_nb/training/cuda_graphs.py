@@ -143,17 +143,15 @@ class Graphs:
         return self._loss.clone()
 
     def _pass(self, size: int) -> _Pass:
-        """The pass of that size; the largest is captured first.
+        """The pass of that size. All are captured at once, by several ranks at the same time, the largest first.
 
         The others fit in its memory, and if memory runs out over it, it does so at once.
         """
         try:
             if not self._passes:
                 self._prepare()
-                if self._pool and size != self._sizes[-1]:
-                    self._capture(self._sizes[-1])
-            if size not in self._passes:
-                self._capture(size)
+                for each in reversed(self._sizes):
+                    self._capture(each)
         except RuntimeError as error:
             # Ending a capture that has failed fails, too: the first error is the context of the second.
             first = error if isinstance(error, torch.OutOfMemoryError) else error.__context__ or error
@@ -166,7 +164,7 @@ class Graphs:
         passing = _Pass(self._rows, size, self._model.device)
         if self._pool:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # NCCL has threads, too
                 self._compute(passing)
             passing.run = graph.replay
         else:

@@ -24,13 +24,12 @@ _ROOMY: Final = 40
 """GiB of GPU memory that a 7B model's steps of Dolly rows take with all their activations."""
 
 
-def choose(engine: str, *, processes: int = 1, sharded: bool = False) -> Engine:
-    """The engine for `Settings.engine` in so many processes; with `sharded`, FSDP shards the base.
+def choose(engine: str, *, sharded: bool = False) -> Engine:
+    """The engine for `Settings.engine`, the same on one GPU and on several; with `sharded`, FSDP shards the base.
 
     Raises:
         EngineError: if the one asked for is not installed or cannot run here.
     """
-    several = processes > 1 or sharded
     if engine == "unsloth":
         if sharded:
             raise EngineError(
@@ -43,10 +42,9 @@ def choose(engine: str, *, processes: int = 1, sharded: bool = False) -> Engine:
                 'Run: pip install "unsloth>=2026.10.9,<2027", or set engine = "auto"'
             )
         return Engine(name="unsloth", reason="asked for", end_to_end=_end_to_end())
-    graphs = not several and can_graph()
-    why = "asked for" if engine == "transformers" else _not_installed()
-    if not why and several:
-        why = "Unsloth's kernels have not been tried on several GPUs at once"
+    graphs = not sharded and can_graph()
+    untried = "Unsloth's kernels have not been tried with a sharded base" if sharded else None
+    why = "asked for" if engine == "transformers" else untried or _not_installed()
     if not why and graphs and _waits_for_its_host():
         why = "on a GPU as fast as this one, with its passes as CUDA graphs, it is faster than Unsloth"
     if why := why or _not_importable():

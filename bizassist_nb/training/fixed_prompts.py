@@ -25,6 +25,7 @@ from bizassist_nb.results.degeneration import PENALTY, counted, endless, prompts
 from bizassist_nb.runs.records import Answer, AnswerCounts, Answers, Data
 from bizassist_nb.runs.rows import rows_of, validation_of
 from bizassist_nb.runs.run import RunDirectory
+from bizassist_nb.training.distributed.rank import Rank, this_rank
 from bizassist_nb.training.memory import in_halves
 
 _PROMPTS: Final = 40
@@ -60,7 +61,8 @@ def answer_apart(run: RunDirectory) -> list[Answers]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     command = [sys.executable, "-m", "bizassist_nb.training.fixed_prompts", str(run.path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:  # noqa: S603 - no shell, our own module
+    alone = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}  # see `this_rank`
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=alone) as process:  # noqa: S603 - no shell, our own module
         status = process.wait()
     if status:
         raise RunError(
@@ -74,7 +76,7 @@ def answer(
     run: RunDirectory, model: Any, chat: ChatTokenizer, adapter: str, between: Callable[[], None] = lambda: None
 ) -> list[Answers]:
     """Answer greedily, all prompts as base and as tuned in one batch, and each again with a light repetition penalty:
-    fewer at once where memory runs out.
+    fewer at once where memory runs out. Of several ranks with whole bases each answers its share, and all have all.
 
     `model` is a plain PEFT model, on which only `adapter` is active. `between` is called between tokens; what it raises
     ends the answering.
@@ -83,6 +85,9 @@ def answer(
     from bizassist_nb.assistant.decoding import Batch, decode
 
     limit = max_new_tokens()
+    questions, ids = zip(*_asked(run, chat), strict=True)
+    most = decode_graph.MOST_ROWS  # more rows would go through the modules, which take longer than several such batches
+    size = most // 4 if decode_graph.fits(model, most) else len(ids)
 
     def tokens(ids: list[list[int]]) -> list[tuple[list[int], ...]]:
         """Tokens of four answers to each prompt: base's and tuned's, and both again with a light repetition penalty."""
@@ -96,20 +101,17 @@ def answer(
             between()
         return list(zip(*(given[start : start + count] for start in range(0, 4 * count, count)), strict=True))
 
-    prompts, ids = zip(*_asked(run, chat), strict=True)
-    training = model.training
+    def in_batches(ids: list[list[int]]) -> list[tuple[list[int], ...]]:
+        return [each for s in range(0, len(ids), size) for each in in_halves(tokens, ids[s : s + size])]
+
     model.eval()
-    models.unpack(model)
-    most = decode_graph.MOST_ROWS  # more rows would go through the modules, which take longer than several such batches
-    size = most // 4 if decode_graph.fits(model, most) else len(ids)
-    try:
-        batches = (in_halves(tokens, list(ids[start : start + size])) for start in range(0, len(ids), size))
-        given = list(itertools.chain.from_iterable(batches))
-    finally:
-        model.train(training)
+    rank = Rank() if this_rank().sharded else this_rank()  # a pass of a sharded base takes all ranks
+    if not this_rank().sharded:
+        models.unpack(model)
+    given = rank.shared(list(ids), in_batches)
     data = run.last(Data)
     learned = data.training.trained_tokens / max(1, data.training.rows) if data else limit
-    return [_answers(chat, prompt, each, learned) for prompt, each in zip(prompts, given, strict=True)]
+    return [_answers(chat, prompt, each, learned) for prompt, each in zip(questions, given, strict=True)]
 
 
 def _answers(chat: ChatTokenizer, prompt: str, given: tuple[list[int], ...], learned: float) -> Answers:

@@ -24,7 +24,6 @@ from bizassist_nb.runs.records import Engine, Fit, Power, Preflight
 from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.distributed import launcher
-from bizassist_nb.training.distributed.rank import Rank
 
 _SLICE: Final = 50
 """Rows tokenised between two checks whether the forecast is still wanted: some 50 ms."""
@@ -118,7 +117,7 @@ def forecast(settings: Settings) -> Iterator[Forecast]:
         ModelError: if the model or its tokenizer cannot be had.
     """
     processes = launcher.processes(settings)
-    engine = engines.choose(settings.engine, processes=processes.count, sharded=processes.sharded)
+    engine = engines.choose(settings.engine, sharded=processes.sharded)
     changed = None
     with contextlib.suppress(OSError, ValueError):  # of a name that is no file's
         changed = user_path(settings.data).stat().st_mtime_ns
@@ -150,12 +149,11 @@ def _finished(found: Forecast, engine: Engine, processes: launcher.Processes, te
     if not used:
         raise DataError(f"in all rows the question alone has max_length = {settings.max_length} tokens; raise it")
     steps = [used[start : start + settings.batch_size] for start in range(0, len(used), settings.batch_size)]
-    shares = [Rank(count=count).longest(step) for step in steps]
     on = preflight.device()
     on = dataclasses.replace(on, free=on.free + loaded.reclaimable(), sharing=count if processes.sharded else 1)
     shape = preflight.shape(found.base.source)
-    place = preflight.Placement(shape, settings.rank, engine, on)
-    fit, expected = preflight.estimate(place, dataclasses.replace(settings, epochs=1).share(count), shares)
+    place = preflight.Placement(shape, settings.rank, engine, on, count)
+    fit, expected = preflight.estimate(place, dataclasses.replace(settings, epochs=1), steps)
     rate = shape.learning_rate if isinstance(settings.learning_rate, str) else settings.learning_rate
     return dataclasses.replace(found, fit=fit, learning_rate=rate, expected=expected, power=telling)
 

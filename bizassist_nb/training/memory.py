@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from bizassist_nb.core.errors import out_of_memory
 from bizassist_nb.runs import records
-from bizassist_nb.training.distributed.rank import scorers
+from bizassist_nb.training.distributed.rank import this_rank
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,7 +23,7 @@ def in_halves(work: Callable[[list[T]], list[R]], items: list[T]) -> list[R]:
     try:
         return work(items)
     except (RuntimeError, MemoryError) as error:
-        if len(items) == 1 or scorers().sharded or not out_of_memory(error):
+        if len(items) == 1 or this_rank().sharded or not out_of_memory(error):
             raise
     # Only now, when the error is gone and with it the frames that hold the tensors.
     torch.cuda.empty_cache()

@@ -6,9 +6,10 @@ backward pass. docs/benchmarks.md has estimates beside measured peaks.
 
 import dataclasses
 import functools
+import heapq
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -21,6 +22,7 @@ from bizassist_nb.runs.records import Engine, Fit, Preflight, Rate
 from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training.engines import own_kernels
 
+T = TypeVar("T")
 GIB: Final = 2**30
 _SCALES: Final = 1 / 64 + 4 / (64 * 256)
 _NF4: Final = 0.5 + _SCALES
@@ -139,12 +141,12 @@ class Device:
 
 
 # Per compute capability, of Unsloth: seconds in which a block is launched forward and back without checkpointing,
-# operations a second, and bytes of memory a second. Hopper's are from docs/benchmarks.md. No T4 was measured: its bytes
-# are its data sheet's less a fifth, and the rest gives the 1,033.9 s that the notebook from which this package grew
-# recorded on one for 1,000 Dolly rows one by one.
-_SPEED: Final[dict[tuple[int, int], tuple[float, float, float]]] = {
-    (7, 5): (0.011, 1.35e13, 2.5e11),
-    (9, 0): (0.0063, 3.2e14, 2.5e12),
+# operations a second, bytes of memory a second, and bytes a second between GPUs (as NVLink and PCIe 3 may have).
+# Hopper's are from docs/benchmarks.md. No T4 was measured: its bytes of memory are its data sheet's less a fifth, all
+# else gives the 1,033.9 s that the notebook from which this package grew recorded on one for 1,000 rows one by one.
+_SPEED: Final[dict[tuple[int, int], tuple[float, float, float, float]]] = {
+    (7, 5): (0.011, 1.35e13, 2.5e11, 5e9),
+    (9, 0): (0.0063, 3.2e14, 2.5e12, 3e11),
 }
 
 
@@ -156,6 +158,13 @@ class Placement:
     rank: int
     engine: Engine
     on: Device
+    ranks: int = 1
+    """Among which the rows of a step are dealt."""
+
+    def dealt(self, steps: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Tokens of the rows of every rank's share of the first step, then of the second, and so on."""
+        # A rank without rows gets one of which nothing is learned (`trainer._batches`).
+        return [share or [1] for step in steps for share in deal(step, self.ranks, int)]
 
     def peak(self, rows: Sequence[int], *, checkpointing: bool) -> dict[str, float]:
         """Peak memory of the device in GiB, by what takes it, when rows of these lengths go through at once."""
@@ -221,23 +230,26 @@ class Placement:
     def work(self, lengths: Sequence[Sequence[int]], fit: Fit) -> float:
         """Seconds of training: a micro-batch takes as long as launching its kernels or running them, what is longer.
 
+        `lengths` are as `dealt` gives them: a step takes as long as its longest share, and an all-reduce of gradients.
         A device that is not in `_SPEED` counts as a Hopper GPU, which is good enough to compare ways of cutting.
         """
-        launch, operations, bandwidth = _SPEED.get(self.on.capability, _SPEED[9, 0])
+        launch, operations, bandwidth, link = _SPEED.get(self.on.capability, _SPEED[9, 0])
         launch *= self.model.layers
         # Weights are read in 16 bits, or read in 4, written in 16 and read again.
         read = self.on.width if fit.unpacked else _NF4 + 2 * self.on.width
         weights = 2 * self.model.linear * read / bandwidth
         each = 4 * self.model.linear / operations  # of a token's two passes, without gradients of the base's weights
-        seconds = 0.0
+        exchange = 2 * (self.ranks - 1) / self.ranks * self.model.adapter(self.rank) * 4 / link
+        seconds = []
         for step in lengths:
             checkpointed = checkpointed_in(fit, step, self.engine)
             launches = launch * (1 if self.engine.name == "unsloth" else 0.15 if fit.graphs and not checkpointed else 2)
             batches = micro_batches(step, fit.micro_batch)
             tokens = (_tokens(rows, self.engine, checkpointing=checkpointed) for rows in batches)
             each_takes = (max(launches, weights + each * some) for some in tokens)
-            seconds += (1.5 if checkpointed else 1) * sum(each_takes)
-        return seconds
+            seconds.append((1.5 if checkpointed else 1) * sum(each_takes))
+        starts = range(0, len(seconds), self.ranks)
+        return sum(max(seconds[start : start + self.ranks]) + exchange for start in starts)
 
     @property
     def own_kernels(self) -> bool:
@@ -307,12 +319,12 @@ def learning_rate(run: RunDirectory, model: Shape) -> Rate:
     return Rate(learning_rate=model.learning_rate, reason=f"auto, from the model's hidden size of {model.hidden:,}")
 
 
-def estimate(place: Placement, settings: Settings, lengths: Sequence[Sequence[int]]) -> tuple[Fit, Preflight]:
-    """(how steps are cut up, what the run will need); `lengths` are its rows' tokens by step."""
+def estimate(place: Placement, settings: Settings, steps: Sequence[Sequence[int]]) -> tuple[Fit, Preflight]:
+    """(how steps are cut up, what the run will need); `steps` are its rows' tokens by step."""
     if settings.dropout:  # a graph would drop the same each time
         place = dataclasses.replace(place, engine=msgspec.structs.replace(place.engine, graphs=False))
-    model, engine, on = place.model, place.engine, place.on
-    fit = choose(settings, place, lengths)
+    model, engine, on, lengths = place.model, place.engine, place.on, place.dealt(steps)
+    fit = choose(settings.share(place.ranks), place, lengths)
     rows = largest(lengths, fit.micro_batch, engine, checkpointing=fit.checkpointing)[-1]
     parts = place.peak(rows, checkpointing=fit.checkpointing)
     if fit.unpacked:
@@ -339,7 +351,8 @@ def estimate(place: Placement, settings: Settings, lengths: Sequence[Sequence[in
         disk=saved * model.adapter(place.rank) / GIB,
         seconds=place.work(lengths, fit) if on.capability in _SPEED else None,  # else the device's speed is not known
     )
-    return fit, msgspec.structs.replace(found, sentence=_sentence(found))
+    reason = fit.reason + _slower(place, settings, steps)
+    return msgspec.structs.replace(fit, reason=reason), msgspec.structs.replace(found, sentence=_sentence(found))
 
 
 def _sentence(found: Preflight) -> str:
@@ -348,6 +361,25 @@ def _sentence(found: Preflight) -> str:
     time = "" if found.seconds is None else f"; {duration(found.seconds)} of training"
     of = f"{found.memory} of {found.free:.1f} free ({parts})"
     return f"about {found.peak:.1f} GiB of {of}{ram}, {found.disk:.1f} GiB of disk{time}"
+
+
+def _slower(place: Placement, settings: Settings, steps: Sequence[Sequence[int]]) -> str:
+    """Words for where so many ranks take no less time than one, with the batch_size from which they pay.
+
+    Not where the base is spread over them, since one device may have no room for it.
+    """
+
+    def takes(ranks: int, times: int) -> float:
+        at, batch = dataclasses.replace(place, ranks=ranks), times * settings.batch_size
+        lengths = at.dealt([[*itertools.chain(*steps[s : s + times])] for s in range(0, len(steps), times)])
+        return at.work(lengths, choose(dataclasses.replace(settings, batch_size=batch).share(ranks), at, lengths))
+
+    known = place.ranks > 1 and place.on.sharing == 1 and place.on.capability in _SPEED
+    if not known or takes(place.ranks, 1) < takes(1, 1):
+        return ""
+    pays = [times for times in (2, 4, 8, 16) if takes(place.ranks, times) < takes(1, times)]
+    more = f"they pay from batch_size = {pays[0] * settings.batch_size} on" if pays else 'take gpus = "auto"'
+    return f"; {place.ranks} GPUs take no less time than one ({duration(takes(1, 1))}), {more}"
 
 
 def choose(settings: Settings, place: Placement, lengths: Sequence[Sequence[int]]) -> Fit:
@@ -395,6 +427,21 @@ def checkpointed_in(fit: Fit, rows: Sequence[int], engine: Engine) -> bool:
     """Whether rows of these lengths, which go through in the fit's micro-batches, need checkpointing."""
     batches = micro_batches(rows, fit.micro_batch)
     return fit.checkpointing and any(_tokens(batch, engine) > fit.checkpoint_above for batch in batches)
+
+
+def deal(rows: Sequence[T], ranks: int, tokens: Callable[[T], int]) -> list[list[T]]:
+    """The rows of a step for each rank, by falling length: the longest first, each to the rank with the fewest tokens.
+
+    No rank gets more rows than its part of the step, rounded up (the longest-processing-time rule, Graham 1969).
+    """
+    shares: list[list[T]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]  # a heap of those with room
+    for row in sorted(rows, key=tokens, reverse=True):
+        load, rank = heapq.heappop(loads)
+        shares[rank].append(row)
+        if len(shares[rank]) < len(rows) / ranks:
+            heapq.heappush(loads, (load + tokens(row), rank))
+    return shares
 
 
 def divisors(batch_size: int) -> list[int]:

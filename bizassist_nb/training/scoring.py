@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from bizassist_nb.data.tokens import IGNORED, Example
 from bizassist_nb.results.verdict import Score
-from bizassist_nb.training.distributed.rank import scorers
+from bizassist_nb.training.distributed.rank import this_rank
 from bizassist_nb.training.memory import in_halves
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def score(
 ) -> list[Score]:
     """Each example's summed negative log-likelihood over its labelled tokens, in the order given.
 
-    What all begin with is read once. Where the base is sharded over several ranks, each scores its share of every
-    batch, and all have all scores. `between` is called between batches; what it raises ends the scoring.
+    What all begin with is read once. Of several ranks each scores its share of every batch, and all have all scores.
+    `between` is called between batches; what it raises ends the scoring.
     """
     with _scoring(model):
         prefix = _read(model, examples)
@@ -100,7 +100,7 @@ def _scoring(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-        if scorers().sharded:  # else embeddings stay gathered until something is saved, which only the first rank does
+        if this_rank().sharded:  # else embeddings stay gathered until something is saved, which rank 0 alone does
             model.reshard()
 
 
@@ -108,16 +108,14 @@ def _of_each(
     model: Any, examples: Sequence[Example], measure: Callable[[list[Example]], list[T]], between: Callable[[], None]
 ) -> list[T]:
     """What `measure` finds of each example, in the order given: of fewer at once where memory runs out."""
-    rank = scorers()
+    rank = this_rank()
     found: dict[int, T] = {}
-    for batch in batches_of(examples, _BATCH_LOGITS // model.config.vocab_size):
+    for batch in batches_of(examples, rank.count * _BATCH_LOGITS // model.config.vocab_size):
         between()
-        mine = batch[rank.number :: rank.count]
-        rows = mine or batch[:1]  # not to be counted, but the others need this rank's part of the weights
-        measured = in_halves(measure, [examples[i] for i in rows])
-        found |= dict(zip(mine, measured, strict=bool(mine)))
-    everyone = {index: each for theirs in rank.all_gather(found) for index, each in theirs.items()}
-    return [everyone[index] for index in range(len(examples))]
+        # A rank without rows scores one that is not counted: others may need its part of the weights.
+        measured = rank.shared([examples[i] for i in batch], lambda some: in_halves(measure, some or [examples[0]]))
+        found |= zip(batch, measured, strict=True)
+    return [found[index] for index in range(len(examples))]
 
 
 def batches_of(examples: Sequence[Example], tokens: int) -> list[list[int]]:

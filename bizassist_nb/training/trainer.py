@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,8 +28,7 @@ from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import Checkpoint
 from bizassist_nb.training.cuda_graphs import CaptureError, Graphs
-from bizassist_nb.training.distributed import fsdp
-from bizassist_nb.training.distributed.rank import NoRoomError, this_rank
+from bizassist_nb.training.distributed.rank import RefitError, this_rank
 from bizassist_nb.training.spool import SpoolingJournal
 
 if TYPE_CHECKING:
@@ -88,10 +86,11 @@ class Training:
 def train(training: Training, fit: records.Fit) -> int:
     """Train from the newest checkpoint to the last step, or until a stop; the steps done.
 
-    Where memory runs out, what is done is saved, and training goes on from the same step with less at once.
+    Where memory runs out, what is done is saved, and training goes on from the same step with less at once; where no
+    pass can be captured, without graphs.
 
     Raises:
-        NoRoomError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
+        RefitError: in one of several ranks instead: none can go on by itself, as the others are half-way in a step.
         RunError: if a single row is too long even so, or the loss is no longer a number.
     """
     model, journal, steps = training.model, training.journal, training.steps
@@ -108,8 +107,8 @@ def train(training: Training, fit: records.Fit) -> int:
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if problem is None:
             return done
-        fit = trainer.fit
-        alone = this_rank().count == 1
+        alone, place = this_rank().count == 1, min(done, len(steps) - 1)
+        checkpointed = trainer.checkpointed[place]
         model.zero_grad(set_to_none=True)
         if alone and done > (checkpoint.step if checkpoint else 0):
             trainer._save_checkpoint(trainer.model, trial=None)
@@ -120,14 +119,14 @@ def train(training: Training, fit: records.Fit) -> int:
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
-        fit = _smaller(training, fit, steps[min(done, len(steps) - 1)], problem)
+        fit = _smaller(training, fit, problem, steps[place], checkpointed=checkpointed)
         if not alone:
-            raise NoRoomError(msgspec.to_builtins(fit))
+            raise RefitError(msgspec.to_builtins(fit))
         journal.write(msgspec.structs.replace(fit, step=done))
 
 
-def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
-    """Train to the end or to a stop; what the error says where memory ran out, None otherwise.
+def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | CaptureError | None:
+    """Train to the end or to a stop: None. What the error says where memory ran out, or that graphs cannot be captured.
 
     When it returns, the error is gone, and with it the frames that hold the half-done step's tensors.
     """
@@ -139,6 +138,8 @@ def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
             f"{checkpoint.path} holds something else than tensors, and was not read ({brief(error)}); it is not "
             "what this package wrote. Delete that folder, and go on from the one before with --resume"
         ) from error
+    except CaptureError as error:
+        return CaptureError(*error.args)
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -150,27 +151,32 @@ def _run(trainer: "_Trainer", checkpoint: Checkpoint | None) -> str | None:
     return None
 
 
-def _smaller(training: Training, fit: records.Fit, step: list[Example], problem: str) -> records.Fit:
-    """The next fit to try when memory ran out in that step.
+def _smaller(
+    training: Training, fit: records.Fit, problem: str | CaptureError, step: list[Example], *, checkpointed: bool
+) -> records.Fit:
+    """The next fit to try when there was that problem in that step, which went through with checkpointing or not.
 
     Without what only saves time; checkpointing where it was thought to do without; then half the micro-batch, or the
     largest below; then checkpointing in every step.
     """
-    settings, lengths = training.run.settings, this_rank().longest([len(row.input_ids) for row in step])
+    settings = training.run.settings
 
     def less(where: str, **changes: Any) -> records.Fit:
         return msgspec.structs.replace(fit, reason=f"memory ran out {where} ({problem})", **changes)
 
+    if isinstance(problem, CaptureError):
+        why = f"no CUDA graphs of this model ({problem})"
+        return msgspec.structs.replace(fit, graphs=False, unpacked=False, reason=why)
     if fit.unpacked:
         return less("beside the base in 16 bits", unpacked=False)
-    if fit.checkpoint_above and not preflight.checkpointed_in(fit, lengths, training.engine):
+    if fit.checkpoint_above and not checkpointed:
         return less("in a step without checkpointing", checkpoint_above=0)
     each = settings.share(this_rank().count).batch_size
     if smaller := [size for size in preflight.divisors(each) if size <= fit.micro_batch / 2]:
         return less(f"with {fit.micro_batch} rows at once", micro_batch=smaller[0])
     if not fit.checkpointing:
         return less("with a single row at once", checkpointing=True)
-    row = max(lengths)
+    row = max(len(row.input_ids) for row in step)
     shape = preflight.Shape.of(training.model.config)
     most = preflight.Placement(shape, settings.rank, training.engine, preflight.device()).longest_that_fits(beside=True)
     raise RunError(
@@ -186,9 +192,7 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
         # Unsloth 2026.10.9 lets no argument overrule what the model was loaded with: its trainer reads this attribute
         # (models/rl.py, prepare_for_training_mode). True is torch's own checkpointing.
         model._unsloth_gradient_checkpointing = model._unsloth_gradient_checkpointing or True
-    # The longest rows of a step go first: rows of like length share a micro-batch, and memory runs out at once if ever.
-    ordered = [sorted(step, key=lambda example: -len(example.input_ids)) for step in steps]
-    dataset = dataset_of([row for step in ordered for row in _rows(step, fit.micro_batch)])
+    dataset = dataset_of([row for step in steps for batch in _batches(step, fit.micro_batch) for row in batch])
     if engine.end_to_end:  # Unsloth does so with tokenised rows only if their dataset vouches for their length (rl.py)
         dataset._unsloth_truncated_to = training.run.settings.max_length
     trainer = _Trainer(
@@ -199,23 +203,24 @@ def build_trainer(training: Training, fit: records.Fit) -> SFTTrainer:
         callbacks=[RunCallback(training)],
     )
     trainer.training, trainer.fit = training, fit
-    shares = [this_rank().longest([len(row.input_ids) for row in step]) for step in steps]
-    trainer.checkpointed = [preflight.checkpointed_in(fit, share, engine) for share in shares]
+    shares = [preflight.deal([len(row.input_ids) for row in step], this_rank().count, int) for step in steps]
+    trainer.checkpointed = [any(preflight.checkpointed_in(fit, share, engine) for share in each) for each in shares]
     free = [step for step, checkpointed in zip(steps, trainer.checkpointed, strict=True) if not checkpointed]
     if fit.graphs and free:
-        size, rows = fit.micro_batch, [list(_rows(step, fit.micro_batch)) for step in free]
-        batches = [step[start : start + size] for step in rows for start in range(0, len(step), size)]
-        tokens = [sum(len(row.input_ids) for row in batch) for batch in batches]
-        trainer.graphs = Graphs(model, size, tokens, unpacked=fit.unpacked)
+        batches = [batch for step in free for batch in _batches(step, fit.micro_batch)]
+        mine = batches[this_rank().number :: this_rank().count]
+        tokens = [sum(len(row.input_ids) for row in batch) for batch in mine]
+        trainer.graphs = Graphs(model, fit.micro_batch, tokens, unpacked=fit.unpacked)
         collate = trainer.data_collator
         trainer.data_collator = lambda rows: {**collate(rows), "lengths": [len(row["input_ids"]) for row in rows]}
     # TRL 1.14 casts the adapter of a quantised model to bfloat16. A T4 has none, its eight bits lose small updates, and
     # a resumed run would go on in float32 instead, where PEFT puts adapters; so float32 it is from the start.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if this_rank().sharded:
-        trainer.model_wrapped = fsdp.in_step(trainer.accelerator, model)
+    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in adapter:
+        parameter.data = parameter.data.float()
+    this_rank().average([parameter.data for parameter in adapter])  # which two kinds of GPU may have drawn differently
+    # DistributedDataParallel averages in hooks, which a graph does not call, and takes no model with sharded weights.
+    trainer.accelerator.prepare_model = functools.partial(trainer.accelerator.prepare_model, evaluation_mode=True)
     model.train()
     return trainer
 
@@ -228,21 +233,21 @@ def dataset_of(order: Sequence[Example]) -> Dataset:
     return Dataset.from_list(rows).select([places[id(row)] for row in order])
 
 
-def _rows(step: list[Example], micro_batch: int) -> Iterator[Example]:
-    """A step's rows, by falling length, in the order in which its ranks read them: each a micro-batch in turn.
+def _batches(step: list[Example], micro_batch: int) -> Iterator[list[Example]]:
+    """A step's micro-batches in the order in which its ranks read them: each one in turn, its longest rows first.
 
     So accelerate gives batches out (BatchSamplerShard). Where the run's last step has too few rows for whole rounds, it
-    would take some of the first step's, so rows of which nothing is learned make them up.
+    would take some of the first step's, so rows of which nothing is learned make them up. With the longest first, rows
+    of like length share a micro-batch, and memory runs out at once if ever.
     """
     count = this_rank().count
-    shares = [step[number::count] for number in range(count)]  # of like length, so that loads are even
+    shares = preflight.deal(step, count, lambda row: len(row.input_ids))
     if count > 1:
         nothing = Example(0, step[-1].input_ids[:2], [IGNORED, IGNORED], truncated=False)
-        length = -(-len(shares[0]) // micro_batch) * micro_batch
+        length = -(-max(map(len, shares)) // micro_batch) * micro_batch
         shares = [share + [nothing] * (length - len(share)) for share in shares]
     for start in range(0, len(shares[0]), micro_batch):
-        for share in shares:
-            yield from share[start : start + micro_batch]
+        yield from (share[start : start + micro_batch] for share in shares)
 
 
 def _arguments(training: Training, fit: records.Fit) -> SFTConfig:
@@ -259,7 +264,6 @@ def _arguments(training: Training, fit: records.Fit) -> SFTConfig:
         per_device_train_batch_size=fit.micro_batch,
         gradient_accumulation_steps=settings.batch_size // this_rank().count // fit.micro_batch,
         average_tokens_across_devices=True,  # a token weighs the same, whichever rank has it
-        ddp_find_unused_parameters=False,  # all of an adapter is used
         max_steps=steps,
         learning_rate=rate,
         weight_decay=settings.weight_decay,
@@ -288,7 +292,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
     training: Training
     fit: records.Fit
     checkpointed: list[bool]
-    """Of each step whether it goes through with checkpointing."""
+    """Of each step whether it goes through with checkpointing: in all ranks, where one has to."""
     graphs: Graphs | None = None
     """What the others go through, where they do not go through the model's own modules."""
 
@@ -299,7 +303,7 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
         return {module: flag for module, flag in flags.items() if flag}
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """The loss of a micro-batch, whose gradients are added up."""
+        """The loss of a micro-batch, whose gradients are added up; those of a step are averaged over the ranks."""
         checkpointed = self.checkpointed[self.state.global_step]
         if self.fit.checkpoint_above:
             for module, flag in self._switches.items():
@@ -307,15 +311,13 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
         lengths = inputs.pop("lengths", None)
         if self.graphs and not checkpointed:
             ready = self._prepare_inputs(inputs)
-            try:
-                return self.graphs(ready["input_ids"], ready["labels"], lengths, num_items_in_batch)
-            except CaptureError as error:
-                self.graphs = None
-                why = f"no CUDA graphs of this model ({error})"
-                step = self.state.global_step
-                self.fit = msgspec.structs.replace(self.fit, graphs=False, unpacked=False, reason=why, step=step)
-                self.training.journal.write(self.fit)
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            count = num_items_in_batch / this_rank().count  # as in the Trainer's own loss, which is averaged over ranks
+            loss = self.graphs(ready["input_ids"], ready["labels"], lengths, count)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            groups = self.optimizer.param_groups
+            this_rank().average([parameter.grad for group in groups for parameter in group["params"]])
         return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -325,22 +327,12 @@ class _Trainer(SFTTrainer):  # type: ignore[misc] # trl is Any to mypy
         return self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
-        states: list[dict[str, bytes]] = []  # of each rank the file with its random state, by name
-        if this_rank().count > 1:
-            with tempfile.TemporaryDirectory() as name:
-                self._save_rng_state(name)
-                states = this_rank().all_gather({file.name: file.read_bytes() for file in Path(name).iterdir()})
-
         def write(folder: Path) -> None:
             self.args.output_dir = str(folder.parent)
             super(_Trainer, self)._save_checkpoint(model, trial)
             (folder / TRAINING_ARGS_NAME).unlink()  # a pickle, which nothing reads
-            for state in states:
-                for name, content in state.items():
-                    (folder / name).write_bytes(content)
 
-        self.training.journal.checkpoint(step, write)
+        self.training.journal.checkpoint(self.state.global_step, write)
 
     def store_flos(self) -> None:
         """Count no operations: nothing reads the sum, and all ranks would have to meet where only the first saves."""
@@ -357,6 +349,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc] # transformers is Any 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clocks."""
         self._saved = self._last = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Seed what dropout is drawn from: other in each rank, and the same where a resumed run does a step again."""
+        torch.manual_seed(args.seed + state.global_step * this_rank().count + this_rank().number)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decide whether to save and whether to go on: the first rank does, for all."""

@@ -2,9 +2,8 @@
 
 SIGTERM stops it: in training after the current step, with a checkpoint and the adapter saved; before that at once.
 
-On several GPUs each has such a process (`training.distributed.launcher` launches them). Rank 0 does all of the work;
-the others load the same, train along, and leave. Where the base is sharded over them, they do all of it, but write
-nothing.
+On several GPUs each has such a process (`training.distributed.launcher` launches them). All do the same work, each on
+its share of the rows and prompts, and rank 0 alone writes.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ from bizassist_nb.runs.run import RunDirectory
 from bizassist_nb.training import engines, preflight
 from bizassist_nb.training.checkpoints import Best, clear, newest_checkpoint, save_adapter
 from bizassist_nb.training.distributed import fsdp
-from bizassist_nb.training.distributed.rank import FIT, end_with_launcher, failure, leave_reason, scorers, this_rank
+from bizassist_nb.training.distributed.rank import FIT, end_with_launcher, failure, leave_reason, this_rank
 from bizassist_nb.training.evaluation import EvaluationSet, Scores
 from bizassist_nb.training.fixed_prompts import answer, answer_apart, max_new_tokens
 from bizassist_nb.training.memory import peak_memory
@@ -63,11 +62,7 @@ def main(directory: str) -> int:
     stop = Stop(listens=rank.first)
     journal = SpoolingJournal(run.path, between=stop.raise_if_asked) if rank.first else Silent()
     try:
-        worker = Worker(run, journal, stop)
-        if rank.first or rank.sharded:
-            worker.work()
-        else:
-            worker.follow()
+        Worker(run, journal, stop).work()
         if rank.first:
             clear(run.path)
             journal.settle()
@@ -106,7 +101,6 @@ class Worker:
         self.journal.write(records.State(state="loading"))
         self.stop.listen()
         self.prepare()
-        self.best = self.rank.one_at_a_time(lambda: Best(self.run.path))
         if self.best.damage:
             self.journal.write(self.best.damage)
         self.journal.write(records.State(state="scoring", who="base"))
@@ -132,12 +126,6 @@ class Worker:
             if self.rank.first and (self.settings.keep == "best" or not better):
                 self.best.forget()  # not before: resumed from here without it, the run would end with another adapter
 
-    def follow(self) -> None:
-        """Do what every rank but the first does that has a whole base: load the same, train along, and leave."""
-        self.prepare()
-        self.rank.barrier()
-        self._train()
-
     def prepare(self) -> None:
         """Choose engine and base, read and tokenise the rows, and load the base with a fresh adapter."""
         rank = self.rank
@@ -149,7 +137,8 @@ class Worker:
             from bizassist_nb.training.trainer import plan  # after unsloth, which `_engine` imports first
 
         if not rank.first:
-            rank.barrier()  # now the first has written which model it is to be
+            rank.barrier()  # now the first has written which model it is to be, and mended what it found
+        self.best = Best(self.run.path)
         self.base = models.pinned(models.resolve(self.run.model), self.run.environment.revision)
         self.chat = models.load_tokenizer(self.base.source, self.base.commit)
         reason = self.base.reason + ("; base and tuned answer without thinking first" if self.chat.thinking_off else "")
@@ -170,7 +159,7 @@ class Worker:
     def _engine(self) -> records.Engine:
         """What trains; a resumed run has the same as before. Unsloth has to be imported before all that it patches."""
         asked = self.run.environment.engine or self.settings.engine
-        engine = engines.choose(asked, processes=self.rank.count, sharded=self.rank.sharded)
+        engine = engines.choose(asked, sharded=self.rank.sharded)
         if engine.name == "unsloth":
             import unsloth  # noqa: F401 - before everything it patches
         self.journal.write(engine)
@@ -214,15 +203,14 @@ class Worker:
     def _fit(self) -> records.Fit:
         """How steps are cut up, with events that say so, the learning rate, and what the run is expected to need."""
         rank = self.rank
-        # All ranks cut alike: so that the longest share of a step fits, on the device with the least room.
-        shares = [rank.longest([len(example.input_ids) for example in step]) for step in self.steps]
-        on = preflight.device()
+        steps = [[len(example.input_ids) for example in step] for step in self.steps]
+        on = preflight.device()  # all ranks cut alike: so that each share of a step fits the one with the least room
         free = min(rank.all_gather(on.free / (1 if on.on_gpu else rank.beside)))
         on = dataclasses.replace(on, free=free, sharing=rank.count if rank.sharded else 1)
         shape = preflight.shape(self.base.source, self.base.commit)
         self.journal.write(preflight.learning_rate(self.run, shape))
-        place = preflight.Placement(shape, self.settings.rank, self.engine, on)
-        fit, expected = preflight.estimate(place, self.settings.share(rank.count), shares)
+        place = preflight.Placement(shape, self.settings.rank, self.engine, on, rank.count)
+        fit, expected = preflight.estimate(place, self.settings, steps)
         self.journal.write(expected)
         self.journal.write(power(self.settings, self.base.name, len(self.evaluation_set.test)))
         if FIT in os.environ:
@@ -241,32 +229,27 @@ class Worker:
         self.journal.write(records.Parameters(trainable=trainable, total=total))
         print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
         if sharded:
-            fsdp.shard(model)
-            shard, whole = fsdp.weight_bytes(model)
+            shard, whole = fsdp.shard(model)
             self.journal.write(records.Sharded(shard=shard, whole=whole))
         return model
 
     def train(self) -> int:
         """Train and save the adapter; the steps done. A stop ends training in order, after its step."""
-        if self.rank.first:
-            self.forget_scores()
-        self.rank.barrier()
+        from bizassist_nb.training.trainer import Training, train  # after unsloth, which has to be imported first
+
+        self.forget_scores()
         self.journal.write(records.State(state="training"))
-        done = self._train(self.score_after_step)
+        training = Training(
+            self.run, self.journal, self.stop, self.engine, self.model, self.chat, self.steps, self.score_after_step,
+            self.over,
+        )  # fmt: skip
+        done = train(training, self.fit)
         if done < len(self.steps) and self.over(done):
             self.journal.write(records.Ended(step=done, best=self._lowest(done)))
         self.journal.write(peak_memory())
         self._save_adapter()
         self.journal.insist("the loss plot", lambda: save_loss_png(self.run))
         return done
-
-    def _train(self, after_step: Callable[[int], None] = lambda _: None) -> int:
-        from bizassist_nb.training.trainer import Training, train  # after unsloth, which has to be imported first
-
-        training = Training(
-            self.run, self.journal, self.stop, self.engine, self.model, self.chat, self.steps, after_step, self.over
-        )
-        return train(training, self.fit)
 
     def over(self, step: int) -> bool:
         """Whether training ends with this step: the last, or, with stop_early, that after a score too many without a
@@ -291,20 +274,19 @@ class Worker:
         """Score the held-out rows when it is time, and save the adapter if it is the best."""
         every = self.settings.evaluate_every
         if not isinstance(every, int):
-            each = self.settings.batch_size * scorers().count // self.rank.count  # examples of a step for each scorer
-            every = max(1, round(3 * len(self.evaluation_set.validation) / each))
+            every = max(1, round(3 * len(self.evaluation_set.validation) / self.settings.batch_size))
         if step % every or len(self.steps) - step < every / 2:  # the end, where all is scored anyway, is near
             return
 
         def stop() -> None:
-            if scorers().all_gather(self.stop.asked)[0]:  # all of them at the same place
+            if self.rank.all_gather(self.stop.asked)[0]:  # all of them at the same place
                 raise Stopped
 
         try:
             scores = self._if_room(step, lambda: self.score("tuned", step, stop))
         except Stopped:
             return  # training itself stops in its own, orderly way
-        if scores is None or not scorers().first:
+        if scores is None or not self.rank.first:
             return
         try:
             self.best.offer(step, mean_loss(scores), self.model, self.chat)
@@ -314,14 +296,14 @@ class Worker:
     def _if_room(self, step: int, score: Callable[[], T]) -> T | None:
         """What is scored after that step; None where memory ran out over a single row, which an event says.
 
-        Not if the base is sharded: then the others wait for this rank in the middle of a pass.
+        Not of one of several ranks, as the others wait for what it found.
         """
         try:
             return score()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            if scorers().sharded:
+            if self.rank.count > 1:
                 raise RunError(
                     f"memory ran out while the held-out rows were scored after step {step} ({brief(error)}). Start it "
                     f"under a new name with a lower max_length, or with evaluate_every = {len(self.steps)}, which "
@@ -378,7 +360,7 @@ class Worker:
 
     def _better_before(self, last: list[Score]) -> bool:
         """Whether the best adapter so far scored better than the last one."""
-        found: bool = scorers().all_gather(self.best.loss < mean_loss(last))[0]
+        found: bool = self.rank.all_gather(self.best.loss < mean_loss(last))[0]
         return found
 
     def answer(self) -> records.AnswerCounts | None:
@@ -391,9 +373,9 @@ class Worker:
                 given = answer(self.run, self.model, self.chat, "default", between=self.stop.check)
             else:
                 del self.model  # Unsloth's makes room for the plain one of another process
-                given = answer_apart(self.run)
+                given = answer_apart(self.run) if self.rank.first else []
         except (RunError, RuntimeError, ValueError, MemoryError) as error:
-            if self.rank.sharded:  # the others wait for this rank in the middle of a pass
+            if self.rank.count > 1 and self.engine.name == "transformers":  # the others wait for what it answers
                 raise
             again = f"try again with: bizassist evaluate {self.run.name}"
             reason = str(error) if isinstance(error, RunError) else f"{brief(error)}; {again}"

@@ -8,10 +8,10 @@ Each GPU has the whole base in NF4 and 4 rows a step. With N of them a step take
                that, times what `preflight` expects of the two shapes
     exchange   bytes / bandwidth + 2 (N - 1) x 10 us, with bytes = 2 (N - 1) / N x adapter weights x 4: a ring
                all-reduce of float32 gradients, none of it hidden behind the backward pass
-    scoring    0.7 s of the first GPU once in 48 steps, the others waiting (7B, measured), 70B as for compute
+    scoring    0.7 s once in 48 steps of one GPU (7B, measured), 70B as for compute; N share it, N times as often
     bandwidth  inside a machine of 8 GPUs NVLink; between machines the network card that all 8 share. The slower counts
 
-Memory of a GPU is what `preflight` expects, and DDP's buckets, a second copy of the gradients.
+Memory of a GPU is what `preflight` expects, and a second copy of the gradients, which is averaged.
 """
 
 from typing import Final

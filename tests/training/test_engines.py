@@ -54,13 +54,13 @@ def test_auto_takes_transformers_where_its_graphs_are_faster(capability, gib, au
     assert engines.choose("auto").graphs is (auto == "transformers")
     assert engines.choose("transformers").graphs is graphs
     assert not engines.choose("unsloth").graphs
-    assert not engines.choose("transformers", processes=2).graphs
+    assert not engines.choose("transformers", sharded=True).graphs
 
 
-def test_auto_takes_what_is_known_to_work_in_several_processes():
-    assert engines.choose("auto", processes=2).name == "transformers"
-    assert "have not been tried on several GPUs" in engines.choose("auto", processes=2).reason
-    assert engines.choose("unsloth", processes=2).name == "unsloth"
+def test_auto_takes_what_is_known_to_work_with_a_sharded_base():
+    chosen = engines.choose("auto", sharded=True)
+    assert chosen.name == "transformers"
+    assert "not been tried with a sharded base" in chosen.reason
 
 
 def test_auto_without_unsloth_says_so(without_unsloth):

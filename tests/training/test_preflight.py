@@ -1,6 +1,7 @@
 """What is chosen from memory, shape and lengths, and what a run is said to need: arithmetic, on devices made up."""
 
 import dataclasses
+import functools
 
 import pytest
 from transformers import MistralConfig, MixtralConfig
@@ -155,6 +156,41 @@ def test_rows_count_in_the_ram_once_however_many_epochs_they_are_in():
     assert ram[1] - ram[0] == pytest.approx(more)
     twice = preflight.estimate(place, Settings(epochs=2), DOLLY * 2002)[1].ram
     assert twice == pytest.approx(ram[1])
+
+
+def test_rows_are_dealt_longest_first_to_the_rank_with_the_fewest_tokens():
+    deal = functools.partial(preflight.deal, tokens=int)
+    assert deal([50, 600, 80, 400, 100, 300, 150, 200], 2) == [[600, 200, 100, 50], [400, 300, 150, 80]]
+    assert deal([9, 1, 1, 1], 2) == [[9, 1], [1, 1]]  # as many rows each, whatever their tokens
+    assert deal([5, 2, 2], 2) == [[5], [2, 2]]
+    assert deal([5], 3) == [[5], [], []]
+    assert deal([1, 3, 2], 1) == [[3, 2, 1]]
+
+
+def test_of_several_ranks_each_share_has_to_fit_and_the_longest_counts():
+    steps = [[900, 500, 400, 100], [300]]
+    two, one = (Placement(MISTRAL, 16, GRAPHS, H100, ranks) for ranks in (2, 1))
+    assert two.dealt(steps) == [[900, 100], [500, 400], [300], [1]]
+    fit, expected = preflight.estimate(two, Settings(), steps)
+    assert fit.micro_batch == 2
+    half = one.work([[900, 100], [300]], fit)
+    assert half < expected.seconds < 1.1 * half  # and what the two exchange
+    assert expected.seconds < preflight.estimate(one, Settings(), steps)[1].seconds
+
+
+def test_where_more_gpus_take_no_less_time_that_is_said_before_training():
+    steps = [[200] * 4] * 20
+
+    def said(engine, ranks=2, **changes):
+        on = dataclasses.replace(H100, sharing=changes.pop("sharing", 1))
+        place = Placement(MISTRAL, 16, engine, on, ranks)
+        return preflight.estimate(place, Settings(**changes), steps)[0].reason
+
+    assert "GPUs" not in said(GRAPHS)
+    assert "; 2 GPUs take no less time than one (" in said(UNSLOTH)
+    assert "they pay from batch_size = 16 on" in said(UNSLOTH)  # kernels are launched in the time of 2,000 tokens
+    assert "GPUs" not in said(UNSLOTH, ranks=1)
+    assert "GPUs" not in said(PLAIN, sharing=2)
 
 
 def test_a_step_goes_through_with_its_longest_rows_first():

@@ -25,11 +25,19 @@ from bizassist_nb.runs.run import ENDED
 from bizassist_nb.training import launch
 from bizassist_nb.training.checkpoints import newest_checkpoint
 from bizassist_nb.training.distributed.launcher import Processes, processes
+from bizassist_nb.training.distributed.rank import FIT
 from bizassist_nb.training.forecast import forecast
 
 TWO = "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_machines: 1\nnum_processes: 2\n"
 FSDP = TWO.replace("MULTI_GPU", "FSDP") + "fsdp_config:\n  fsdp_version: 2\n"
 STEPS = 12
+WITH_GRAPHS = {
+    "micro_batch": 2,
+    "checkpointing": False,
+    "precision": "float32",
+    "reason": "as on a GPU",
+    "graphs": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +98,36 @@ def test_two_processes_learn_what_one_does(settings, together):
         assert [getattr(step, name) for step in together.steps] == [getattr(step, name) for step in alone.steps]
     norms = [[step.gradient_norm for step in run.steps] for run in (alone, together)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-    tuned = [run.evaluation.tuned.loss for run in (alone, together)]
-    assert tuned[0] == pytest.approx(tuned[1], rel=1e-4)
+    for who in ("base", "tuned"):
+        scores = [getattr(run.evaluation, who).loss for run in (alone, together)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+    curves = [
+        [(event.step, event.rows) for event in run.events if isinstance(event, records.Evaluation)]
+        for run in (alone, together)
+    ]
+    assert curves[0] == curves[1]
+    assert [answer.base for answer in together.answers] == [answer.base for answer in alone.answers]
+
+
+@pytest.mark.slow
+def test_graphs_in_every_process_learn_the_same(settings, together, monkeypatch):
+    monkeypatch.setenv(FIT, json.dumps(WITH_GRAPHS))
+    run = finetune(dataclasses.replace(settings, evaluate_every=1000), "graphs")
+    assert run.last(records.Fit).graphs
+    assert len([event for event in run.events if isinstance(event, records.Parameters)]) == 1  # started once
+    losses = [[step.loss for step in each.steps] for each in (run, together)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_that_no_graph_computes_starts_all_processes_again_without(settings, monkeypatch):
+    monkeypatch.setenv(FIT, json.dumps(WITH_GRAPHS))
+    run = finetune(dataclasses.replace(settings, epochs=1, dropout=0.1, evaluate_every=1000), "dropout")
+    assert run.status == "finished"
+    fits = [event for event in run.events if isinstance(event, records.Fit)]
+    assert [fit.graphs for fit in fits] == [True, False]
+    assert "no CUDA graphs of this model (it has dropout" in fits[1].reason
+    assert [step.step for step in run.steps] == [1, 2, 3]
 
 
 def test_the_first_process_alone_writes_the_run(together):
@@ -104,8 +140,6 @@ def test_the_first_process_alone_writes_the_run(together):
     assert together.environment.device.startswith("2 × CPU")
     assert "processes: 2, each with 2 of the 4 examples of a step" in run_text(together)
     assert str(together.settings.accelerate_config) not in (together.path / "README.md").read_text()
-    states = {path.name for path in newest_checkpoint(together.path).path.glob("rng_state*")}
-    assert states == {"rng_state_0.pth", "rng_state_1.pth"}  # a resumed run goes on with both
 
 
 @pytest.mark.slow
@@ -151,6 +185,19 @@ def as_if_nothing_had_been(run: Run, together: Run) -> None:
     assert first.keys() == second.keys()
     moved = max(float(tensor.abs().max()) for name, tensor in second.items() if "lora_B" in name)
     assert all(torch.allclose(first[name], second[name], rtol=0, atol=0.02 * moved) for name in first)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(settings, together):
+    run = launch.start(settings, "fewer")
+    wait_until(lambda: len(run.steps) >= 2 or run.status in ENDED)
+    run.stop()
+    assert ended(run) == "stopped"
+    kept = run.path / "settings.toml"
+    kept.write_text(kept.read_text().replace(settings.accelerate_config, ""))
+    finetune(Settings(runs_dir=settings.runs_dir), "fewer", resume=True)
+    assert not run.environment.device.startswith("2")
+    as_if_nothing_had_been(run, together)
 
 
 @pytest.mark.slow
@@ -239,6 +286,15 @@ if os.environ.get("RANK") == "1" and "BIZASSIST_FIT" not in os.environ:
     torch.distributed.all_gather_object = full
 """
 """A sitecustomize.py: what the first process says after a step reaches the second twice, then its memory is full."""
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_in_one_process_over_a_row_to_be_scored_ends_the_run(settings, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(FULL.replace("tuple", "list").replace("[2]", "[0]"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    run = launch.start(settings, "full")
+    assert ended(run) == "failed"
+    assert "memory ran out while the held-out rows were scored after step 0 (OutOfMemoryError" in run.error
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """One base sharded over the ranks of a run by PyTorch's FSDP2.
 
 Each rank stores its part of every frozen weight, and has a whole decoder block only while that computes. The adapter
-is not sharded: each rank has all of it, and DistributedDataParallel averages its gradients as it does where
-every rank has a whole base. So checkpoints and adapters are the same files, and a run can go on either way.
+is not sharded: each rank has all of it, and its gradients are averaged as they are where every rank has a whole base.
+So checkpoints and adapters are the same files, and a run can go on either way.
 """
 
 from typing import Any
@@ -10,15 +10,17 @@ from typing import Any
 from bizassist_nb.models import base as models
 
 
-def shard(model: Any) -> None:
+def shard(model: Any) -> tuple[int, int]:
     """Shard the frozen weights of a base in NF4 with its adapter, which are in RAM, over the ranks' devices, in place.
 
-    Their scales, about a thirtieth of them, stay whole: bitsandbytes stores them in each layer's `quant_state`.
+    It gives (bytes of them in this rank, bytes of all of them). Their scales, about a thirtieth of them, stay whole:
+    bitsandbytes stores them in each layer's `quant_state`.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
     kind, _, _ = models.device().partition(":")
@@ -38,25 +40,6 @@ def shard(model: Any) -> None:
     for parameter in adapter:
         parameter.data = parameter.data.to(models.device())
     base.hf_device_map = {"": models.device()}  # which accelerate asks when it prepares the model
-
-
-def in_step(accelerator: Any, model: Any) -> Any:
-    """Wrap the model for a trainer: under the accelerator's autocast, with gradients averaged over the ranks.
-
-    accelerate itself refuses to average those of a model that has sharded parameters.
-    """
-    from torch.nn.parallel import DistributedDataParallel
-
-    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call] # torch gives it no type
-    return DistributedDataParallel(model)
-
-
-def weight_bytes(model: Any) -> tuple[int, int]:
-    """(bytes of the base's weights in this rank, bytes of all of them)."""
-    from torch.distributed.tensor import DTensor
-
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     here = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
     return here, sum(parameter.nbytes for parameter in frozen)

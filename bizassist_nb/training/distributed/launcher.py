@@ -92,7 +92,7 @@ def _cause(failures: "Iterable[ProcessFailure]") -> tuple[records.Error, dict[st
         if isinstance(left, dict) and "expected" in left["extraInfo"]:  # as `rank.leave_reason` writes it
             message, fit, expected = left["message"], left["extraInfo"]["fit"], left["extraInfo"]["expected"]
             # Another rank's end may cause an unexpected error, but no expected one.
-            order = (False, not expected, left["extraInfo"]["time"])
+            order = (False, not expected, left["extraInfo"]["timestamp"])
         else:
             end = f"by {failed.signal_name()}" if failed.exitcode < 0 else f"with status {failed.exitcode}"
             message = (
@@ -132,7 +132,7 @@ def processes(settings: Settings) -> Processes:
         raise SettingsError([f'report_to = "{tracker}": it is not installed; pip install {tracker}, or leave this out'])
     if settings.accelerate_config:
         found = _configured(settings.accelerate_config)
-        engines.choose(settings.engine, processes=found.count, sharded=found.sharded)
+        engines.choose(settings.engine, sharded=found.sharded)
     elif settings.gpus in ("auto", 1):
         return Processes(1, [])
     else:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -19,6 +19,7 @@ from bizassist_nb.core.files import write_atomic
 from bizassist_nb.runs import records
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 LAUNCHER: Final = "BIZASSIST_LAUNCHER"
 """Environment variable with the number of the process that launched the ranks of this machine."""
@@ -29,7 +30,7 @@ FIT: Final = "BIZASSIST_FIT"
 _POLL: Final = 0.2
 """Seconds between looks at whether the launcher is still there."""
 _PATIENCE: Final = timedelta(hours=12)
-"""How long ranks wait for rank 0, which may score alone. The launcher notices a rank that has died."""
+"""How long ranks wait for one another: rank 0 may download a base. The launcher notices a rank that has died."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +43,7 @@ class Rank:
     beside: int = 1
     """How many ranks are on this machine."""
     sharded: bool = False
-    """Whether the base is sharded over the ranks (`training.distributed.fsdp`). Then all have to take part in every
-    forward pass; else rank 0 alone scores and answers."""
+    """Whether the base is sharded over the ranks (`training.distributed.fsdp`): all take part in every pass."""
 
     @property
     def first(self) -> bool:
@@ -64,27 +64,19 @@ class Rank:
         # The Trainer will find the process group that this makes, and use it.
         PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
-    def longest(self, lengths: Sequence[int]) -> list[int]:
-        """Rank 0's share of a step's rows, by their tokens: sorted by length, rank r gets rows r, r + count, …"""
-        return sorted(lengths, reverse=True)[:: self.count]
-
     def one_at_a_time(self, work: Callable[[], T]) -> T:
         """The result of `work`; if the base is sharded, the ranks of a machine work one after the other."""
         if not self.sharded:
             return work()
-        found: list[T] = []
         for turn in range(self.beside):
             if turn == self.number % self.beside:
-                found.append(work())
+                found = work()
             self.barrier()
-        return found[0]
+        return found
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        import torch
-
-        if self.count > 1:
-            torch.distributed.barrier()
+        self.all_gather(None)
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's value, in every rank."""
@@ -95,16 +87,31 @@ class Rank:
             torch.distributed.all_gather_object(found, value)
         return found
 
+    def shared(self, items: list[T], work: Callable[[list[T]], list[R]]) -> list[R]:
+        """What `work` gives of each item, in every rank; each rank does the work for its share of them."""
+        everyone = self.all_gather(work(items[self.number :: self.count]))
+        return [everyone[place % self.count][place // self.count] for place in range(len(items))]
 
-class NoRoomError(RunError):
-    """Memory ran out in this rank; `fit` has the fields of the `records.Fit` to try next."""
+    def average(self, tensors: list[Any]) -> None:
+        """Set tensors of one device, the same shapes in each rank, to their means over the ranks, in one all-reduce."""
+        import torch
+
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = torch.split(flat.div_(self.count), [tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+class RefitError(RunError):
+    """All ranks have to be started again, with the fields of a `records.Fit` in `fit`; over several machines not."""
 
     def __init__(self, fit: dict[str, Any]):
-        """The message is for several machines, where the ranks are not started again."""
         self.fit = fit
         super().__init__(
-            f"{fit['reason']}. Over several machines a run does not go on with less by itself: start it under a new "
-            f"name, with micro_batch = {fit['micro_batch']} or a lower max_length"
+            f"{fit['reason']}. Over several machines a run is not started again by itself: start it under a new name, "
+            f"with micro_batch = {fit['micro_batch']}, a lower max_length or another engine"
         )
 
 
@@ -115,11 +122,6 @@ def this_rank() -> Rank:
         return Rank()
     number, count, beside = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     return Rank(number, count, beside, os.environ.get(SHARDED) == "true")
-
-
-def scorers() -> Rank:
-    """This rank among those that score and answer: all of them if the base is sharded, else this one alone."""
-    return this_rank() if this_rank().sharded else Rank()
 
 
 def end_with_launcher() -> None:
@@ -150,10 +152,9 @@ def leave_reason(reason: records.Error, error: Exception) -> None:
     """Tell the launcher why this rank fails, in the file and form that torch's errors have (ErrorHandler)."""
     rank = this_rank()
     extra = {
-        "timestamp": str(int(time.time())),
-        "time": time.time(),
+        "timestamp": time.time(),
         "expected": reason.expected,
-        "fit": error.fit if isinstance(error, NoRoomError) and rank.beside == rank.count else None,
+        "fit": error.fit if isinstance(error, RefitError) and rank.beside == rank.count else None,
     }
     text = json.dumps({"message": {"message": reason.message, "extraInfo": extra}})
     # Whole or absent: the launcher, which fails over half of it, may end this rank while it writes.
