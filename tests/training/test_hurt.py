@@ -25,17 +25,26 @@ def narrow(dolly, tmp_path_factory) -> Run:
     ]
     texts = [{"instruction": row.instruction, "response": row.response} for row in rows[:60]]
     (folder / "rows.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    changes = {"data": str(folder / "rows.jsonl"), "subset": 32, "held_out": 16, "learning_rate": 3e-3}
+    changes = {"data": str(folder / "rows.jsonl"), "subset": 32, "held_out": 16, "learning_rate": 6e-3, "epochs": 4}
     run = begin(folder, "narrow", **changes, max_length=128)
     wait_until(lambda: run.status in ENDED, timeout=1200)
     return run
+
+
+def test_a_run_on_one_narrow_kind_of_rows_helped_at_a_cost(narrow):
+    found = narrow.evaluation
+    assert found.verdict == "helped, at a cost"
+    assert found.difference < -0.5
+    assert found.general.verdict == "hurt"
+    assert "On general questions of other kinds it got worse" in narrow._repr_html_()
+    assert found.forgetting.right_to_wrong > found.forgetting.wrong_to_right
 
 
 def test_a_run_says_whether_a_prompt_with_examples_would_have_done(narrow):
     found = narrow.evaluation
     assert found.prompted.base.loss < found.base.loss - 0.5  # examples of that kind do help
     assert found.prompted.tuned == found.tuned
-    assert found.sentence.startswith("Fine-tuning helped, beyond a prompt with 3 examples: −0.")
+    assert "), beyond a prompt with 3 examples: −0." in found.sentence
     assert found.forgetting.kl_held_out > found.forgetting.kl_general > 0
 
 
