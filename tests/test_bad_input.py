@@ -293,6 +293,7 @@ def test_empty_names_of_columns_that_nothing_is_read_from_are_no_matter(place):
     assert len(read_table("sheet.csv").rows) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
 def test_a_line_of_a_gigabyte_is_refused_without_being_in_memory(suffix, place):
     path = place / f"huge{suffix}"

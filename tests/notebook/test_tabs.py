@@ -317,6 +317,7 @@ def test_a_blind_vote_is_written_and_then_reveals_who_is_who(driven, runs):
     assert "tuned (one)" in driven.shown()
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_exported_with_its_verdict(driven, runs):
     driven.fill("run", "one")
     driven.fill("export to", "merged")
