@@ -322,6 +322,31 @@ def test_each_row_of_the_batch_is_answered_by_whom_it_is_named_after(small):
     assert both.base != both.tuned
 
 
+def test_a_prompt_that_several_rows_answer_alike_is_read_once(small):
+    """As the fixed prompts are, with a repetition penalty and without."""
+    (run, _), loaded = small
+    name, prompts = loaded.adapter(run), [[5, 6, 7, 8], [9, 10]]
+    loaded.use([name])
+    read = []
+    hook = loaded.model.register_forward_pre_hook(
+        lambda _m, _a, given: read.append(given["input_ids"].shape[0]), with_kwargs=True
+    )
+
+    def answers(prompts, strengths, penalties):
+        batch = Batch(prompts, {name: strengths}, frozenset(), loaded.chat.pad_id, penalties)
+        found = [[] for _ in prompts]
+        for row, token in decoding.decode(loaded.model, batch, Generation(max_new_tokens=6)):
+            found[row].append(token)
+        return found
+
+    together = answers([*prompts, *prompts, *prompts], [0.0, 0.0, 1.0, 1.0, 0.0, 0.0], [1.0] * 4 + [1.5] * 2)
+    assert read[:2] == [4, 6]
+    assert together[:2] == answers(prompts, [0.0, 0.0], [1.0, 1.0])
+    assert together[2:4] == answers(prompts, [1.0, 1.0], [1.0, 1.0])
+    assert together[4:] == answers(prompts, [0.0, 0.0], [1.5, 1.5])
+    hook.remove()
+
+
 def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_went(small):
     talk = Conversation()
     stream = Assistant(small[0][0]).stream("How?", Generation(max_new_tokens=50, temperature=1.0), conversation=talk)

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import huggingface_hub.constants
 import msgspec
+import psutil
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
 from random_run import random_run, save
@@ -40,7 +43,7 @@ from bizassist_nb.core.settings import NAMES
 from bizassist_nb.data.tokens import Example
 from bizassist_nb.models import base as models
 from bizassist_nb.models import embedded as making
-from bizassist_nb.models.base import HUB_IDS, load_nf4, load_tokenizer, pinned, resolve
+from bizassist_nb.models.base import HUB_IDS, load_nf4, load_tokenizer, pinned, resolve, unpack
 from bizassist_nb.models.embedded import embedded_folder
 from bizassist_nb.models.named import NAMED
 from bizassist_nb.training import preflight
@@ -294,6 +297,18 @@ def test_weights_that_are_cut_short_are_a_model_error(tiny, tmp_path):
 def test_nf4_weights_count_what_they_stand_for(nf4):
     assert sum(parameter.numel() for parameter in nf4.parameters()) < 134_515_008
     assert adapted(deepcopy(nf4)).get_nb_trainable_parameters() == (4_884_480, 139_399_488)
+
+
+def test_unpacked_weights_compute_the_same_without_being_unpacked_again(tiny, monkeypatch):
+    model, ids = load_nf4(tiny), torch.arange(40)[None]
+    before = model(ids).logits
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    unpack(model)  # no room, so nothing changes
+    assert not any("forward" in vars(module) for module in model.modules())
+    monkeypatch.undo()
+    unpack(model)
+    monkeypatch.setattr(Linear4bit, "forward", None)
+    torch.testing.assert_close(model(ids).logits, before)
 
 
 def test_mistral_has_the_parameters_of_the_recorded_run():
