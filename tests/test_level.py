@@ -66,8 +66,8 @@ panel.update_loop.task.cancel()  # turned here instead, so that no turn is misse
 controls = panel.tabs[0].settings.controls
 for name, value in (("model", run.settings.model), ("data", "sample"), ("subset", 24)):
     controls[name].put(value)
-state, counted = panel.state, lambda: panel.state.watch.found and panel.state.watch.found.finished
-while state.unsettled or not counted():  # the rows are counted once, on a thread
+state, checked = panel.state, lambda: panel.state.watch.found and panel.state.watch.found.findings is not None
+while state.unsettled or not checked():  # the rows are counted and checked once, on a thread
     panel.update_loop.turn()
     assert not (any(panel.update_loop.problems) or state.watch.problem)
 def turn(i):
