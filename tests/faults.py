@@ -30,8 +30,8 @@ FAULTS = [
     Fault(
         "a wrong label mask",
         "data/tokens.py",
-        "[IGNORED] * len(prompt) + learned",
-        "[IGNORED] * (len(prompt) - 1) + prompt[-1:] + learned",
+        "(earlier or [IGNORED] * len(prompt)) + learned",
+        "(earlier or [IGNORED] * (len(prompt) - 1) + prompt[-1:]) + learned",
         "data/test_tokens.py",
     ),
     Fault(
@@ -75,7 +75,7 @@ FAULTS = [
     Fault(
         "a stale lock",
         "runs/journal.py",
-        "return not try_lock(descriptor, fcntl.LOCK_SH)",
+        "return not try_lock(file.fileno(), fcntl.LOCK_SH)",
         "return True",
         "runs/test_runs.py",
     ),
