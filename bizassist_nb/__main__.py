@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TextIO
 
-from bizassist_nb.api import finetune, open_run
+from bizassist_nb.api import Run, open_run
 from bizassist_nb.core.errors import BizassistError, SettingsError, brief, printable
 from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, add_options, chosen
 from bizassist_nb.core.settings import DEMO, Settings, reference, user_path
@@ -134,6 +134,7 @@ def _read(name: str) -> str:
 def _train(settings: Settings, name: str | None = None, *, resume: bool = False, replace: bool = False) -> RunDirectory:
     from bizassist_nb.results.summary import headline, run_text
     from bizassist_nb.results.verdict_card import rising
+    from bizassist_nb.training.launch import begin, follow
 
     shown, said = "", None
     where = "" if settings.runs_dir == "runs" else f"--runs-dir {shlex.quote(settings.runs_dir)} "
@@ -149,8 +150,9 @@ def _train(settings: Settings, name: str | None = None, *, resume: bool = False,
             _say(run_text(run, typed) if run.status in ENDED else line)
             shown = line
 
-    run = finetune(settings, name, resume=resume, replace=replace, show=show)
-    if run.error:  # `finetune` has not raised it: there was a second interrupt
+    begun = functools.partial(begin, settings, name, resume=resume, replace=replace)
+    run = Run(follow(begun, show).path)
+    if run.error:  # `follow` has not raised it: there was a second interrupt
         raise KeyboardInterrupt
     return run
 

@@ -1,5 +1,6 @@
 """What Python code and the front ends do with runs: start, open, plot, merge, export and compare them."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,15 +71,14 @@ def finetune(
     name: str | None = None,
     *,
     data: Any = None,
-    show: Callable[[RunDirectory], None] = lambda _: None,
-    **how: bool,
+    resume: bool = False,
+    replace: bool = False,
 ) -> Run:
-    """Train a run to its end in a process of its own, calling `show` all the while, and give it back.
+    """Train a run to its end in a process of its own, and give it back.
 
     `data` is a table in place of what the settings name, a DataFrame of pandas or polars or a datasets.Dataset; the run
-    keeps a copy. `how` is resume=True, or replace=True, which moves a run that has the name already into the folder
-    .bin beside it.
-    Resuming a run whose worker lives, as it does when its kernel was restarted, is following it to its end.
+    keeps a copy. `replace` moves a run that has the name already into the folder .bin beside it. Resuming a run whose
+    worker lives, as it does when its kernel was restarted, is following it to its end.
 
     The first interrupt (Ctrl-C, ■) stops the run after its step, with a checkpoint; the second ends it at once.
 
@@ -89,11 +89,8 @@ def finetune(
     """
     from bizassist_nb.training import launch
 
-    def begin() -> RunDirectory:
-        followed = launch.running(settings, name) if how.get("resume") and name and data is None else None
-        return followed or launch.start(settings, name, data=data, **how)
-
-    return Run(launch.follow(begin, show).path)
+    begin = functools.partial(launch.begin, settings, name, data=data, resume=resume, replace=replace)
+    return Run(launch.follow(begin).path)
 
 
 def open_run(name: str, runs_dir: str | Path = "runs") -> Run:

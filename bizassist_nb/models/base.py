@@ -249,7 +249,7 @@ def without_packing(model: Any) -> None:
 def unpack(model: Any) -> None:
     """Store a model's 4-bit matrices on a CPU in float32, too, if half of the free RAM has room for them.
 
-    A pass unpacks them otherwise, each time: two thirds of a token's time in a chat (docs/benchmarks.md).
+    A pass unpacks them otherwise, each time: half of a token's time in a chat (docs/benchmarks.md).
     """
     import psutil
     import torch

@@ -1,5 +1,6 @@
 """`%%finetune`, `%%ask` and `%bizassist`: each parses its line, makes one call, and returns the result."""
 
+import functools
 import re
 from keyword import iskeyword
 from typing import Any
@@ -9,7 +10,7 @@ from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, 
 from IPython.core.magic_arguments import MagicArgumentParser
 from IPython.display import display
 
-from bizassist_nb.api import Run, finetune, open_run
+from bizassist_nb.api import Run, open_run
 from bizassist_nb.core.errors import DataError, RunError, without_locals
 from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, add_options, chosen
 from bizassist_nb.core.settings import Settings
@@ -90,7 +91,7 @@ class BizassistMagics(Magics):
     def finetune(self, line: str, cell: str) -> Run:
         """Train with a live view; an interrupt stops cleanly with a checkpoint, a second one ends the run at once."""
         from bizassist_nb.assistant.loaded import unload
-        from bizassist_nb.training.launch import start
+        from bizassist_nb.training.launch import begin, follow, start
 
         options = finetune_options(line)
         settings = Settings.from_toml(cell, options.set)
@@ -108,7 +109,8 @@ class BizassistMagics(Magics):
 
         view = TrainingView()
         try:
-            self._run = finetune(settings, options.name, data=data, **how, show=view)
+            begun = functools.partial(begin, settings, options.name, data=data, **how)
+            self._run = Run(follow(begun, view).path)
         finally:
             view.finish()
             if view.run:

@@ -105,9 +105,9 @@ def answer(
         return [each for s in range(0, len(ids), size) for each in in_halves(tokens, ids[s : s + size])]
 
     model.eval()
-    rank = Rank() if this_rank().sharded else this_rank()  # a pass of a sharded base takes all ranks
-    if not this_rank().sharded:
+    if not (sharded := this_rank().sharded):
         models.unpack(model)
+    rank = Rank() if sharded else this_rank()  # a pass of a sharded base takes all ranks
     given = rank.shared(list(ids), in_batches)
     data = run.last(Data)
     learned = data.training.trained_tokens / max(1, data.training.rows) if data else limit

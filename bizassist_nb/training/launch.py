@@ -29,7 +29,7 @@ WARNED: Final = 1.0
 """Seconds that "stopping" is shown before a second request, which ends the run at once, counts: no double click."""
 
 
-def follow(begin: Callable[[], RunDirectory], show: Callable[[RunDirectory], None]) -> RunDirectory:
+def follow(begin: Callable[[], RunDirectory], show: Callable[[RunDirectory], None] = lambda _: None) -> RunDirectory:
     """Call `show` with the run that `begin` gives until it has ended; interrupts stop it, as `api.finetune` says.
 
     Raises:
@@ -110,10 +110,15 @@ def _started(run: RunDirectory) -> RunDirectory:
     return run
 
 
-def running(settings: Settings, name: str) -> RunDirectory | None:
-    """The run of that name if it is being trained."""
-    path = settings.run_path(check_name(name))
-    return RunDirectory.resume(path, settings) if is_locked(path) and RunDirectory(path).status not in ENDED else None
+def begin(
+    settings: Settings, name: str | None = None, *, data: Any = None, resume: bool = False, replace: bool = False
+) -> RunDirectory:
+    """`start`; but where the run that is to be resumed is being trained, that run."""
+    if resume and name and data is None:
+        path = settings.run_path(check_name(name))
+        if is_locked(path) and RunDirectory(path).status not in ENDED:
+            return RunDirectory.resume(path, settings)
+    return start(settings, name, data=data, resume=resume, replace=replace)
 
 
 class _Interrupts:

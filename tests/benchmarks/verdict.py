@@ -6,7 +6,8 @@ context (up to four rows, half of the variance their own). The truth is that of 
 *Of nothing*: how often "helped" or "hurt" is said where there is nothing: gains with their signs drawn anew, those of
 rows that share a context together.
 *Planted*: how often a change is called what it is that `results.power` promises to be seen in 4 of 5 cases after nine
-earlier runs with 64 test rows, nine others for every 20 draws; the rows' own change is taken off before.
+earlier runs with 64 test rows, nine others for every 20 draws; the rows' own change is taken off before. *Planted
+against*: the same of a change for the worse, by rows that are skewed as before.
 """
 
 import json
@@ -84,15 +85,19 @@ def of_nothing(count: int, whole: Rows) -> dict[str, float]:
     return shares(verdicts)
 
 
-def planted(count: int, whole: Rows) -> dict[str, float]:
+def planted(count: int, whole: Rows, sign: int = -1) -> dict[str, float]:
     own = Rows(whole.tokens, whole.gains - whole.change, np.arange(len(whole.tokens)))
     verdicts = []
     for _ in range(max(1, DRAWS // 20)):
         earlier = np.array([own.drawn(EARLIER).judged(seed).standard_error for seed in range(9)])
         spread = float(np.sqrt(np.mean(earlier**2)) * EARLIER**0.5)
-        shifted = own._replace(gains=own.gains - visible(count, spread))
+        shifted = own._replace(gains=own.gains + sign * visible(count, spread))
         verdicts += [shifted.drawn(count).judged(seed).verdict for seed in range(20)]
     return shares(verdicts)
+
+
+def planted_against(count: int, whole: Rows) -> dict[str, float]:
+    return planted(count, whole, 1)
 
 
 def shares(verdicts: list[str]) -> dict[str, float]:
@@ -111,6 +116,6 @@ for data in () if sources else ("dolly", "sample"):
     lengths = [1 + len(row.response) / LETTERS_A_TOKEN for row in read_table(data).rows]
     sources |= {f"{kind}, {data}": made(100_000, lengths, kind) for kind in KINDS}
 for name, whole in sources.items():
-    for question in (of_nothing, planted, covered):
+    for question in (of_nothing, planted, planted_against, covered):
         answer = {count: question(count, whole) for count in SIZES}
         print(json.dumps({"rows": name, question.__name__: answer, "draws": DRAWS}), flush=True)

@@ -4,12 +4,13 @@
 two, 12, 24, 64 and 256 of these rows are drawn again and again and judged as if one were the other's base: the share of
 "helped" or "hurt", where there is next to nothing to tell. `change` is how far the two are apart on all 900.
 *One narrow kind*: a run on rows of one category of Dolly each, three times over at three times the learning rate, and
-its verdict. Prints JSON lines; FOLDER keeps the runs, for verdict.py. A GPU does it in minutes.
+its verdict. Prints JSON lines. FOLDER keeps the runs, for verdict.py; those that are there are not trained anew.
 """
 
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -28,11 +29,14 @@ PLAIN = {"model": "smollm2-135m", "engine": "transformers", "max_length": 512}
 
 
 def trained(folder: Path, name: str, adapter_seed: int, **changes) -> Run:
-    """A run, in a process of its own."""
+    """A run, in a process of its own, which sees one GPU."""
+    if (folder / name).exists():
+        return Run(folder / name)
     path = RunDirectory.create(folder / name, Settings(**PLAIN, **changes, runs_dir=str(folder))).path
     with (path / "worker.log").open("wb") as log:
         command = [sys.executable, __file__, "--worker", str(path), str(adapter_seed)]
-        subprocess.run(command, stdout=log, stderr=log, check=False)
+        one_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
+        subprocess.run(command, env=one_gpu, stdout=log, stderr=log, check=False)
     return Run(path)
 
 
@@ -55,7 +59,7 @@ def scores(run: Run, numbers) -> list[Score]:
 
 def main(dolly: str, folder: str, runs: str = "8", at_once: str = "4") -> None:
     out = Path(folder)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in Path(dolly).read_text("utf-8").splitlines()]
     kinds = {category: out / f"{category}.jsonl" for category in sorted({row["category"] for row in rows})}
     for category, path in kinds.items():

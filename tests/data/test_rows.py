@@ -14,6 +14,7 @@ import datasets
 import huggingface_hub.constants
 import openpyxl
 import pandas
+import polars
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -277,7 +278,6 @@ def tables(library):
     if library == "pandas":
         return pandas.DataFrame(values, index=[7, 3, 5]).astype({"topic": "category"}), ["x"]
     if library == "polars":
-        polars = pytest.importorskip("polars")
         return polars.DataFrame(values, schema_overrides={"topic": polars.Categorical}), ["x"]
     label = datasets.ClassLabel(names=["x", "y"])
     several = datasets.Dataset.from_dict(values | {"topic": [0, 1, -1]}).cast_column("topic", label)
