@@ -1,7 +1,7 @@
 """Decode steps by the GPU's kernels, in Triton's interpreter, against those of the modules; a small random model.
 
 Prints the largest difference of each step's logits as a JSON list: six steps with two adapters in three rows of
-different lengths and strengths, and two of the base without an adapter.
+different lengths and strengths, two of the base without an adapter, and two of twelve rows, with unpacked matrices.
 """
 
 import json
@@ -22,12 +22,12 @@ def adapter(rank):
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
 
 
-def differences(model, strengths, count):
-    ids, mask = decoding.left_padded(PROMPTS, 0, "cpu")
+def differences(model, strengths, count, prompts=PROMPTS):
+    ids, mask = decoding.left_padded(prompts, 0, "cpu")
     cache = DynamicCache(config=model.config)
-    modules = decoding.ModuleSteps(model, decoding.Batch(PROMPTS, strengths, frozenset(), 0), cache, mask)
+    modules = decoding.ModuleSteps(model, decoding.Batch(prompts, strengths, frozenset(), 0), cache, mask)
     logits = modules.forward(ids)
-    steps = decode_graph.FusedSteps(model, list(strengths), len(PROMPTS), 64)
+    steps = decode_graph.FusedSteps(model, list(strengths), len(prompts), 64)
     steps.begin(cache, mask, decoding.scales(model, strengths))
     for _ in range(count):
         tokens = logits.argmax(-1).tolist()
@@ -51,5 +51,8 @@ for name, parameter in adapted.named_parameters():
 adapted.eval()
 adapted.base_model.set_adapter(["a", "b"], inference_mode=True)
 assert decode_graph.computable(adapted)
-found = [*differences(adapted, {"a": [0.0, 1.0, 0.5], "b": [0.0, 0.0, 1.5]}, 6), *differences(base, {}, 2)]
+strengths = {"a": [0.0, 1.0, 0.5], "b": [0.0, 0.0, 1.5]}
+found = [*differences(adapted, strengths, 6), *differences(base, {}, 2)]
+many = {name: values * 4 for name, values in strengths.items()}
+found += differences(adapted, many, 2, PROMPTS * 4)
 print(json.dumps(found))

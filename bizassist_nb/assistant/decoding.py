@@ -86,20 +86,21 @@ def read_prompts(
     if len(places) > len(asked.prompts):
         steps.select(places)
         logits, mask = logits[places], mask[places]
-    if not decode_graph.fits(model, len(batch.prompts)):
+    tokens = ids.shape[1] + max_new_tokens
+    if len(batch.prompts) > decode_graph.most_rows(model, tokens):
         steps.prefix = prefix
         try:
             yield logits, steps
         finally:
             steps.store_prefix()
         return
-    graph = decode_graph.take(model, list(batch.strengths), len(batch.prompts), ids.shape[1] + max_new_tokens)
+    graph = decode_graph.take(model, list(batch.strengths), len(batch.prompts), tokens)
     try:
         graph.begin(cache, mask, scales(model, batch.strengths))
         del cache, steps  # copied: their memory is free for the answer
         yield logits, graph
     finally:
-        decode_graph.idle[model] = graph
+        decode_graph.put_back(model, graph)
 
 
 def _distinct(batch: Batch) -> tuple[Batch, list[int]]:
@@ -201,13 +202,11 @@ class _Chooser:
 
     def __init__(self, generation: Generation, batch: Batch) -> None:
         self._greedy = generation.temperature == 0
-        self._histories = [list(prompt) for prompt in batch.prompts]
+        self._prompts = batch.prompts
         rows = range(len(batch.prompts))
         self._generators = [torch.Generator().manual_seed(generation.seed + row) for row in rows]
-        penalties = batch.penalties or [generation.repetition_penalty for _ in rows]
-        self._penalties = [
-            logits_process.RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None for penalty in penalties
-        ]
+        self._penalties = batch.penalties or [generation.repetition_penalty for _ in rows]
+        self._read: torch.Tensor | None = None
         self._processors = LogitsProcessorList()
         if not self._greedy:
             self._processors.append(logits_process.TemperatureLogitsWarper(generation.temperature))
@@ -218,23 +217,27 @@ class _Chooser:
 
     def __call__(self, rows: list[int], logits: torch.Tensor) -> list[int]:
         """The next token of each of these rows, from logits (rows, vocabulary)."""
-        if self._processors or any(self._penalties):
-            logits = torch.cat([self._processed(row, logits[i : i + 1]) for i, row in enumerate(rows)])
+        if any(penalty != 1 for penalty in self._penalties):
+            logits = self._penalised(rows, logits)
         if self._greedy:
-            chosen = logits.argmax(-1).tolist()
+            chosen: list[int] = logits.argmax(-1).tolist()
         else:
-            likely = logits.softmax(-1).cpu()
+            likely = self._processors(None, logits).softmax(-1).cpu()
             chosen = [
                 int(torch.multinomial(likely[i], 1, generator=self._generators[row])) for i, row in enumerate(rows)
             ]
-        for row, token in zip(rows, chosen, strict=True):
-            self._histories[row].append(token)
+        if self._read is not None:
+            self._read[rows, chosen] = True
         return chosen
 
-    def _processed(self, row: int, logits: torch.Tensor) -> torch.Tensor:
-        read, penalty = torch.tensor([self._histories[row]], device=logits.device), self._penalties[row]
-        found: torch.Tensor = self._processors(read, penalty(read, logits) if penalty else logits)
-        return found
+    def _penalised(self, rows: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """As RepetitionPenaltyLogitsProcessor of transformers, which has one penalty for all rows."""
+        if self._read is None:  # whether a token (column) occurred in a row
+            self._read = torch.zeros(len(self._prompts), logits.shape[1], dtype=torch.bool, device=logits.device)
+            for row, prompt in enumerate(self._prompts):
+                self._read[row, list(prompt)] = True
+        penalty = torch.tensor([self._penalties[row] for row in rows], device=logits.device)[:, None]
+        return torch.where(self._read[rows], torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:

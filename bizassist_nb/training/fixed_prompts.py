@@ -86,8 +86,8 @@ def answer(
 
     limit = max_new_tokens()
     questions, ids = zip(*_asked(run, chat), strict=True)
-    most = decode_graph.MOST_ROWS  # more rows would go through the modules, which take longer than several such batches
-    size = most // 4 if decode_graph.fits(model, most) else len(ids)
+    most = decode_graph.most_rows(model, max(map(len, ids)) + limit)
+    size = most // 4 or len(ids)  # more rows would go through the modules, which take longer than several such batches
 
     def tokens(ids: list[list[int]]) -> list[tuple[list[int], ...]]:
         """Tokens of four answers to each prompt: base's and tuned's, and both again with a light repetition penalty."""

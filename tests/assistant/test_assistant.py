@@ -645,4 +645,4 @@ def test_gpu_kernels_compute_what_the_modules_do():
     assert done.returncode == 0, done.stderr
     differences = json.loads(done.stdout.splitlines()[-1])
     assert max(differences) < 2e-5
-    assert len(differences) == 8
+    assert len(differences) == 10

@@ -91,7 +91,7 @@ def end_turn() -> None:
 # --- our run -------------------------------------------------------------------------------------------------------
 
 
-class ForecastThread:
+class Watch:
     """Where the time of our run goes: of the host by stage, and of the GPU by kernel."""
 
     def __init__(self, out: Path, name: str, frozen: bool):
@@ -204,8 +204,8 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
         import unsloth  # noqa: F401 - before everything it patches
 
     from bizassist_nb import Settings
+    from bizassist_nb.api import Run
     from bizassist_nb.runs import records
-    from bizassist_nb.runs.run import Run
     from bizassist_nb.training import worker
 
     used = ALL * changes.get("batch_size", 4)
@@ -214,7 +214,7 @@ def ours(model: str, rows: str, out: Path, name: str, frozen: bool = False, **ch
     path = Path(tempfile.mkdtemp(prefix="gpu_train_"))
     (path / "settings.toml").write_text(settings.to_toml())
     fresh()
-    watch = ForecastThread(out, name, frozen)
+    watch = Watch(out, name, frozen)
     worker.answer_apart = lambda _: None  # answers are not what is measured
     worker.answer, worker.counted = (lambda *_, **__: []), (lambda *_: None)
     with watch.watched():
@@ -367,10 +367,10 @@ def memory(
     import torch
 
     from bizassist_nb import Settings
+    from bizassist_nb.api import Run
     from bizassist_nb.data.tokens import Example
     from bizassist_nb.models import base as models
     from bizassist_nb.runs import records
-    from bizassist_nb.runs.run import Run
     from bizassist_nb.training import engines, preflight, trainer
     from bizassist_nb.training.spool import SpoolingJournal
 
@@ -529,8 +529,8 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16)
     import t4
 
     from bizassist_nb import Settings
+    from bizassist_nb.api import Run
     from bizassist_nb.runs import records
-    from bizassist_nb.runs.run import Run
 
     text = " ".join(row["response"] for row in json.loads(Path(rows).read_text())[:400])
     longest = Path("/tmp/gpu_train/long.json")

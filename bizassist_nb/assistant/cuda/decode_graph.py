@@ -4,6 +4,8 @@ A step of a few rows does little arithmetic: through the modules it is thousands
 starting those is what takes the time. Here a layer is its products with 4-bit matrices (`nf4.py`) and a dozen of the
 kernels in `kernels.py`, captured once and replayed for every token. The modules themselves are neither changed nor
 called.
+
+Of many rows a step is arithmetic, for which the matrices are unpacked to 16 bits, where there is memory for them.
 """
 
 import dataclasses
@@ -19,12 +21,14 @@ from peft.tuners.lora import LoraLayer
 from bizassist_nb.assistant.cuda import nf4
 from bizassist_nb.assistant.cuda.compilers import triton_problem
 
-MOST_ROWS: Final = 8
-"""The kernels unroll their loop over rows, so more rows take longer to compile; and with more, launches matter less."""
+FEW: Final = 8
+"""Rows for which the products with 4-bit matrices take less time than with unpacked ones."""
 _ROOM: Final = 512
 """The cache grows by so many tokens, so that most questions find the graph of the last one."""
 _SPLITS: Final = 16
 """Attention cuts the cache into at least so many parts: with two rows and eight key heads, 256 programs."""
+_SPLITS_OF_MANY: Final = 4
+"""The same for many rows, which are programs enough."""
 _PART: Final = 1024
 """Columns of an A matrix that one program multiplies."""
 _GROUPS: Final = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
@@ -32,16 +36,31 @@ _GROUPS: Final = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 
 """A layer's matrices; those of a group read the same vector."""
 
 
-def fits(model: Any, rows: int) -> bool:
-    """Whether this module computes the model's steps for so many rows; others go through their own modules."""
-    if rows > MOST_ROWS or model.device.type != "cuda":
-        return False
+def most_rows(model: Any, tokens: int) -> int:
+    """For how many rows of so many tokens this module computes the model's steps; more go through their own modules."""
+    if model.device.type != "cuda":
+        return 0
     if problem := triton_problem():  # Python shows a warning once
         warnings.warn(f"answers take longer, as no GPU kernel can be compiled here ({problem})", stacklevel=1)
-        return False
+        return 0
     from torch.distributed.fsdp import FSDPModule
 
-    return not isinstance(model, FSDPModule) and computable(model)  # a sharded one has not its whole weights here
+    if isinstance(model, FSDPModule) or not computable(model):  # a sharded one has not its whole weights here
+        return 0
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    matrices = sum(2 * math.prod(_base(linear).weight.quant_state.shape) for linear in _linears(model))
+    config = model.config
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * _room(tokens)
+    # What is read of the prompts is there twice for a moment; a tenth is for what else comes up.
+    return max(FEW, int((0.9 * free - matrices) / (2 * cache)))
+
+
+def _room(tokens: int) -> int:
+    return math.ceil(tokens / _ROOM) * _ROOM
+
+
+def _linears(model: Any) -> list[Any]:
+    return [layer.get_submodule(name) for layer in model.get_decoder().layers for names in _GROUPS for name in names]
 
 
 def computable(model: Any) -> bool:
@@ -57,7 +76,7 @@ def computable(model: Any) -> bool:
         return False
     if config.rope_parameters.get("rope_type", "default") not in ("default", "linear", "llama3"):
         return False  # the others change with the length
-    linears = [layer.get_submodule(name) for layer in model.get_decoder().layers for names in _GROUPS for name in names]
+    linears = _linears(model)
     adapted = {frozenset(linear.r if isinstance(linear, LoraLayer) else ()) for linear in linears}
     bases = [_base(linear) for linear in linears]
     return (
@@ -90,7 +109,7 @@ class FusedSteps:
         self._ranks = max(16, _power_of_2(sum(self._rank_of.values()))) if self._rank_of else 0
         self._layers = [
             [
-                _Group.of([layer.get_submodule(name) for name in names], self.adapters, self._ranks, dtype)
+                _Group.of(list(map(layer.get_submodule, names)), self.adapters, self._ranks, dtype, unpacked=rows > FEW)
                 for names in _GROUPS
             ]
             for layer in decoder.layers
@@ -181,13 +200,13 @@ class FusedSteps:
         q, k, v = nf4.products(x, qkv.matrices)
         keys, values = self._keys[number], self._values[number]
         rotated = x.new_empty(self.rows, self._heads, self._head)
-        self._kernels.rotate_and_cache[(self._heads + 2 * self._kv_heads,)](
+        self._kernels.rotate_and_cache[(self._heads + 2 * self._kv_heads, self.rows)](
             q, k, v, self._down(x, qkv), qkv.b, self._cos, self._sin, self._length, self._start,
             rotated, keys, values, self.room,
             HEADS=self._heads, KV_HEADS=self._kv_heads, D=self._head, HALF=self._head // 2,
-            R=self._ranks, PARTS=qkv.parts, ROWS=self.rows,
+            R=self._ranks, PARTS=qkv.parts,
         )  # fmt: skip
-        splits = max(_SPLITS, _power_of_2(self.room // 64))
+        splits = max(_SPLITS, _power_of_2(self.room // 64)) if self.rows <= FEW else _SPLITS_OF_MANY
         slots = (self.rows, self._heads, splits)
         partial = torch.empty(*slots, self._head, dtype=torch.float32, device=x.device)
         peaks, sums = (torch.empty(slots, dtype=torch.float32, device=x.device) for _ in range(2))
@@ -203,19 +222,17 @@ class FusedSteps:
     def _mlp(self, group: "_Group", x: torch.Tensor) -> torch.Tensor:
         gate, up = nf4.products(x, group.matrices)
         out = torch.empty_like(gate)
-        self._kernels.gated[(math.ceil(self._wide / 64),)](
-            gate, up, self._down(x, group), group.b, out,
-            N=self._wide, R=self._ranks, PARTS=group.parts, ROWS=self.rows, BLOCK=64,
-        )  # fmt: skip
+        self._kernels.gated[(math.ceil(self._wide / 64), self.rows)](
+            gate, up, self._down(x, group), group.b, out, N=self._wide, R=self._ranks, PARTS=group.parts, BLOCK=64
+        )
         return out
 
     def _add(self, h: torch.Tensor, x: torch.Tensor, group: "_Group") -> None:
         """h += the group's one matrix, adapter included, of x."""
         (y,) = nf4.products(x, group.matrices)
-        self._kernels.add_output[(math.ceil(self._hidden / 32),)](
-            h, y, self._down(x, group), group.b,
-            N=self._hidden, R=self._ranks, PARTS=group.parts, ROWS=self.rows, BLOCK=32,
-        )  # fmt: skip
+        self._kernels.add_output[(math.ceil(self._hidden / 32), self.rows)](
+            h, y, self._down(x, group), group.b, N=self._hidden, R=self._ranks, PARTS=group.parts, BLOCK=32
+        )
 
     def _down(self, x: torch.Tensor, group: "_Group") -> torch.Tensor:
         """x through the A matrices of all adapters, scaled: (rows, matrices * R)."""
@@ -223,10 +240,10 @@ class FusedSteps:
             return self._scale
         width, inner = group.a.shape
         out = torch.empty(self.rows, width, group.parts, dtype=torch.float32, device=x.device)
-        self._kernels.lora_down[(width, group.parts)](
-            x, group.a, self._scale, out,
-            K=inner, J=width, R=self._ranks, ROWS=self.rows, ROWS_UP=_power_of_2(self.rows), BLOCK=_PART,
-        )  # fmt: skip
+        together = min(FEW, _power_of_2(self.rows))
+        self._kernels.lora_down[(width, group.parts, math.ceil(self.rows / together))](
+            x, group.a, self._scale, out, self.rows, K=inner, J=width, R=self._ranks, ROWS=together, BLOCK=_PART
+        )
         return out
 
 
@@ -244,8 +261,10 @@ class _Group:
         return _power_of_2(math.ceil(self.a.shape[-1] / _PART))
 
     @classmethod
-    def of(cls, linears: list[Any], adapters: tuple[str, ...], ranks: int, dtype: torch.dtype) -> "_Group":
-        matrices = [nf4.Matrix.of(_base(linear).weight, dtype) for linear in linears]
+    def of(
+        cls, linears: list[Any], adapters: tuple[str, ...], ranks: int, dtype: torch.dtype, *, unpacked: bool
+    ) -> "_Group":
+        matrices = [nf4.Matrix.of(_base(linear).weight, dtype, unpacked=unpacked) for linear in linears]
         if not ranks:
             empty = torch.zeros(1, device=matrices[0].weights.device)
             return cls(matrices, empty, empty)
@@ -270,7 +289,13 @@ def take(model: Any, adapters: Sequence[str], rows: int, tokens: int) -> FusedSt
     if steps and steps.rows == rows and steps.adapters == tuple(adapters) and steps.room >= tokens:
         return steps
     del steps  # its memory first
-    return FusedSteps(model, adapters, rows, math.ceil(tokens / _ROOM) * _ROOM)
+    return FusedSteps(model, adapters, rows, _room(tokens))
+
+
+def put_back(model: Any, steps: FusedSteps) -> None:
+    """Leave steps for the next question, unless they have the base's weights in 16 bits."""
+    if steps.rows <= FEW:
+        idle[model] = steps
 
 
 def _base(linear: Any) -> Any:

@@ -2,7 +2,7 @@
 
 With a few rows a step is bound by the number of kernels it launches, not by what they compute, so each of these does as
 much as can be done in one pass. All sums are in float32; what is stored is rounded once. Shapes: H hidden size, D size
-of a head, R ranks of all adapters together, L room in the cache. Rows are a compile-time constant, as they are few.
+of a head, R ranks of all adapters together, L room in the cache.
 """
 
 # Triton takes names for types and annotations for constants, so these functions are checked by their tests alone.
@@ -26,22 +26,21 @@ def rms_norm(h, weight, out, eps, H: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def lora_down(
-    x, a, scale, out, K: tl.constexpr, J: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, ROWS_UP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out[row, j, part] = scale[row, j mod R] * (x[row] . a[j]) over part of K; x (ROWS, K), a (J, K).
+    x, a, scale, out, count, K: tl.constexpr, J: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[row, j, part] = scale[row, j mod R] * (x[row] . a[j]) over part of K; x (count, K), a (J, K).
 
-    J is R times the matrices that share x. K is cut into parts of BLOCK, one program each, so that enough of them are
-    under way to hide the memory's latency; who reads adds them up.
+    J is R times the matrices that share x. K is cut into parts of BLOCK, one program each for ROWS rows, so that enough
+    of them are under way to hide the memory's latency; who reads adds them up.
     """
     j, part = tl.program_id(0), tl.program_id(1)
-    rows = tl.arange(0, ROWS_UP)
+    rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     at = part * BLOCK + tl.arange(0, BLOCK)
     weights = tl.load(a + j * K + at, mask=at < K, other=0.0).to(tl.float32)
-    inside = (rows < ROWS)[:, None] & (at < K)[None, :]
+    inside = (rows < count)[:, None] & (at < K)[None, :]
     inputs = tl.load(x + rows[:, None] * K + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    total = tl.sum(inputs * weights[None, :], axis=1) * tl.load(scale + rows * R + j % R, mask=rows < ROWS, other=0.0)
-    tl.store(out + (rows * J + j) * tl.num_programs(1) + part, total, mask=rows < ROWS)
+    total = tl.sum(inputs * weights[None, :], axis=1) * tl.load(scale + rows * R + j % R, mask=rows < count, other=0.0)
+    tl.store(out + (rows * J + j) * tl.num_programs(1) + part, total, mask=rows < count)
 
 
 @triton.jit
@@ -54,80 +53,72 @@ def _lora_up(down, b, at, inside, R: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def add_output(
-    h, y, down, b, N: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """h += y + adapter: the end of attention and of the MLP. h and y (ROWS, N); down (ROWS, R, PARTS); b (N, R)."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def add_output(h, y, down, b, N: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """h += y + adapter: the end of attention and of the MLP. h and y (rows, N); down (rows, R, PARTS); b (N, R)."""
+    at, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     inside = at < N
-    for row in tl.static_range(ROWS):
-        total = tl.load(y + row * N + at, mask=inside, other=0.0).to(tl.float32)
-        if R > 0:
-            total += _lora_up(down + row * R * PARTS, b, at, inside, R, PARTS)
-        total += tl.load(h + row * N + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(h + row * N + at, total.to(h.dtype.element_ty), mask=inside)
+    total = tl.load(y + row * N + at, mask=inside, other=0.0).to(tl.float32)
+    if R > 0:
+        total += _lora_up(down + row * R * PARTS, b, at, inside, R, PARTS)
+    total += tl.load(h + row * N + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h + row * N + at, total.to(h.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gated(
-    gate, up, down, b, out, N: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = silu(gate + adapter) * (up + adapter), each (ROWS, N); down (ROWS, 2 R, PARTS); b (2 N, R)."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def gated(gate, up, down, b, out, N: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = silu(gate + adapter) * (up + adapter), each (rows, N); down (rows, 2 R, PARTS); b (2 N, R)."""
+    at, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     inside = at < N
-    for row in tl.static_range(ROWS):
-        g = tl.load(gate + row * N + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(up + row * N + at, mask=inside, other=0.0).to(tl.float32)
-        if R > 0:
-            g += _lora_up(down + row * 2 * R * PARTS, b, at, inside, R, PARTS)
-            u += _lora_up(down + (row * 2 * R + R) * PARTS, b + N * R, at, inside, R, PARTS)
-        tl.store(out + row * N + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
+    g = tl.load(gate + row * N + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * N + at, mask=inside, other=0.0).to(tl.float32)
+    if R > 0:
+        g += _lora_up(down + row * 2 * R * PARTS, b, at, inside, R, PARTS)
+        u += _lora_up(down + (row * 2 * R + R) * PARTS, b + N * R, at, inside, R, PARTS)
+    tl.store(out + row * N + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def rotate_and_cache(
     q, k, v, down, b, cos, sin, length, start, rotated, keys, values, L,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add the adapters to q, k and v, turn q and k by their positions, and put k and v into the cache at `length`.
 
-    One program a head: those of q first, then of k, then of v. q, k, v (ROWS, heads * D); down (ROWS, 3 R, PARTS);
-    b (heads of all three * D, R); cos and sin (positions, D), of whose halves the first is used, since both are the
-    same; `start` is each row's padding; rotated (ROWS, HEADS, D); keys and values (ROWS, KV_HEADS, L, D). HALF is
+    One program a row and head: the heads of q first, then of k, then of v. q, k, v (rows, heads * D); down (rows, 3 R,
+    PARTS); b (heads of all three * D, R); cos and sin (positions, D), of whose halves the first is used, since both are
+    the same; `start` is each row's padding; rotated (rows, HEADS, D); keys and values (rows, KV_HEADS, L, D). HALF is
     D / 2, and a power of 2.
     """
-    head = tl.program_id(0)
+    head, row = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, HALF)
     inside = at < HALF
     place = tl.load(length)
-    for row in tl.static_range(ROWS):
-        cached = (row * KV_HEADS * L + place) * D
-        if head < HEADS:
-            source, target = q + (row * HEADS + head) * D, rotated + (row * HEADS + head) * D
-        elif head < HEADS + KV_HEADS:
-            kv_head = head - HEADS
-            source, target = k + (row * KV_HEADS + kv_head) * D, keys + cached + kv_head * L * D
-        else:
-            kv_head = head - HEADS - KV_HEADS
-            source, target = v + (row * KV_HEADS + kv_head) * D, values + cached + kv_head * L * D
-        low = tl.load(source + at).to(tl.float32)
-        high = tl.load(source + HALF + at).to(tl.float32)
-        if R > 0:
-            which = tl.where(head < HEADS, 0, tl.where(head < HEADS + KV_HEADS, 1, 2))
-            mine = down + (row * 3 + which) * R * PARTS
-            low += _lora_up(mine, b + head * D * R, at, inside, R, PARTS)
-            high += _lora_up(mine, b + (head * D + HALF) * R, at, inside, R, PARTS)
-        kind = rotated.dtype.element_ty
-        low, high = low.to(kind).to(tl.float32), high.to(kind).to(tl.float32)
-        position = place - tl.load(start + row)
-        c = tl.load(cos + position * D + at).to(tl.float32)
-        s = tl.load(sin + position * D + at).to(tl.float32)
-        if head < HEADS + KV_HEADS:
-            low, high = low * c - high * s, high * c + low * s
-        tl.store(target + at, low.to(kind))
-        tl.store(target + HALF + at, high.to(kind))
+    cached = (row.to(tl.int64) * KV_HEADS * L + place) * D
+    if head < HEADS:
+        source, target = q + (row * HEADS + head) * D, rotated + (row * HEADS + head) * D
+    elif head < HEADS + KV_HEADS:
+        kv_head = head - HEADS
+        source, target = k + (row * KV_HEADS + kv_head) * D, keys + cached + kv_head * L * D
+    else:
+        kv_head = head - HEADS - KV_HEADS
+        source, target = v + (row * KV_HEADS + kv_head) * D, values + cached + kv_head * L * D
+    low = tl.load(source + at).to(tl.float32)
+    high = tl.load(source + HALF + at).to(tl.float32)
+    if R > 0:
+        which = tl.where(head < HEADS, 0, tl.where(head < HEADS + KV_HEADS, 1, 2))
+        mine = down + (row * 3 + which) * R * PARTS
+        low += _lora_up(mine, b + head * D * R, at, inside, R, PARTS)
+        high += _lora_up(mine, b + (head * D + HALF) * R, at, inside, R, PARTS)
+    kind = rotated.dtype.element_ty
+    low, high = low.to(kind).to(tl.float32), high.to(kind).to(tl.float32)
+    position = place - tl.load(start + row)
+    c = tl.load(cos + position * D + at).to(tl.float32)
+    s = tl.load(sin + position * D + at).to(tl.float32)
+    if head < HEADS + KV_HEADS:
+        low, high = low * c - high * s, high * c + low * s
+    tl.store(target + at, low.to(kind))
+    tl.store(target + HALF + at, high.to(kind))
 
 
 @triton.jit
@@ -156,7 +147,7 @@ def attend(
     peak = tl.full((GROUP_UP,), -1e30, tl.float32)
     total = tl.zeros((GROUP_UP,), tl.float32)
     out = tl.zeros((GROUP_UP, D), tl.float32)
-    base = (row * KV_HEADS + kv_head) * L * D
+    base = (row.to(tl.int64) * KV_HEADS + kv_head) * L * D  # many long rows have more than 2**31 numbers
     for begin in range(first, last, BLOCK):
         places = begin + tl.arange(0, BLOCK)
         seen = (places < last) & (places >= tl.load(start + row))

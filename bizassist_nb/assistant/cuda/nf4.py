@@ -34,13 +34,19 @@ class Matrix:
     """(n, k / 64), float32; None where bitsandbytes computes its products."""
     table: tuple[float, ...]
     """The 16 values; on the host, as nothing can be asked of a GPU while a graph is captured."""
+    unpacked: torch.Tensor | None = None
+    """W in 16 bits, with which cuBLAS computes the products of many vectors."""
 
     @classmethod
-    def of(cls, weight: Any, dtype: torch.dtype) -> "Matrix":
-        """From bitsandbytes' parameter, for vectors of that dtype."""
-        state = weight.quant_state
+    def of(cls, weight: Any, dtype: torch.dtype, *, unpacked: bool = False) -> "Matrix":
+        """From bitsandbytes' parameter, for vectors of that dtype: a few, or many of them with `unpacked`."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        state, table = weight.quant_state, tuple(weight.quant_state.code.tolist())
+        if unpacked:
+            return cls(weight.data, state, None, table, dequantize_4bit(weight.data, state).to(dtype))
         ours = computable(state) and usable(weight.device, dtype)
-        return cls(weight.data, state, scales(state) if ours else None, tuple(state.code.tolist()))
+        return cls(weight.data, state, scales(state) if ours else None, table)
 
 
 def computable(state: Any) -> bool:
@@ -78,6 +84,8 @@ def scales(state: Any) -> torch.Tensor:
 
 def products(x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
     """x (rows, k) through each W (n, k), of which there are three at most: x W^T (rows, n), in the dtype of x."""
+    if unpacked := [matrix.unpacked for matrix in matrices if matrix.unpacked is not None]:
+        return [torch.nn.functional.linear(x, each) for each in unpacked]
     if any(matrix.scales is None for matrix in matrices):
         from bitsandbytes import matmul_4bit
 
