@@ -2,8 +2,8 @@
 
 Such a GPU waits for its host, which takes longer to launch a pass's thousands of kernels than they take to run.
 A pass is captured once for each size, and its replay costs no launches. Rows lie end to end in it, so that little of it
-is padding. To have fewer kernels to begin with, a captured pass computes a linear layer with its adapter, a norm and
-the loss each in one function, and attention without a mask.
+is padding. To have fewer kernels to begin with, a captured pass computes linear layers that read the same vector, with
+their adapters, a norm and the loss each in one function, and attention without a mask.
 """
 
 import contextlib
@@ -28,6 +28,10 @@ _CHUNK: Final = 1024
 _NORMS: Final = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 """Norms that torch's `rms_norm` computes; other models' multiply by something else."""
 
+
+_ATTENTIONS: Final = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
+_MLPS: Final = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+"""Blocks that are computed as a whole; others' layers one by one."""
 
 _CAPTURE: Final = 6000
 """Tokens that an H100 trains a 7B model on in the time in which it captures a pass."""
@@ -102,13 +106,11 @@ class Graphs:
         With `unpacked`, the base's matrices are stored in 16 bits besides, so that no pass has to unpack them.
         """
         self._model, self._rows, self._sizes, self._unpacked = model, rows, sizes(tokens), unpacked
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        counts, device = [parameter.numel() for parameter in self._parameters], model.device
-        self._flat = torch.zeros(sum(counts), device=device)
-        parts = zip(torch.split(self._flat, counts), self._parameters, strict=True)
-        self._gradients = [part.view_as(parameter) for part, parameter in parts]
-        self._rounded: list[torch.Tensor] = []
+        device = model.device
         self._linears: dict[Any, _Linear] = {}
+        self._parameters: list[torch.Tensor] = []
+        self._rounded: list[torch.Tensor] = []
+        self._gradients: list[torch.Tensor] = []
         self._count = torch.ones((), device=device)
         self._loss = torch.zeros((), device=device)
         self._passes: dict[int, _Pass] = {}
@@ -132,7 +134,7 @@ class Graphs:
         passing = self._pass(min(size for size in self._sizes if size >= sum(lengths)))
         self.capturing += time.monotonic() - began
         if self._parameters[0].grad is None:
-            self._flat.zero_()
+            torch._foreach_zero_(self._gradients)
             with torch.no_grad():
                 torch._foreach_copy_(self._rounded, self._parameters)
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
@@ -176,11 +178,11 @@ class Graphs:
         if not _computable(self._model):
             raise CaptureError("it has dropout, or an output layer or attention of another kind")
         dtype = self._model.get_output_embeddings().weight.dtype
-        self._rounded = [torch.zeros_like(parameter, dtype=dtype) for parameter in self._parameters]
-        tensors = dict(zip(self._parameters, zip(self._rounded, self._gradients, strict=True), strict=True))
-        for layer in self._model.modules():
-            if isinstance(layer, LoraLayer):
-                self._linears[layer] = _Linear.of(layer, tensors, self._unpacked)
+        self._linears = {block: _Linear.of(some, dtype, self._unpacked) for block, some in _groups(self._model).items()}
+        for linear in self._linears.values():
+            self._parameters += linear.parameters
+            self._rounded += linear.rounded.each
+            self._gradients += linear.gradients.each
         if self._pool:
             side = torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch has no annotation there
             side.wait_stream(torch.cuda.current_stream())
@@ -219,15 +221,37 @@ def _computable(model: Any) -> bool:
     return not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
 
 
+def _groups(model: Any) -> dict[Any, list[Any]]:
+    """The layers with adapters: those that read the same vector, by the block that has them; others by themselves."""
+    groups: dict[Any, list[Any]] = {}
+    together: set[Any] = set()
+    for module in model.modules():
+        names: tuple[str, ...] = ()
+        if type(module).__name__ in _ATTENTIONS:
+            names = ("q_proj", "k_proj", "v_proj")
+        elif type(module).__name__ in _MLPS and model.config.get_text_config().hidden_act == "silu":
+            names = ("gate_proj", "up_proj")
+        layers = [getattr(module, name) for name in names]
+        if layers and all(isinstance(layer, LoraLayer) for layer in layers):
+            groups[module] = layers
+            together.update(layers)
+        elif isinstance(module, LoraLayer) and module not in together:
+            groups[module] = [module]
+    return groups
+
+
 @contextlib.contextmanager
 def _lean(model: Any, linears: "Mapping[Any, _Linear]") -> Iterator[None]:
-    """Replace attention, and the `forward` of linear layers with adapters and of norms, by ones with fewer kernels."""
+    """Replace attention, and the `forward` of what has adapters and of norms, by ones with fewer kernels."""
     changed, config = [], model.config.get_text_config()
     attention, config._attn_implementation = config._attn_implementation, _ATTENTION
     for module in model.modules():
+        kind = type(module).__name__
         if module in linears:
-            module.forward = linears[module]
-        elif type(module).__name__ in _NORMS:
+            linear = linears[module]
+            whole = _attend if kind in _ATTENTIONS else _gated if kind in _MLPS else None
+            module.forward = functools.partial(whole, module, linear) if whole else linear
+        elif kind in _NORMS:
             known = {"weight": module.weight, "eps": module.variance_epsilon}
             norm = torch.nn.functional.rms_norm
             module.forward = functools.partial(norm, normalized_shape=module.weight.shape, **known)
@@ -240,6 +264,75 @@ def _lean(model: Any, linears: "Mapping[Any, _Linear]") -> Iterator[None]:
         config._attn_implementation = attention
         for module in changed:
             del module.forward
+
+
+def _attend(
+    block: Any, qkv: "_Linear", hidden_states: torch.Tensor, position_embeddings: Any, **known: Any
+) -> tuple[torch.Tensor, None]:
+    """The `forward` of an attention block."""
+    heads = [width // block.head_dim for width in qkv.widths]
+    found = qkv(hidden_states).view(1, -1, sum(heads), block.head_dim)
+    turned = _Turned.apply(found, *position_embeddings, heads[0] + heads[1])  # type: ignore[no-untyped-call] # as below
+    query, key, value = (part.transpose(1, 2) for part in turned.split(heads, dim=2))
+    window = getattr(block, "sliding_window", getattr(block.config, "sliding_window", None))
+    out, _ = _attention(block, query, key, value, None, **known, scaling=block.scaling, sliding_window=window)
+    return block.o_proj(out.flatten(2)), None
+
+
+def _gated(block: Any, gate_up: "_Linear", hidden_states: torch.Tensor) -> torch.Tensor:
+    """The `forward` of an MLP."""
+    out: torch.Tensor = block.down_proj(_Gated.apply(gate_up(hidden_states)))  # type: ignore[no-untyped-call] # as below
+    return out
+
+
+class _Turned(torch.autograd.Function):
+    """Queries and keys turned by their positions (arXiv:2104.09864), in transformers' order of numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
+        """x (1, tokens, heads of all three, width), of which the first `heads` are turned; cos, sin (1, tokens, width),
+        of whose halves both are the same.
+        """
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        return _turned(x, cos, sin, heads)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """Turned back."""
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, -sin, ctx.heads), None, None, None
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
+    out, half = torch.empty_like(x), x.shape[-1] // 2
+    before, after, sin = x[:, :, :heads], out[:, :, :heads], sin[..., None, :half]
+    torch.mul(before, cos[..., None, :], out=after)
+    after[..., :half].addcmul_(before[..., half:], sin, value=-1)
+    after[..., half:].addcmul_(before[..., :half], sin)
+    out[:, :, heads:].copy_(x[:, :, heads:])
+    return out
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up, from both beside each other (..., 2 N)."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        """(..., N)."""
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """The gradient of both."""
+        (both,) = ctx.saved_tensors
+        out = torch.empty_like(both)
+        (gate, up), (of_gate, of_up) = both.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        torch.mul(gradient, torch.nn.functional.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return out
 
 
 def _attention(
@@ -271,50 +364,71 @@ def _attention(
 AttentionInterface.register(_ATTENTION, _attention)
 
 
+class _Adapters:
+    """Numbers for the adapters of layers that read the same vector: the A matrices are rows of one, the B are apart."""
+
+    def __init__(self, downs: Sequence[torch.Tensor], ups: Sequence[torch.Tensor], dtype: torch.dtype):
+        self.a = torch.cat([torch.zeros_like(down, dtype=dtype) for down in downs])
+        self.ups = [torch.zeros_like(up, dtype=dtype) for up in ups]
+        self.ranks = [len(down) for down in downs]
+        self.each = [*torch.split(self.a, self.ranks), *self.ups]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Linear:
-    """x W^T + bias + scaling (x A^T) B^T: a linear layer of the base with its adapter. W (N, K), A (R, K), B (N, R)."""
+    """x W^T + bias + scaling (x A^T) B^T: layers of the base that read the same x, with their adapters.
 
-    weight: torch.Tensor
-    """W, in 4 bits or not."""
+    W (N, K) and A (R, K) are those of all of them, one below the other; of the B each is (its part of N, its rank).
+    """
+
+    weights: list[torch.Tensor]
+    """W: each layer's in 4 bits, or all of it."""
+    widths: list[int]
+    """The part of N that each layer has."""
     bias: torch.Tensor | None
     """Added to the outputs, as Qwen2's queries, keys and values have it."""
-    a: torch.Tensor
-    b: torch.Tensor
-    rounded: tuple[torch.Tensor, torch.Tensor]
-    """A and B in the dtype of arithmetic."""
-    gradients: tuple[torch.Tensor, torch.Tensor]
-    """The adapter's gradients, to which those of a pass are added."""
+    parameters: list[torch.Tensor]
+    """The A, then the B."""
+    rounded: _Adapters
+    """In the dtype of arithmetic."""
+    gradients: _Adapters
+    """To which those of a pass are added."""
     scaling: float
 
     @classmethod
-    def of(cls, layer: LoraLayer, tensors: Mapping[Any, tuple[torch.Tensor, torch.Tensor]], unpacked: bool) -> Self:
-        """`tensors` has each parameter's copy in the dtype of arithmetic, and its gradient."""
-        (name,) = layer.active_adapters
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        rounded, gradients = zip(tensors[a], tensors[b], strict=True)
-        base = layer.base_layer
-        weight = _matrix(base.weight) if unpacked else base.weight
-        return cls(weight, base.bias, a, b, rounded, gradients, layer.scaling[name])
+    def of(cls, layers: list[Any], dtype: torch.dtype, unpacked: bool) -> Self:
+        """With adapters rounded to that dtype."""
+        (name,) = layers[0].active_adapters
+        weights, biases = ([getattr(layer.base_layer, part) for layer in layers] for part in ("weight", "bias"))
+        downs, ups = ([getattr(layer, part)[name].weight for layer in layers] for part in ("lora_A", "lora_B"))
+        return cls(
+            weights=[_matrix(weights)] if unpacked else weights,
+            widths=[layer.out_features for layer in layers],
+            bias=None if biases[0] is None else torch.cat(biases).to(dtype),
+            parameters=[*downs, *ups],
+            rounded=_Adapters(downs, ups, dtype),
+            gradients=_Adapters(downs, ups, downs[0].dtype),
+            scaling=layers[0].scaling[name],
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., K) to (..., N)."""
-        out: torch.Tensor = _Adapted.apply(x, self.a, self.b, self)  # type: ignore[no-untyped-call] # torch gives it no type
+        out: torch.Tensor = _Adapted.apply(x, self, *self.parameters)  # type: ignore[no-untyped-call] # torch gives it no type
         return out
 
 
 class _Adapted(torch.autograd.Function):
-    """Computes a `_Linear`; cuBLAS adds the adapter's share while it multiplies."""
+    """Computes a `_Linear`; cuBLAS adds the adapters' share while it multiplies."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layer: _Linear) -> torch.Tensor:
-        """`a` and `b` are only there so that torch sees that something is learned."""
-        a, b = layer.rounded
-        flat = x.reshape(-1, x.shape[-1])
-        inner = flat @ a.T
-        bias = None if layer.bias is None else layer.bias.to(flat.dtype)
-        out = torch.nn.functional.linear(flat, _matrix(layer.weight), bias)
-        out.addmm_(inner, b.T, alpha=layer.scaling)
+    def forward(ctx: Any, x: torch.Tensor, layer: _Linear, *_: torch.Tensor) -> torch.Tensor:
+        """The parameters are only there so that torch sees that something is learned."""
+        flat, adapters = x.reshape(-1, x.shape[-1]), layer.rounded
+        inner = flat @ adapters.a.T
+        out = torch.nn.functional.linear(flat, _matrix(layer.weights), layer.bias)
+        parts = zip(torch.split(out, layer.widths, 1), torch.split(inner, adapters.ranks, 1), adapters.ups, strict=True)
+        for part, of_inner, b in parts:
+            part.addmm_(of_inner, b.T, alpha=layer.scaling)
         ctx.save_for_backward(flat, inner)
         ctx.layer = layer
         return out.view(*x.shape[:-1], -1)
@@ -323,22 +437,31 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """The gradient of x; those of A and B are added to the layer's."""
         layer, (flat, inner) = ctx.layer, ctx.saved_tensors
-        a, b = layer.rounded
+        adapters, gradients = layer.rounded, layer.gradients
         out = gradient.reshape(-1, gradient.shape[-1])
-        inward = (out @ b) * layer.scaling
-        layer.gradients[0].add_(inward.T @ flat)
-        layer.gradients[1].add_(out.T @ inner, alpha=layer.scaling)
-        x = out @ _matrix(layer.weight)
-        x.addmm_(inward, a)
-        return x.view(*gradient.shape[:-1], -1), None, None, None
+        parts = torch.split(out, layer.widths, 1)
+        inward = torch.cat([part @ b for part, b in zip(parts, adapters.ups, strict=True)], 1) * layer.scaling
+        gradients.a.add_(inward.T @ flat)
+        for of_b, part, of_inner in zip(gradients.ups, parts, torch.split(inner, adapters.ranks, 1), strict=True):
+            of_b.add_(part.T @ of_inner, alpha=layer.scaling)
+        x = out @ _matrix(layer.weights)
+        x.addmm_(inward, adapters.a)
+        return x.view(*gradient.shape[:-1], -1), *[None] * (1 + len(layer.parameters))
 
 
-def _matrix(weight: Any) -> torch.Tensor:
-    """A weight (N, K), unpacked if it is in 4 bits."""
+def _matrix(weights: Sequence[Any]) -> torch.Tensor:
+    """The weights (N, K), one below the other, unpacked if they are in 4 bits."""
     from bitsandbytes.functional import dequantize_4bit
 
-    state = getattr(weight, "quant_state", None)
-    matrix: torch.Tensor = dequantize_4bit(weight.data, state) if state else weight
+    states: list[Any] = [getattr(weight, "quant_state", None) for weight in weights]
+    if None in states:
+        return torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    heights = [state.shape[0] for state in states]
+    matrix = torch.empty(sum(heights), states[0].shape[1], dtype=states[0].dtype, device=weights[0].device)
+    for weight, state, part in zip(weights, states, torch.split(matrix, heights), strict=True):
+        found = dequantize_4bit(weight.data, state, out=part if part.is_cuda else None)  # bitsandbytes 0.50: GPUs only
+        if found is not part:
+            part.copy_(found)
     return matrix
 
 
