@@ -170,7 +170,7 @@ def _compared(name: str, folder: Path) -> subprocess.CompletedProcess:
                 [*command, name], cwd=folder, env=environment, capture_output=True, text=True, check=False
             )
             (folder / "nbval.json").write_text(json.dumps([result.returncode, result.stdout + result.stderr]))
-        return subprocess.CompletedProcess(name, *json.loads((folder / "nbval.json").read_text()))
+        return subprocess.CompletedProcess(name, *json.loads((folder / "nbval.json").read_text("utf-8")))
 
 
 @pytest.fixture(scope="session")

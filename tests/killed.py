@@ -119,7 +119,7 @@ def main(file: str, name: str, kills: int, seed: int) -> None:
         evaluation_set.general = evaluation_set.general[:4]
 
     evaluation.EvaluationSet.__init__ = short
-    settings = Settings.from_toml(Path(file).read_text())
+    settings = Settings.from_toml(Path(file).read_text("utf-8"))
     count, seconds = operations(settings, f"{name}-whole")
     chance = random.Random(seed)
     deaths, ends, resume = [], [], False

@@ -602,7 +602,7 @@ def edit(**changes):
 
     def act(folder):
         path = folder / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes))
 
     return act
 

@@ -60,7 +60,7 @@ def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys, monkeypatch):
     assert re.match(rf"Did it help\?\n\[. .*\] .*\n{re.escape(run.evaluation.sentence)}\n", card)
     assert "answers that loop" in card
     assert main(["evaluate", "random", "--json", *where]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((run.path / "evaluation.json").read_text())
+    assert json.loads(capsys.readouterr().out) == json.loads((run.path / "evaluation.json").read_text("utf-8"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert main(["doctor", *where]) == 0
     report = capsys.readouterr().out

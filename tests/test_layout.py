@@ -57,7 +57,7 @@ def imports(path, nodes):
 
 @pytest.mark.parametrize("name", modules())
 def test_heavy_packages_are_imported_where_they_are_used(name):
-    tree = ast.parse((PACKAGE / name).read_text())
+    tree = ast.parse((PACKAGE / name).read_text("utf-8"))
     found = {module.partition(".")[0] for module in imports(name, tree.body)} & HEAVY
     assert found <= MAY.get(name, set())
 
@@ -72,7 +72,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 def ours(name):
     """Modules of the package that it imports anywhere: in functions and under TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "bizassist_nb":
             folder = node.module.replace(".", "/").removeprefix("bizassist_nb").removeprefix("/")
             for alias in node.names:
@@ -98,7 +98,7 @@ def test_no_file_imports_itself_by_way_of_others():
 
 @pytest.mark.parametrize("name", modules())
 def test_only_training_knows_trl_and_unsloth(name):
-    tree = ast.parse((PACKAGE / name).read_text())
+    tree = ast.parse((PACKAGE / name).read_text("utf-8"))
     found = {module.partition(".")[0] for module in imports(name, ast.walk(tree))} & {"trl", "unsloth"}
     assert not found or name.startswith("training/")
 
@@ -106,7 +106,7 @@ def test_only_training_knows_trl_and_unsloth(name):
 @pytest.mark.parametrize("name", [name for name in modules() if name != "assistant/cuda/kernels.py"])
 def test_functions_fit_a_screen_and_take_few_parameters(name):
     """40 lines and five parameters beside self at most; Triton's kernels have what they need."""
-    for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+    for node in ast.walk(ast.parse((PACKAGE / name).read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             assert len([each for each in taken if each.arg not in ("self", "cls")]) <= 5, node.name
@@ -127,5 +127,5 @@ def test_public_names_are_there():
 def test_settings_page_is_up_to_date():
     root = PACKAGE.parent
     namespace = {"__name__": "page", "__file__": str(root / "docs" / "settings.py")}
-    exec((root / "docs" / "settings.py").read_text(), namespace)  # noqa: S102 - our own script
+    exec((root / "docs" / "settings.py").read_text("utf-8"), namespace)  # noqa: S102 - our own script
     assert (root / "docs" / "settings.md").read_text("utf-8") == namespace["text"]()

@@ -345,7 +345,7 @@ def test_a_surprise_in_the_worker_is_logged_without_the_token(tmp_path, monkeypa
     (tmp_path / "settings.toml").write_text(Settings().to_toml())
     monkeypatch.setattr(worker.Worker, "work", fail)
     assert worker.main(str(tmp_path)) == 1
-    seen = capfd.readouterr().err + (tmp_path / "events.jsonl").read_text()
+    seen = capfd.readouterr().err + (tmp_path / "events.jsonl").read_text("utf-8")
     assert "RuntimeError: https://(the password)@host said (the token)" in seen
     assert "markerToken" not in seen
     assert "secret-word" not in seen

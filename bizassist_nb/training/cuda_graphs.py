@@ -2,8 +2,8 @@
 
 Such a GPU waits for its host, which takes longer to launch a pass's thousands of kernels than they take to run.
 A pass is captured once for each size, and its replay costs no launches. Rows lie end to end in it, so that little of it
-is padding. To have fewer kernels to begin with, a captured pass computes linear layers that read the same vector, with
-their adapters, a norm and the loss each in one function, and attention without a mask.
+is padding. To have fewer kernels to begin with, a captured pass computes a linear layer with its adapter, queries, keys
+and values together, a norm and the loss each in one function, and attention without a mask.
 """
 
 import contextlib
@@ -30,8 +30,7 @@ _NORMS: Final = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm
 
 
 _ATTENTIONS: Final = ("LlamaAttention", "MistralAttention", "Qwen2Attention")
-_MLPS: Final = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-"""Blocks that are computed as a whole; others' layers one by one."""
+"""Blocks whose queries, keys and values are one product."""
 
 _CAPTURE: Final = 6000
 """Tokens that an H100 trains a 7B model on in the time in which it captures a pass."""
@@ -222,20 +221,14 @@ def _computable(model: Any) -> bool:
 
 
 def _groups(model: Any) -> dict[Any, list[Any]]:
-    """The layers with adapters: those that read the same vector, by the block that has them; others by themselves."""
+    """The layers with adapters: queries, keys and values by the block that has them, others by themselves."""
     groups: dict[Any, list[Any]] = {}
-    together: set[Any] = set()
     for module in model.modules():
-        names: tuple[str, ...] = ()
         if type(module).__name__ in _ATTENTIONS:
-            names = ("q_proj", "k_proj", "v_proj")
-        elif type(module).__name__ in _MLPS and model.config.get_text_config().hidden_act == "silu":
-            names = ("gate_proj", "up_proj")
-        layers = [getattr(module, name) for name in names]
-        if layers and all(isinstance(layer, LoraLayer) for layer in layers):
-            groups[module] = layers
-            together.update(layers)
-        elif isinstance(module, LoraLayer) and module not in together:
+            layers = [module.q_proj, module.k_proj, module.v_proj]
+            if all(isinstance(layer, LoraLayer) for layer in layers):
+                groups[module] = layers
+        elif isinstance(module, LoraLayer) and not any(module in layers for layers in groups.values()):
             groups[module] = [module]
     return groups
 
@@ -246,12 +239,10 @@ def _lean(model: Any, linears: "Mapping[Any, _Linear]") -> Iterator[None]:
     changed, config = [], model.config.get_text_config()
     attention, config._attn_implementation = config._attn_implementation, _ATTENTION
     for module in model.modules():
-        kind = type(module).__name__
         if module in linears:
-            linear = linears[module]
-            whole = _attend if kind in _ATTENTIONS else _gated if kind in _MLPS else None
-            module.forward = functools.partial(whole, module, linear) if whole else linear
-        elif kind in _NORMS:
+            whole = not isinstance(module, LoraLayer)
+            module.forward = functools.partial(_attend, module, linears[module]) if whole else linears[module]
+        elif type(module).__name__ in _NORMS:
             known = {"weight": module.weight, "eps": module.variance_epsilon}
             norm = torch.nn.functional.rms_norm
             module.forward = functools.partial(norm, normalized_shape=module.weight.shape, **known)
@@ -277,12 +268,6 @@ def _attend(
     window = getattr(block, "sliding_window", getattr(block.config, "sliding_window", None))
     out, _ = _attention(block, query, key, value, None, **known, scaling=block.scaling, sliding_window=window)
     return block.o_proj(out.flatten(2)), None
-
-
-def _gated(block: Any, gate_up: "_Linear", hidden_states: torch.Tensor) -> torch.Tensor:
-    """The `forward` of an MLP."""
-    out: torch.Tensor = block.down_proj(_Gated.apply(gate_up(hidden_states)))  # type: ignore[no-untyped-call] # as below
-    return out
 
 
 class _Turned(torch.autograd.Function):
@@ -312,27 +297,6 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -
     after[..., half:].addcmul_(before[..., :half], sin)
     out[:, :, heads:].copy_(x[:, :, heads:])
     return out
-
-
-class _Gated(torch.autograd.Function):
-    """silu(gate) * up, from both beside each other (..., 2 N)."""
-
-    @staticmethod
-    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
-        """(..., N)."""
-        ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """The gradient of both."""
-        (both,) = ctx.saved_tensors
-        out = torch.empty_like(both)
-        (gate, up), (of_gate, of_up) = both.chunk(2, dim=-1), out.chunk(2, dim=-1)
-        torch.mul(gradient, torch.nn.functional.silu(gate), out=of_up)
-        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
-        return out
 
 
 def _attention(

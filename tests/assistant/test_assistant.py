@@ -536,7 +536,7 @@ def test_an_adapter_of_another_base_is_refused_by_name_and_by_shape(small, tmp_p
     run = Run(shutil.copytree(small[0][0].path, tmp_path / "other"))
     if name:
         config = run.adapter / "adapter_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+        config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": name}))
     if shape:
         weights = run.adapter / "adapter_model.safetensors"
         tensors = load_file(weights)

@@ -22,7 +22,7 @@ SHAPES = [(64,) * 4, (128,) * 4, (256,) * 4, (384, 100, 100, 100)]
 
 def high_water() -> float:
     """GiB of RAM at the highest since the last reset."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
     return int(fields["VmHWM"].split()[0]) / 2**20
 
 

@@ -44,7 +44,7 @@ from bizassist_nb.export import merge
 from bizassist_nb.runs import records
 merge.SHARD = int(sys.argv[3])
 def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text("utf-8"))[1]) * 1024
 run = Run(pathlib.Path(sys.argv[1]))
 before, start = peak(), time.perf_counter()
 part = pathlib.Path(sys.argv[2]); part.mkdir()

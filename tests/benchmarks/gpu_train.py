@@ -492,7 +492,7 @@ def part_mixed_t4(model: str, rows: str, out: Path) -> None:
     import unsloth  # noqa: F401 - before everything it patches
 
     t4.pretend()
-    dolly = json.loads(Path(rows).read_text())
+    dolly = json.loads(Path(rows).read_text("utf-8"))
     text = " ".join(row["response"] for row in dolly[:400])
     long = [{"instruction": f"Tell all about item {n}.", "response": text[n * 300 :][:30000]} for n in range(30)]
     data = Path(tempfile.mkdtemp(prefix="gpu_train_")) / "mixed.json"
@@ -532,7 +532,7 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16)
     from bizassist_nb.api import Run
     from bizassist_nb.runs import records
 
-    text = " ".join(row["response"] for row in json.loads(Path(rows).read_text())[:400])
+    text = " ".join(row["response"] for row in json.loads(Path(rows).read_text("utf-8"))[:400])
     longest = Path("/tmp/gpu_train/long.json")
     longest.parent.mkdir(exist_ok=True)
     longest.write_text(
@@ -568,7 +568,7 @@ def part_t4(model: str, rows: str, out: Path, dolly: int = 1000, long: int = 16)
             error=run.last(records.Error),
             fits=[event for event in run.events if isinstance(event, records.Fit)],
             preflight=run.last(records.Preflight),
-            peak=[line for line in (path / "log").read_text().splitlines() if line.startswith("peak")],
+            peak=[line for line in (path / "log").read_text("utf-8").splitlines() if line.startswith("peak")],
             data=(data := run.last(records.Data)) and data.training,
             steps=len(steps),
             losses=[step.loss for step in steps][:: max(1, len(steps) // 10)],

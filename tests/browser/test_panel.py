@@ -100,7 +100,7 @@ def votes_compares_and_exports(book, run):
     book.see("right")
     book.press("Left is better")
     book.see("your vote")
-    vote = json.loads((run.path / "votes.jsonl").read_text())
+    vote = json.loads((run.path / "votes.jsonl").read_text("utf-8"))
     assert vote["question"] == "How should we price a new feature?"
     assert vote["winner"] == vote["left"]
     book.tab("Runs")

@@ -38,7 +38,7 @@ SAID = {"instruction": "q", "response": "a"}
 
 def test_there_are_rows_enough_for_the_cells_of_the_readme():
     cells = re.findall(
-        r"^%%finetune \w+\n(.+?)^```$", (Path(__file__).parents[2] / "README.md").read_text(), re.M | re.S
+        r"^%%finetune \w+\n(.+?)^```$", (Path(__file__).parents[2] / "README.md").read_text("utf-8"), re.M | re.S
     )
     assert cells
     for cell in cells:

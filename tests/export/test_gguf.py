@@ -110,7 +110,7 @@ def test_a_system_prompt_that_would_end_its_own_quotes_is_refused(tiny, tmp_path
 def test_a_model_that_the_converter_does_not_know_leaves_nothing(random, folder, tmp_path, capsys):
     run = Run(shutil.copytree(random.path, tmp_path / "other", ignore=shutil.ignore_patterns("gguf")))
     config = run.path / "merged" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": ["NoSuchForCausalLM"]}))
+    config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), "architectures": ["NoSuchForCausalLM"]}))
     assert main(["export", "other", "--to", "gguf", "--runs-dir", str(tmp_path)]) == 1
     assert "llama.cpp's converter failed" in capsys.readouterr().err
     assert not [path.name for path in run.path.iterdir() if "gguf" in path.name]

@@ -46,7 +46,7 @@ class Peaks(threading.Thread):
 
     @staticmethod
     def read():
-        lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in STATUS.read_text("utf-8").splitlines())
         names = {"rss": "VmRSS", "rss_peak": "VmHWM", "anonymous": "RssAnon"}
         return {name: int(lines[key].split()[0]) * 1024 for name, key in names.items()}
 

@@ -60,7 +60,7 @@ def test_card_is_in_the_hub_s_format_and_says_what_matters(trained):
     ],
 )
 def test_card_names_data_and_licence_but_no_path(run, data, datasets, licence):
-    settings = (run.path / "settings.toml").read_text().replace('data = "sample"', f'data = "{data}"')
+    settings = (run.path / "settings.toml").read_text("utf-8").replace('data = "sample"', f'data = "{data}"')
     (run.path / "settings.toml").write_text(settings)
     write_json(run.path / "environment.json", msgspec.structs.replace(run.environment, data=data, model="owner/base"))
     text = card(run)
@@ -96,7 +96,7 @@ def test_exported_adapter_is_whole_and_names_no_path_of_this_machine(run):
     }  # fmt: skip
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     base = run.environment.model
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == base.split("/")[-1]
+    assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"] == base.split("/")[-1]
     for name in ("README.md", "adapter_config.json"):
         assert base not in (folder / name).read_text("utf-8")
 
@@ -104,7 +104,7 @@ def test_exported_adapter_is_whole_and_names_no_path_of_this_machine(run):
 def test_an_exported_adapter_is_still_the_run_s_own(trained):
     """The base goes by its hub name in it then."""
     folder = trained.export("adapter")
-    made_for = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    made_for = json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
     assert made_for == "HuggingFaceTB/SmolLM2-135M-Instruct"
     loaded = LoadedBase(models.resolve("smollm2-135m"))
     assert loaded.adapter(trained)

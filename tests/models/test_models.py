@@ -137,7 +137,7 @@ def test_a_conversion_that_is_killed_leaves_no_half_of_a_model(tmp_path, monkeyp
     monkeypatch.setattr(making, "convert_gguf", lambda gguf, target: (target / "config.json").write_text(gguf.name))
     folder = embedded_folder()
     assert {path.name for path in cache.iterdir()} == {folder.name, ".lock"}
-    assert (folder / "config.json").read_text() == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert (folder / "config.json").read_text("utf-8") == "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def test_a_conversion_that_fails_leaves_nothing_and_is_done_again(tmp_path, monkeypatch):

@@ -167,7 +167,7 @@ def widget(cell, **state) -> str:
 @pytest.mark.parametrize("by", ["button", "key"])
 def test_blind_answers_have_no_names_until_the_vote(trained, live, place, by):
     votes = place / "runs" / "trained" / "votes.jsonl"
-    before = len(votes.read_text().splitlines()) if votes.exists() else 0
+    before = len(votes.read_text("utf-8").splitlines()) if votes.exists() else 0
     cell = live.run("%%ask --run trained --blind --max-new-tokens 8 -o ballot\nWhat's a price?")
     assert cell.status == "ok"
     assert cell.mime(WIDGET)
@@ -183,7 +183,7 @@ def test_blind_answers_have_no_names_until_the_vote(trained, live, place, by):
         key = {"method": "update", "state": {"value": "2"}, "buffer_paths": []}
         reply = live.send(widget(cell, description="vote by key"), key)
     winner = live.run("ballot.vote.winner").text.strip("'")
-    lines = votes.read_text().splitlines()
+    lines = votes.read_text("utf-8").splitlines()
     assert len(lines) == before + 1
     assert json.loads(lines[-1])["winner"] == winner
     (revealed,) = reply.mime("text/html")

@@ -234,7 +234,7 @@ def test_the_command_line_counts_and_exports(run, tmp_path, capsys):
     cast(run, "left", "right")
     assert main(["votes", "pricing", "--to", str(target), *where]) == 0
     assert "2 preference pairs" in capsys.readouterr().out
-    assert [json.loads(line) for line in target.read_text().splitlines()] == preference_pairs(run)
+    assert [json.loads(line) for line in target.read_text("utf-8").splitlines()] == preference_pairs(run)
     nowhere = tmp_path / "no" / "such" / "x.jsonl"
     assert main(["votes", "pricing", "--to", str(nowhere), *where]) == 1
     assert f"{nowhere} cannot be written (No such file or directory)" in capsys.readouterr().err

@@ -369,11 +369,11 @@ def test_a_run_whose_events_are_gone_is_not_replaced_unasked(run, file):
     (run.path / file).write_text("trained")
     with pytest.raises(RunError, match=r"there is a run 'r' already \(lost, with .*--resume, or move it .* --replace"):
         Run.create(run.path, Settings(rank=8))
-    assert (run.path / file).read_text() == "trained"
+    assert (run.path / file).read_text("utf-8") == "trained"
     made = Run.create(run.path, Settings(rank=8), replace=True)
     assert (made.settings.rank, made.contents()) == (8, [])
     [binned] = (run.path.parent / ".bin").iterdir()
-    assert (binned / file).read_text() == "trained"
+    assert (binned / file).read_text("utf-8") == "trained"
     assert [run.name for run in list_runs(run.path.parent)] == ["r"]
 
 

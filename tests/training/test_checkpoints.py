@@ -29,9 +29,9 @@ def test_an_adapter_stays_until_the_next_is_written_whole(tmp_path):
     assert sorted(path.name for path in target.iterdir()) == ["score.json", "weights"]
     with pytest.raises(OSError, match="No space left"):
         save_adapter(target, model("second", "No space left on device"), CHAT)
-    assert (target / "weights").read_text() == "first"
+    assert (target / "weights").read_text("utf-8") == "first"
     save_adapter(target, model("third"), CHAT)
-    assert (target / "weights").read_text() == "third"
+    assert (target / "weights").read_text("utf-8") == "third"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -148,4 +148,4 @@ def test_the_adapter_before_comes_back_where_a_worker_was_killed_between_the_two
     save_adapter(tmp_path / "best", model("first"), CHAT)
     (tmp_path / "best").rename(tmp_path / ".best.old")
     recover(tmp_path / "best")
-    assert (tmp_path / "best" / "weights").read_text() == "first"
+    assert (tmp_path / "best" / "weights").read_text("utf-8") == "first"

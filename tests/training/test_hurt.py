@@ -100,7 +100,7 @@ def test_a_run_that_was_set_up_to_fail_is_said_to_have_hurt(runs, name):
     assert found.verdict == "hurt"
     assert found.tuned.loss > found.base.loss
     assert found.losses > found.wins
-    for said in (run._repr_html_(), (run.path / "README.md").read_text()):
+    for said in (run._repr_html_(), (run.path / "README.md").read_text("utf-8")):
         assert "Fine-tuning hurt: " in said
     assert "most damaged rows" in run._repr_html_()
 

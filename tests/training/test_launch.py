@@ -85,13 +85,13 @@ def test_the_number_of_an_earlier_worker_is_gone_before_there_is_a_new_one(tmp_p
     seen = []
 
     def popen(*_arguments, **_named):
-        seen.append((tmp_path / "r" / "worker.lock").read_text())
+        seen.append((tmp_path / "r" / "worker.lock").read_text("utf-8"))
         return SimpleNamespace(pid=77)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     launch.start(Settings(runs_dir=str(tmp_path)), "r", resume=True)
     assert seen == [""]
-    assert (tmp_path / "r" / "worker.lock").read_text() == "77"
+    assert (tmp_path / "r" / "worker.lock").read_text("utf-8") == "77"
 
 
 def test_unsloth_imports_no_modules_from_a_run_directory(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_a_run_goes_on_while_its_directory_cannot_be_written_and_then_on_another
     run = launch.start(settings(tiny, drive, epochs=400), "run")
     wait_until(lambda: len(run.steps) >= 3)
     (worker,) = run.workers()
-    assert worker == int((run.path / "worker.lock").read_text())
+    assert worker == int((run.path / "worker.lock").read_text("utf-8"))
 
     def works(seconds: float = 1.0) -> None:
         """Until the worker has done as much again."""

@@ -64,7 +64,7 @@ def together(settings) -> Run:
 
 def ranks(run: Run) -> dict[str, psutil.Process]:
     """The processes of a run that is being trained, by rank."""
-    launcher = (run.path / "worker.lock").read_text()
+    launcher = (run.path / "worker.lock").read_text("utf-8")
     children = psutil.Process(int(launcher)).children() if launcher and is_locked(run.path) else []
     found = {}
     for child in children:
@@ -139,7 +139,7 @@ def test_the_first_process_alone_writes_the_run(together):
     assert (kinds.count("data"), kinds.count("checkpoint"), kinds.count("evaluation")) == (1, STEPS, 3)
     assert together.environment.device.startswith("2 × CPU")
     assert "processes: 2, each with 2 of the 4 examples of a step" in run_text(together)
-    assert str(together.settings.accelerate_config) not in (together.path / "README.md").read_text()
+    assert str(together.settings.accelerate_config) not in (together.path / "README.md").read_text("utf-8")
 
 
 @pytest.mark.slow
@@ -194,7 +194,7 @@ def test_a_run_goes_on_with_another_number_of_processes(settings, together):
     run.stop()
     assert ended(run) == "stopped"
     kept = run.path / "settings.toml"
-    kept.write_text(kept.read_text().replace(settings.accelerate_config, ""))
+    kept.write_text(kept.read_text("utf-8").replace(settings.accelerate_config, ""))
     finetune(Settings(runs_dir=settings.runs_dir), "fewer", resume=True)
     assert not run.environment.device.startswith("2")
     as_if_nothing_had_been(run, together)
@@ -246,7 +246,7 @@ def test_a_sharded_base_learns_the_same_and_a_run_goes_on_with_or_without(settin
     assert sharded.shard == pytest.approx(sharded.whole / 2, rel=0.01)
     sizes = f"of its {sharded.whole / 2**20:.1f} MiB each process holds {sharded.shard / 2**20:.1f}"
     assert f"base: sharded: {sizes}" in run_text(run)
-    log = (run.path / "worker.log").read_text()
+    log = (run.path / "worker.log").read_text("utf-8")
     assert log.count("trainable parameters") == 4  # the first process says so at each of four starts, no other does
 
 

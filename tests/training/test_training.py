@@ -221,7 +221,7 @@ def test_run_directory_holds_everything(trained):
     assert {"torch", "trl", "peft", "unsloth", "bizassist-nb"} <= trained.environment.versions.keys()
     parameters = trained.last(records.Parameters)
     assert (parameters.trainable, parameters.total) == (4_884_480, 139_399_488)
-    assert "trainable parameters: 4,884,480 of 139,399,488" in (path / "worker.log").read_text()
+    assert "trainable parameters: 4,884,480 of 139,399,488" in (path / "worker.log").read_text("utf-8")
     assert [step.step for step in trained.steps] == list(range(1, trained.total_steps + 1))
     assert sum(step.tokens for step in trained.steps) == trained.last(records.Data).training.tokens
 
@@ -252,7 +252,7 @@ def test_tuned_is_better_on_held_out_rows(trained):
 
 
 def test_card_says_what_came_of_it(trained):
-    text = (trained.path / "README.md").read_text()
+    text = (trained.path / "README.md").read_text("utf-8")
     assert trained.evaluation.sentence in text
     assert "| answers that loop |" in text
     assert trained.answers[0].tuned.text not in text  # nor rows: a card is published, and rows may be private
@@ -270,7 +270,7 @@ def test_bad_rows_are_listed_and_the_rest_is_used(tiny, tmp_path, rows_file):
     data = run.last(records.Data)
     assert (data.usable, data.rejected) == (97, 3)
     assert [bad.number for bad in data.rejected_rows] == [4, 51, 100]
-    assert "row 4 is not used" in (run.path / "worker.log").read_text()
+    assert "row 4 is not used" in (run.path / "worker.log").read_text("utf-8")
 
 
 def test_every_row_too_long_fails_and_says_what_to_raise(tiny, tmp_path):
@@ -444,7 +444,7 @@ def test_a_damaged_best_adapter_does_not_end_a_resumed_run(tiny, tmp_path, damag
 def test_unsloth_is_imported_before_what_it_patches(tiny, tmp_path):
     run = finetune(quick(tiny, tmp_path, engine="unsloth", subset=6, max_length=160), "run")
     assert run.environment.engine == "unsloth"
-    assert "should be imported before" not in (run.path / "worker.log").read_text()
+    assert "should be imported before" not in (run.path / "worker.log").read_text("utf-8")
 
 
 class Evil:
@@ -481,7 +481,7 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint_and_runs_no_code_fr
     # One that is whole, but was not written by this package.
     forged = checkpoints(run.path)[0].path
     torch.save(Evil(tmp_path / "run by a pickle"), forged / "optimizer.pt")
-    sums = json.loads((forged / CHECKSUMS).read_text())
+    sums = json.loads((forged / CHECKSUMS).read_text("utf-8"))
     sums["optimizer.pt"] = hashlib.sha256((forged / "optimizer.pt").read_bytes()).hexdigest()
     (forged / CHECKSUMS).write_text(json.dumps(sums))
     with pytest.raises(RunError, match=r"holds something else than tensors.*Delete that folder"):
@@ -667,7 +667,7 @@ def test_a_run_ends_early_where_the_validation_loss_rises_and_ends_there_again_w
     # As if it had been killed after its last step, before it was scored.
     adapter = (worsening.path / "adapter" / "adapter_model.safetensors").read_bytes()
     found = worsening.evaluation
-    lines = (worsening.path / "events.jsonl").read_text().splitlines(keepends=True)
+    lines = (worsening.path / "events.jsonl").read_text("utf-8").splitlines(keepends=True)
     kept = next(place for place, line in enumerate(lines) if '"ended"' in line)
     copy = worsening.path.parent / "again"
     shutil.copytree(worsening.path, copy)
@@ -693,10 +693,10 @@ def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monke
     assert str(run.path) not in run.last(records.Unanswered).reason
     monkeypatch.undo()
     readme = run.path / "README.md"
-    assert "could not be answered" in readme.read_text()
-    assert str(run.path) not in readme.read_text()
+    assert "could not be answered" in readme.read_text("utf-8")
+    assert str(run.path) not in readme.read_text("utf-8")
     assert evaluate(run).answers.prompts >= 12
-    for said in (run._repr_html_(), readme.read_text()):
+    for said in (run._repr_html_(), readme.read_text("utf-8")):
         assert "could not be answered" not in said
 
 
