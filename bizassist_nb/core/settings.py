@@ -36,7 +36,7 @@ ALL_LINEAR: Final = "all-linear"
 _AUTO: Final = "auto"
 _FEWEST_SPLIT: Final = 3
 """Held-out rows of which one can be for validation, and two for the test."""
-_MAY_BE_EMPTY: Final = ("system_prompt", "accelerate_config", "config", "revision")
+_MAY_BE_EMPTY: Final = ("system_prompt", "accelerate_config", "config", "revision", "system")
 
 
 def setting(default: Any, text: str, between: tuple[float, float] | None = None, others: tuple[Any, ...] = ()) -> Any:
@@ -346,6 +346,8 @@ def _problem(field: "dataclasses.Field[Any]", value: Any) -> str:
 
 def _fits(field: "dataclasses.Field[Any]", value: Any) -> bool:
     limits = field.metadata
+    if value is None:
+        return field.default is None
     if keys := limits.get("keys"):
         if not isinstance(value, Mapping) or not all(
             key in keys and isinstance(text, str) and text and _is_text(text) for key, text in value.items()
@@ -354,6 +356,8 @@ def _fits(field: "dataclasses.Field[Any]", value: Any) -> bool:
         return keys is not TURNS or not value or all(any(COLUMN.findall(value.get(key, ""))) for key in keys)
     if limits["choices"]:
         return value in limits["choices"] and type(value) is type(limits["choices"][0])  # 0 is not false
+    if isinstance(field.default, tuple):
+        return isinstance(value, tuple) and all(isinstance(text, str) and text and _is_text(text) for text in value)
     if limits["least"] is None:
         return isinstance(value, str) and _is_text(value) and (bool(value.strip()) or field.name in _MAY_BE_EMPTY)
     if value in limits["words"]:
@@ -378,6 +382,8 @@ def allowed(field: "dataclasses.Field[Any]") -> str:
         )
     if limits["choices"]:
         return " or ".join(_shown(choice) for choice in limits["choices"])
+    if isinstance(field.default, tuple):
+        return "a tuple of texts that are not empty"
     if limits["least"] is None:
         return "a text" if field.name in _MAY_BE_EMPTY else "a text that is not empty"
     kind = "a number" if isinstance(limits["least"], float) else "a whole number"

@@ -1,9 +1,10 @@
 """`%%finetune`, `%%ask` and `%bizassist`: each parses its line, makes one call, and returns the result."""
 
+import dataclasses
 import functools
 import re
 from keyword import iskeyword
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
@@ -16,6 +17,9 @@ from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, add_options, cho
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.sources import VARIABLE
 from bizassist_nb.runs.run import RunDirectory, check_alone, list_runs
+
+if TYPE_CHECKING:
+    from bizassist_nb.assistant.comparison import Conversation
 
 _WORD = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\S)+""")
 
@@ -62,7 +66,9 @@ def ask_options(line: str, cell: str | None = None) -> Any:
     one.add_argument("--base", action="store_true", help="ask the base alone")
     one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
     one.add_argument("--blind", action="store_true", help="hide which answer is which until you have voted")
-    add_options(parser)
+    more = "ask further in the conversation that the last question of this kernel began, to the same runs"
+    add("--continue", dest="further", action="store_true", help=more)
+    add_options(parser, _unquoted)
     add("--each", action="store_true", help="every line of the body is a question of its own")
     add("--runs-dir", type=_unquoted, metavar="DIR", help="folder of the runs; the last one used without this")
     add("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
@@ -70,21 +76,41 @@ def ask_options(line: str, cell: str | None = None) -> Any:
     options = parser.parse_args(_words(line))
     if cell is not None and options.question:
         raise UsageError(f"%%ask: {' '.join(options.question)!r} is no option; the question belongs in the body")
-    if options.blind and (options.each or options.prompted or len(options.run) > 1 or options.strength != 1):
+    altered = options.strength != 1 or options.system is not None
+    if options.blind and (options.each or options.prompted or options.further or len(options.run) > 1 or altered):
         raise UsageError(
             "%%ask --blind: a vote is on one question to one run as it was trained; "
-            "leave out --each, --prompted, --strength, and any --run but one"
+            "leave out --each, --prompted, --continue, --strength, --system, and any --run but one"
         )
+    if options.each and options.further:
+        raise UsageError("%%ask --each: every line is a question of its own; leave out --continue")
     if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
         raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
     return options
 
 
+def _who(options: Any) -> tuple[str, ...]:
+    """Who answers, by the names that `Assistant.stream` takes."""
+    asked = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
+    return (*asked, *([PROMPTED] if options.prompted else []))
+
+
+@dataclasses.dataclass
+class _Talk:
+    """The conversation that --continue goes on with, and who takes part in it."""
+
+    runs: list[RunDirectory]
+    who: tuple[str, ...]
+    system: str | None
+    said: "Conversation"
+
+
 @magics_class
 class BizassistMagics(Magics):
-    """The magics; they remember the run and the folder used last."""
+    """The magics; they remember the run, the folder and the conversation used last."""
 
     _run: Run | None = None
+    _talk: _Talk | None = None
     _runs_dir = "runs"
 
     @cell_magic
@@ -135,9 +161,9 @@ class BizassistMagics(Magics):
         """
         options = ask_options(line, cell)
         question = " ".join(options.question) if cell is None else cell
-        generation, runs = chosen(options), self._chosen(options)
-        asked = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
-        who = (*asked, *([PROMPTED] if options.prompted else []))
+        talk = self._continued(options) if options.further else self._begun(options)
+        generation = dataclasses.replace(chosen(options), system=talk.system)
+        self._talk = None if options.each or options.blind else talk
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparison, Comparisons
         from bizassist_nb.notebook.views import clear, follow, live_html, show_ballot
@@ -149,10 +175,13 @@ class BizassistMagics(Magics):
         try:
             with without_locals():  # of the view's, too, from where an interrupt leaves the answer half-way
                 live.value = "<i>Loading the model, once for this kernel …</i>"
-                assistant = Assistant(*runs, base=None if runs else self._base(options), anyway=options.anyway)
+                base = None if talk.runs else self._base(options)
+                assistant = Assistant(*talk.runs, base=base, anyway=options.anyway)
                 lines = [line.strip() for line in question.splitlines() if line.strip()]
                 for each in (lines or [""]) if options.each else [question]:
-                    follow(assistant.stream(each, generation, who=who), live, order, answered)
+                    said = None if options.each else talk.said
+                    stream = assistant.stream(each, generation, who=talk.who, conversation=said)
+                    follow(stream, live, order, answered)
         except BaseException:  # an interrupt, too: what was answered is shown, and the error goes on
             clear(live)
             if answered and not order:  # without its end there is nothing to vote on
@@ -160,9 +189,34 @@ class BizassistMagics(Magics):
             raise
         clear(live)
         if order:
-            show_ballot(self._keep(options, Ballot(runs[0], answered[0], order)))
+            show_ballot(self._keep(options, Ballot(talk.runs[0], answered[0], order)))
             return None  # it is displayed already, and changes with the vote
         return self._keep(options, Comparisons(answered) if options.each else answered[0])
+
+    def _begun(self, options: Any) -> _Talk:
+        """A new conversation, with those whom the options name."""
+        from bizassist_nb.assistant.comparison import Conversation
+
+        return _Talk(self._chosen(options), _who(options), options.system, Conversation())
+
+    def _continued(self, options: Any) -> _Talk:
+        """The conversation that the last question began.
+
+        Raises:
+            UsageError: where there is none, or the options name others.
+        """
+        talk = self._talk
+        if not talk or not talk.said:
+            raise UsageError("%%ask --continue: there is no conversation in this kernel yet; ask without --continue")
+        runs = self._chosen(options) if options.run or options.runs_dir else talk.runs
+        who = _who(options) if options.base or options.tuned or options.prompted else talk.who
+        if [run.path for run in runs] != [run.path for run in talk.runs] or not set(who) <= set(talk.who):
+            names = f" (of the runs {', '.join(run.name for run in talk.runs)})" if talk.runs else ""
+            raise UsageError(
+                f"%%ask --continue: the conversation is with {' and '.join(talk.who)}{names}; "
+                "ask them, or begin another without --continue"
+            )
+        return dataclasses.replace(talk, who=who, system=talk.system if options.system is None else options.system)
 
     def _keep(self, options: Any, found: Any) -> Any:
         """What was found, as the result of the magic: in the variable of `-o`, too."""

@@ -154,7 +154,7 @@ def test_ask_leaves_both_answers_as_static_columns(trained, live):
     (html,) = cell.mime("text/html")
     assert not cell.mime(WIDGET)
     assert "base" in html
-    assert "tuned (trained), cut short" in html
+    assert "tuned (trained), stopped at the limit of 8 tokens" in html
     assert "What&#x27;s a &lt;b&gt;price&lt;/b&gt;?" in html
     assert live.run("answer.question, answer.runs").text == repr(("What's a <b>price</b>?", ("trained",)))
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import weakref
 
 import pytest
 import torch
+from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from live_kernel import wait_until
 from random_run import random_run
@@ -654,6 +656,35 @@ def test_a_cell_asks_the_base_of_the_newest_run_where_none_is_tuned(runs, tiny, 
     found = shell.run_line_magic("ask", f"--runs-dir {runs[0].path.parent} --max-new-tokens 4 Why?")
     assert (list(found.answers), found.model) == (["base"], str(tiny))
     assert "There is no tuned model yet" in found.note
+
+
+def test_a_cell_goes_on_with_the_conversation_of_the_last(runs, shell):
+    drawn = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DRAWN.items())
+    where = f"--runs-dir {runs[0].path.parent} {drawn}"
+    ask = functools.partial(shell.run_cell_magic, "ask")
+    with pytest.raises(UsageError, match="no conversation in this kernel yet"):
+        ask("--continue", "Why?")
+    ask(f"{where} --run one --system 'Be brief.'", QUESTIONS[0])
+    with pytest.raises(UsageError, match=r"conversation is with base and tuned \(of the runs one\)"):
+        ask(f"{where} --run two --continue", "Why?")
+    found = ask(f"--continue {drawn}", QUESTIONS[1])  # the runs, too, are the last ones
+    talk, options = Conversation(), {**DRAWN, "system": "Be brief."}
+    expected = [Assistant(runs[0]).ask(question, conversation=talk, **options) for question in QUESTIONS]
+    assert found == expected[1]
+    assert found.answers != Assistant(runs[0]).ask(QUESTIONS[1], **options).answers
+    ask(f"{where} --run two", QUESTIONS[0])  # a conversation of its own
+    assert ask("--continue --base --max-new-tokens 6", QUESTIONS[1]).runs == ()
+    with pytest.raises(UsageError, match=r"conversation is with base \(of the runs two\)"):
+        ask("--continue --tuned", "Why?")
+    ask(f"{where} --run one --each", "\n".join(QUESTIONS))
+    with pytest.raises(UsageError, match="no conversation in this kernel yet"):
+        ask("--continue", "Why?")
+
+
+@pytest.mark.parametrize("line", ["--blind --continue", "--blind --system x", "--each --continue"])
+def test_options_that_do_not_go_together_are_refused(line, shell):
+    with pytest.raises(UsageError, match=r"leave out .*--(continue|system)"):
+        shell.run_cell_magic("ask", line, "Why?")
 
 
 def widgets_alive():

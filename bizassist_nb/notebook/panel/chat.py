@@ -38,6 +38,8 @@ SUGGESTED: Final = (
 )
 _NONE: Final = "base only"
 _NO_MODEL: Final = "No tuned model yet: train one on the Train tab."
+_TYPED: Final = {"stop": ("stop at", "one text a line"), "system": ("chat's system", "as in training")}
+"""Label and hint of the texts among the options of answers."""
 _GREEDY: Final = "With temperature 0 the answer is the same each time; raise it under Generation settings."
 
 
@@ -119,14 +121,19 @@ class Chat:
         assistant = Assistant(*filter(None, [run]), base=self._state.base, anyway=self._anyway.value)
         who = (BASE, TUNED) if run else (BASE,)
         order = draw_order() if run and self._blind.value else None
-        generation = Generation(**{name: field.value for name, field in self.options.items()})
+        generation = self._generation()
         conversation = self.conversation
         if order:  # a vote is on the run as trained, and on its answer to this question alone
-            generation, conversation = dataclasses.replace(generation, strength=1.0), Conversation()
+            generation, conversation = dataclasses.replace(generation, strength=1.0, system=None), Conversation()
         turn = Turn(question, run.name if run else None, order)
         stream = assistant.stream(question, generation, who=who, conversation=conversation)
         self.answering = _answering(assistant, stream, turn)
         self.turns.append(turn)
+
+    def _generation(self) -> Generation:
+        """What the generation settings ask for; an empty system prompt asks for that of training."""
+        typed = {name: field.value for name, field in self.options.items()}
+        return Generation(**typed | {"stop": tuple(typed["stop"].splitlines()), "system": typed["system"] or None})
 
     def halt(self) -> None:
         """End the answer that is being written, if one is."""
@@ -238,8 +245,11 @@ def _answering(assistant: Assistant, stream: Iterator[Comparison], turn: Turn) -
 
 
 def _input(field: "dataclasses.Field[Any]") -> Any:
-    """An input with the field's range and text: a number for a whole one, else a slider."""
+    """An input with the field's text and range: lines of text, a number for a whole one, else a slider."""
     limits = field.metadata
+    if limits["least"] is None:
+        name, hint = _TYPED[field.name]
+        return labelled(w.Textarea, name, limits["text"], rows=2, placeholder=hint)
     kind, step = (w.BoundedIntText, 1) if isinstance(field.default, int) else (w.FloatSlider, 0.05)
     state = {"value": field.default, "min": limits["least"], "max": limits["most"], "step": step}
     return labelled(kind, field.name.replace("_", " "), limits["text"], **state)
