@@ -795,7 +795,7 @@ CELLS = [
     ("%%ask\n ", ["question is empty"]),
     ("%%ask --each\n\n \n", ["question is empty"]),
     ("%ask", ["question is empty"]),
-    ("%bizassist what", ["UsageError: %bizassist, %bizassist runs [DIR] or %bizassist doctor"]),
+    ("%bizassist what", ["UsageError: %bizassist shows the panel, %bizassist runs [DIR] a table"]),
     ("%bizassist runs a b", ["UsageError"]),
     ("%bizassist runs file", ["the folder of runs file cannot be read"]),
 ]

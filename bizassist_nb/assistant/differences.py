@@ -4,7 +4,7 @@ import re
 from difflib import SequenceMatcher
 from typing import Final
 
-_MARK: Final = '<mark style="background: #e69f0033; color: inherit; border-bottom: 2px solid #e69f00">'
+_MARK: Final = '<mark style="background: #ffe3a3; color: #000000; text-decoration: underline">'
 LEGEND: Final = f"<p>{_MARK}Marked</mark> words differ between base's answer and the other.</p>"
 """What the marks mean."""
 _MOST: Final = 1500

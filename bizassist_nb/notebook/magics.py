@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
 import re
+import textwrap
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +39,12 @@ def _unquoted(word: str) -> str:
     return word[1:-1] if len(word) > 1 and word[0] == word[-1] and word[0] in "\"'" else word
 
 
-def finetune_options(line: str) -> Any:
-    """The options of a `%%finetune` line."""
-    parser = MagicArgumentParser("%%finetune", description="Fine-tune; the cell's body is settings in TOML.")
+@functools.cache
+def finetune_parser() -> MagicArgumentParser:
+    """The parser of a `%%finetune` line; its help is that of the magic, too."""
+    names = ", ".join(field.name for field in dataclasses.fields(Settings))
+    text = f"Fine-tune. The cell's body is settings in TOML, all of them optional: {names}."
+    parser = MagicArgumentParser("%finetune", description=textwrap.fill(text, 100))
     add = parser.add_argument
     add(
         "name", nargs="?", type=_unquoted, metavar="NAME", help="name of the run; made from the data's name without one"
@@ -50,16 +55,18 @@ def finetune_options(line: str) -> Any:
     mode.add_argument("--replace", action="store_true", help="move the run of that name to the bin and begin anew")
     setting = "a setting, after the body's"
     add("--set", action="append", default=[], type=_unquoted, metavar="KEY=VALUE", help=setting)
-    return parser.parse_args(_words(line))
+    return parser
 
 
-def ask_options(line: str, cell: str | None = None) -> Any:
-    """The options of an `%%ask` or `%ask` line; `cell` is the body of the cell.
+def finetune_options(line: str) -> Any:
+    """The options of a `%%finetune` line."""
+    return finetune_parser().parse_args(_words(line))
 
-    Raises:
-        UsageError: for options that cannot be used, or not together.
-    """
-    parser = MagicArgumentParser("%%ask", description="Ask base and tuned. The question is the body, or ends the line.")
+
+@functools.cache
+def ask_parser() -> MagicArgumentParser:
+    """The parser of an `%%ask` or `%ask` line; its help is that of the magic, too."""
+    parser = MagicArgumentParser("%ask", description="Ask base and tuned. The question is the body, or ends the line.")
     add, one = parser.add_argument, parser.add_mutually_exclusive_group()
     who = "run whose tuned model answers; the one trained last without this; may be given several times"
     add("--run", action="append", default=[], type=_unquoted, metavar="NAME", help=who)
@@ -73,7 +80,16 @@ def ask_options(line: str, cell: str | None = None) -> Any:
     add("--runs-dir", type=_unquoted, metavar="DIR", help="folder of the runs; the last one used without this")
     add("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
     add("question", nargs="...", help="the question, in a line magic")
-    options = parser.parse_args(_words(line))
+    return parser
+
+
+def ask_options(line: str, cell: str | None = None) -> Any:
+    """The options of an `%%ask` or `%ask` line; `cell` is the body of the cell.
+
+    Raises:
+        UsageError: for options that cannot be used, or not together.
+    """
+    options = ask_parser().parse_args(_words(line))
     if cell is not None and options.question:
         raise UsageError(f"%%ask: {' '.join(options.question)!r} is no option; the question belongs in the body")
     altered = options.strength != 1 or options.system is not None
@@ -109,9 +125,9 @@ class _Talk:
 class BizassistMagics(Magics):
     """The magics; they remember the run, the folder and the conversation used last."""
 
+    runs_dir = "runs"
     _run: Run | None = None
     _talk: _Talk | None = None
-    _runs_dir = "runs"
 
     @cell_magic
     def finetune(self, line: str, cell: str) -> Run:
@@ -129,7 +145,7 @@ class BizassistMagics(Magics):
         unload()
         if options.background:
             self._run = Run(start(settings, options.name, data=data, **how).path)
-            self._runs_dir = settings.runs_dir
+            self.runs_dir = settings.runs_dir
             return self._run
         from bizassist_nb.notebook.views import TrainingView
 
@@ -140,7 +156,7 @@ class BizassistMagics(Magics):
         finally:
             view.finish()
             if view.run:
-                self._runs_dir = settings.runs_dir
+                self.runs_dir = settings.runs_dir
         return self._run
 
     def _table(self, data: str) -> Any:
@@ -226,24 +242,33 @@ class BizassistMagics(Magics):
 
     @line_magic
     def bizassist(self, line: str) -> Any:
-        """`%bizassist` shows the panel, `%bizassist runs` a table of runs, `%bizassist doctor` this machine."""
+        """%bizassist shows the panel, %bizassist runs [DIR] a table of runs, %bizassist doctor what this machine has.
+
+        %bizassist help shows the options of all magics; %%finetune? and %%ask? say what each is for.
+        """
         from bizassist_nb.results.run_comparison import runs_section
         from bizassist_nb.training import doctor
 
+        usage = inspect.getdoc(BizassistMagics.bizassist)
         match [_unquoted(word) for word in _words(line)]:
             case []:
                 from bizassist_nb.notebook.panel import Panel
 
-                return Panel.of(self._runs_dir)
+                return Panel.of(self.runs_dir)
+            case ["help"]:
+                for parser in (finetune_parser(), ask_parser()):
+                    print(parser.format_usage(), parser.description, sep="\n", end="\n\n")
+                print(usage)
+                return None
             case ["doctor"]:
-                return doctor.report(self._runs_dir)
+                return doctor.report(self.runs_dir)
             case ["runs", *folder] if len(folder) <= 1:
-                return runs_section(list_runs(*folder or [self._runs_dir]))
-        raise UsageError("%bizassist, %bizassist runs [DIR] or %bizassist doctor")
+                return runs_section(list_runs(*folder or [self.runs_dir]))
+        raise UsageError(usage)
 
     def _chosen(self, options: Any) -> list[RunDirectory]:
         """The runs to ask: those named, else the one that this kernel trained last, else the newest with an adapter."""
-        folder = options.runs_dir or self._runs_dir
+        folder = options.runs_dir or self.runs_dir
         if options.run:
             return [open_run(name, folder) for name in options.run]
         if self._run and self._run.adapter and not options.runs_dir:
@@ -255,9 +280,12 @@ class BizassistMagics(Magics):
 
     def _base(self, options: Any) -> Settings | None:
         """Settings of the newest run: its base answers where there is no tuned model yet; None without a run."""
-        sound = [run for run in list_runs(options.runs_dir or self._runs_dir) if not run.damage]
+        sound = [run for run in list_runs(options.runs_dir or self.runs_dir) if not run.damage]
         return sound[-1].resolved if sound else None
 
+
+BizassistMagics.finetune.__doc__ = finetune_parser().format_help()
+BizassistMagics.ask.__doc__ = ask_parser().format_help()
 
 _QUESTION = re.compile(r"^(\s*(?:\w+\s*=\s*)?)%ask\s+(.*\?)\s*$")
 

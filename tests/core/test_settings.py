@@ -190,6 +190,23 @@ def test_unknown_key_names_the_nearest_or_all(key, said):
     assert said in problems(f"{key} = 1")[0]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("subset = 3\n rnak = 8", "rnak (line 2, 'rnak = 8'): there is no such setting; did you mean rank?"),
+        ("\n[colums]\ncontext = 'c'", "colums (line 2, '[colums]'): there is no such setting"),
+        ("subset = 3\nrank = \nseed = 1", "(at line 2, column 8): 'rank ='. Each line"),
+        ("a.b = 1\n" + "x" * 99 + " = 1", "(line 2, '" + "x" * 79 + "…'): there is no"),
+    ],
+)
+def test_a_typo_is_shown_in_its_line(text, said):
+    assert said in "\n".join(problems(text))
+
+
+def test_an_unknown_override_has_no_line():
+    assert problems("subset = 3", "rnak=8") == ("rnak: there is no such setting; did you mean rank?",)
+
+
 NUMBERS = [field for field in FIELDS if field.metadata["least"] is not None]
 
 
