@@ -6,7 +6,7 @@ import inspect
 import re
 import textwrap
 from keyword import iskeyword
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
@@ -46,9 +46,8 @@ def finetune_parser() -> MagicArgumentParser:
     text = f"Fine-tune. The cell's body is settings in TOML, all of them optional: {names}."
     parser = MagicArgumentParser("%finetune", description=textwrap.fill(text, 100))
     add = parser.add_argument
-    add(
-        "name", nargs="?", type=_unquoted, metavar="NAME", help="name of the run; made from the data's name without one"
-    )
+    name = "name of the run; made from the data's name without one"
+    add("name", nargs="?", type=_unquoted, metavar="NAME", help=name)
     add("--background", action="store_true", help="return at once; look at the run with %%bizassist runs")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run of that name from its last checkpoint")
@@ -98,21 +97,18 @@ def ask_options(line: str, cell: str | None = None) -> Any:
             "%%ask --blind: a vote is on one question to one run as it was trained; "
             "leave out --each, --prompted, --continue, --strength, --system, and any --run but one"
         )
-    if options.each and options.further:
-        raise UsageError("%%ask --each: every line is a question of its own; leave out --continue")
+    others = options.run or options.base or options.tuned or options.prompted or options.runs_dir
+    if options.further and (options.each or others):
+        raise UsageError(
+            "%%ask --continue: one more question to those who answered the last one; "
+            "leave out --each, --run, --base, --tuned, --prompted and --runs-dir, or --continue"
+        )
     if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
         raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
     return options
 
 
-def _who(options: Any) -> tuple[str, ...]:
-    """Who answers, by the names that `Assistant.stream` takes."""
-    asked = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
-    return (*asked, *([PROMPTED] if options.prompted else []))
-
-
-@dataclasses.dataclass
-class _Talk:
+class _Talk(NamedTuple):
     """The conversation that --continue goes on with, and who takes part in it."""
 
     runs: list[RunDirectory]
@@ -177,7 +173,7 @@ class BizassistMagics(Magics):
         """
         options = ask_options(line, cell)
         question = " ".join(options.question) if cell is None else cell
-        talk = self._continued(options) if options.further else self._begun(options)
+        talk = self._conversation(options)
         generation = dataclasses.replace(chosen(options), system=talk.system)
         self._talk = None if options.each or options.blind else talk
         from bizassist_nb.assistant.assistant import Assistant
@@ -191,13 +187,13 @@ class BizassistMagics(Magics):
         try:
             with without_locals():  # of the view's, too, from where an interrupt leaves the answer half-way
                 live.value = "<i>Loading the model, once for this kernel …</i>"
-                base = None if talk.runs else self._base(options)
-                assistant = Assistant(*talk.runs, base=base, anyway=options.anyway)
+                assistant = Assistant(
+                    *talk.runs, base=None if talk.runs else self._base(options), anyway=options.anyway
+                )
                 lines = [line.strip() for line in question.splitlines() if line.strip()]
                 for each in (lines or [""]) if options.each else [question]:
                     said = None if options.each else talk.said
-                    stream = assistant.stream(each, generation, who=talk.who, conversation=said)
-                    follow(stream, live, order, answered)
+                    follow(assistant.stream(each, generation, who=talk.who, conversation=said), live, order, answered)
         except BaseException:  # an interrupt, too: what was answered is shown, and the error goes on
             clear(live)
             if answered and not order:  # without its end there is nothing to vote on
@@ -209,30 +205,17 @@ class BizassistMagics(Magics):
             return None  # it is displayed already, and changes with the vote
         return self._keep(options, Comparisons(answered) if options.each else answered[0])
 
-    def _begun(self, options: Any) -> _Talk:
-        """A new conversation, with those whom the options name."""
+    def _conversation(self, options: Any) -> _Talk:
+        """A new conversation, or with --continue that of the last question."""
         from bizassist_nb.assistant.comparison import Conversation
 
-        return _Talk(self._chosen(options), _who(options), options.system, Conversation())
-
-    def _continued(self, options: Any) -> _Talk:
-        """The conversation that the last question began.
-
-        Raises:
-            UsageError: where there is none, or the options name others.
-        """
-        talk = self._talk
-        if not talk or not talk.said:
+        if not options.further:
+            asked = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
+            who = (*asked, *([PROMPTED] if options.prompted else []))
+            return _Talk(self._chosen(options), who, options.system, Conversation())
+        if not self._talk or not self._talk.said:
             raise UsageError("%%ask --continue: there is no conversation in this kernel yet; ask without --continue")
-        runs = self._chosen(options) if options.run or options.runs_dir else talk.runs
-        who = _who(options) if options.base or options.tuned or options.prompted else talk.who
-        if [run.path for run in runs] != [run.path for run in talk.runs] or not set(who) <= set(talk.who):
-            names = f" (of the runs {', '.join(run.name for run in talk.runs)})" if talk.runs else ""
-            raise UsageError(
-                f"%%ask --continue: the conversation is with {' and '.join(talk.who)}{names}; "
-                "ask them, or begin another without --continue"
-            )
-        return dataclasses.replace(talk, who=who, system=talk.system if options.system is None else options.system)
+        return self._talk if options.system is None else self._talk._replace(system=options.system)
 
     def _keep(self, options: Any, found: Any) -> Any:
         """What was found, as the result of the magic: in the variable of `-o`, too."""

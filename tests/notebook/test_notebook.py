@@ -230,7 +230,8 @@ def test_other_outputs_of_the_cell_stay(trained, live):
 )
 def test_tab_completes_the_line_of_a_cell(trained, live, typed, offered):
     matches = live.complete(typed)
-    assert sorted(matches) == sorted(offered) if offered else "trained" not in matches
+    assert set(offered) <= set(matches)  # IPython 7 adds names of Python
+    assert offered or "trained" not in matches
 
 
 def test_tab_completes_settings_in_the_body_of_a_cell(live):
@@ -249,7 +250,10 @@ def test_help_is_made_of_the_texts_of_the_options(live):
     shown = live.run("%bizassist help").text
     for word in ("%%finetune [--background]", "%%ask [--run NAME]", "learning_rate", "%bizassist runs [DIR]"):
         assert word in shown
-    for magic, words in (("%%ask", ["--continue", "a text that ends an answer"]), ("%%finetune", ["--replace", "learning_rate"])):
+    for magic, words in (
+        ("%%ask", ["--continue", "a text that ends an answer"]),
+        ("%%finetune", ["--replace", "learning_rate"]),
+    ):
         reply = live.client.inspect(magic, len(magic), reply=True, timeout=60)["content"]
         assert all(word in reply["data"]["text/plain"] for word in words)
 
