@@ -108,7 +108,7 @@ class Assistant:
             notes.append(f'System prompt: "{cut(generation.system)}".' if generation.system else "No system prompt.")
         if most := max(dropped):
             turns = "the first question and its answer were" if most == 1 else f"the first {most} turns were"
-            room = f"the {_context(loaded):,} tokens that the model reads"
+            room = f"the {loaded.context:,} tokens that the model reads"
             notes.append(f"The conversation has outgrown {room}: {turns} left out.")
         comparison = begun = Comparison(
             question.strip(),
@@ -149,7 +149,7 @@ class Assistant:
                     batch.over.add(row)
                 answers[names[row]] = whole[: min(ends, default=None)]
                 lengths[row] += 1
-                used = f"{len(prompts[row]) + lengths[row]:,} of the {_context(loaded):,} tokens that the model reads"
+                used = f"{len(prompts[row]) + lengths[row]:,} of the {loaded.context:,} tokens that the model reads"
                 speed = lengths[row] / max(1e-9, time.monotonic() - since)
                 figures[names[row]] = f"{lengths[row]:,} tokens, {speed:.1f} a second; {used}"
                 yield dataclasses.replace(begun, answers=dict(answers), figures=dict(figures))
@@ -159,10 +159,10 @@ class Assistant:
                 f"the GPU ran out of memory at {max(map(len, prompts)):,} tokens of question for {len(rows)} answers; "
                 "clear the conversation, ask fewer at once, or wait for the training that shares the GPU"
             ) from error
-        full = {row for row, length in enumerate(lengths) if length == generation.max_new_tokens} - batch.over
-        stripped = {name: text.strip() for name, text in answers.items()}
-        limited = tuple(names[row] for row in sorted(full))
-        yield dataclasses.replace(begun, answers=stripped, cut=limited, figures=figures)
+        full = [row for row, length in enumerate(lengths) if length == generation.max_new_tokens]
+        answers = {name: text.strip() for name, text in answers.items()}
+        limited = tuple(names[row] for row in full if row not in batch.over)
+        yield dataclasses.replace(begun, answers=answers, cut=limited, figures=figures)
 
     def _rows(self, who: tuple[str, ...]) -> _Rows:
         rows: _Rows = {BASE: None} if BASE in who or not self.runs else {}
@@ -188,7 +188,7 @@ class Assistant:
         generation: Generation,
     ) -> tuple[list[int], int]:
         """A row's input ids, and how many turns were left out, from the oldest on, so that the answer has room."""
-        settings, context = run.settings if run else self._settings, _context(loaded)
+        settings, context = run.settings if run else self._settings, loaded.context
         system = settings.system_prompt if generation.system is None else generation.system
         for dropped in range(len(turns) + 1):
             prompt = loaded.chat.prompt(messages(system, turns[dropped:], question.strip()))
@@ -198,8 +198,3 @@ class Assistant:
             f"the question has {len(prompt):,} tokens with its template and the model reads {context:,} at most, "
             f"answer included: shorten it, or set max_new_tokens below {generation.max_new_tokens:,}"
         )
-
-
-def _context(loaded: LoadedBase) -> int:
-    """Tokens of question and answer that the model can read."""
-    return int(loaded.model.config.max_position_embeddings)

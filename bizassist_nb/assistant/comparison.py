@@ -102,40 +102,32 @@ class Comparisons(tuple[Comparison, ...]):
 
     def _repr_html_(self) -> str:
         heads = [self[0].head(name) for name in self[0].answers] if self else []
-        bodies = list(map(_bodies, self))
-        plain, words = ([*map(_cells, self, shown)] for shown in (bodies, [*map(_marked, bodies)]))
-        return rendering.untypeset(_columns(["question", *heads], plain, words))
+        return rendering.untypeset(_columns(["question", *heads], list(map(_cells, self)), 1))
 
 
 def comparison_html(comparison: Comparison, *, finished: bool) -> str:
-    """Answers in adjacent columns: the text as it comes; once finished rendered, and the words marked on demand."""
+    """Answers in adjacent columns, with the differing words to be unfolded once they are finished."""
     note = f"<i>{rendering.plain(comparison.note)}</i>" if comparison.note else ""
-    bodies = _bodies(comparison) if finished else [*map(rendering.plain, comparison.answers.values())]
-    body = _columns(comparison.heads, [bodies], [_marked(bodies) if finished else bodies])
+    bodies = [*map(rendering.markdown, comparison.answers.values())]
+    body = _columns(comparison.heads, [bodies]) if finished else rendering.grid(comparison.heads, bodies)
     return rendering.untypeset(f"<b>{rendering.plain(comparison.question)}</b>{body}{note}")
 
 
-def _columns(heads: Sequence[str], rows: list[list[str]], marked_rows: list[list[str]]) -> str:
-    """Columns and, where any words are marked, the same with the marks, which a reader unfolds.
-
-    Not one table whose marks are switched by a style: JupyterLab takes styles out of a notebook that it does not trust.
-    """
-    grid = rendering.grid(heads, *rows)
-    if marked_rows == rows:
+def _columns(heads: Sequence[str], rows: list[list[str]], first: int = 0) -> str:
+    """Columns and, where words differ between those from `first` on, the same with marks, which a reader unfolds."""
+    grid, words = rendering.grid(heads, *rows), [[*row[:first], *_marked(row[first:])] for row in rows]
+    if words == rows:
         return grid
-    return grid + rendering.folded("show which words differ", LEGEND + rendering.grid(heads, *marked_rows))
+    # Marks that a style switches would not do: JupyterLab takes styles out of a notebook that it does not trust.
+    return grid + rendering.folded("show which words differ", LEGEND + rendering.grid(heads, *words))
 
 
-def _cells(comparison: Comparison, bodies: list[str]) -> list[str]:
-    """Question and answers with what there is to say of each."""
-    asked = f"<b>{rendering.plain(comparison.question)}</b>"
-    note = f"<br><i>{rendering.plain(comparison.note)}</i>" if comparison.note else ""
-    named = zip(comparison.answers, bodies, strict=True)
-    return [asked + note, *(f"{body}<i>{comparison.end(name)}</i>" for name, body in named)]
-
-
-def _bodies(comparison: Comparison) -> list[str]:
-    return [*map(rendering.markdown, comparison.answers.values())]
+def _cells(comparison: Comparison) -> list[str]:
+    """The question with what there is to say of the answers, and the answers."""
+    ends = [f"{name} {comparison.end(name)}" for name in comparison.cut]
+    notes = "".join(f"<br><i>{rendering.plain(note)}</i>" for note in (*ends, comparison.note) if note)
+    asked = f"<b>{rendering.plain(comparison.question)}</b>{notes}"
+    return [asked, *map(rendering.markdown, comparison.answers.values())]
 
 
 def _marked(bodies: list[str]) -> list[str]:

@@ -6,7 +6,6 @@ from typing import Final
 
 _MARK: Final = '<mark style="background: #ffe3a3; color: #000000; text-decoration: underline">'
 LEGEND: Final = f"<p>{_MARK}Marked</mark> words differ between base's answer and the other.</p>"
-"""What the marks mean."""
 _MOST: Final = 1500
 """Words of an answer at most: comparing takes the product of both lengths, and the kernel waits."""
 _BETWEEN: Final = re.compile(r"(<[^>]*>|\s+)")

@@ -44,10 +44,7 @@ class Generation:
 
 
 def add_options(parser: argparse.ArgumentParser, text: Callable[[str], str] = str) -> None:
-    """Options of a command or a magic that asks: one for each field of `Generation`, --anyway and --prompted.
-
-    `text` makes a text of what was typed.
-    """
+    """Options of what asks: a field of `Generation` each, --anyway and --prompted; `text` reads what was typed."""
     anyway = "load the base although a run in training may need its GPU memory"
     parser.add_argument("--anyway", action="store_true", help=anyway)
     prompted = "ask base with three training rows as examples in its prompt, too: would a prompt have done?"

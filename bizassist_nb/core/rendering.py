@@ -86,10 +86,7 @@ def bar(share: float) -> str:
 
 
 def grid(heads: Sequence[str], *rows: Sequence[str]) -> str:
-    """Rows of HTML bodies in columns of one width under plain heads; a table, which code hosts' previews show too.
-
-    Where there is too little room the columns are scrolled together.
-    """
+    """Rows of HTML bodies in columns of one width, scrolled together, under plain heads: a table shows everywhere."""
     width = 100 // len(heads)
     top = "".join(f'<th style="text-align: left; width: {width}%">{html.escape(head)}</th>' for head in heads)
     cell = '<td style="text-align: left; vertical-align: top">{}</td>'

@@ -14,6 +14,7 @@ from bizassist_nb.notebook.magics import ask_parser, finetune_parser
 from bizassist_nb.runs.run import list_runs
 
 _MAGICS: Final = ("%%finetune", "%%ask", "%ask")
+_SETTINGS: Final = [field.name for field in dataclasses.fields(Settings)]
 
 
 def install(shell: Any, folder: Callable[[], str]) -> None:
@@ -37,7 +38,7 @@ def _matcher(folder: Callable[[], str]) -> Any:
         if line.startswith(_MAGICS):
             names = _on_line(before, line, folder())
         elif context.full_text.startswith("%%finetune") and re.fullmatch(r"\w*", before):
-            names = _settings()
+            names = _SETTINGS
         found = [SimpleCompletion(name, type="magic") for name in names if name.startswith(context.token)]
         return {"completions": found, "suppress": bool(found), "ordered": True}
 
@@ -48,20 +49,13 @@ def _on_line(before: str, line: str, folder: str) -> list[str]:
     """What may come next on the line of a magic after what stands before the cursor, of which the last word is cut."""
     *typed, _ = re.split(r"[\s=]+", before)
     if typed[-1:] == ["--set"]:
-        return _settings()
+        return _SETTINGS
     finetune = typed[:1] == ["%%finetune"]
-    options = _options((finetune_parser() if finetune else ask_parser()).format_usage())
+    usage = (finetune_parser() if finetune else ask_parser()).format_usage()
+    options = re.findall(r"(?<!\w)--?[a-z][a-z-]*", usage)
     with contextlib.suppress(RunError):  # of a folder that cannot be read: then no names are offered
         if typed[-1:] == ["--run"]:
             return [run.name for run in list_runs(folder) if run.adapter]
         if finetune and re.search("--(resume|replace)", line) and not set(typed[1:]) - set(options):
             return [*(run.name for run in list_runs(folder)), *options]
     return options
-
-
-def _options(usage: str) -> list[str]:
-    return re.findall(r"(?<!\w)--?[a-z][a-z-]*", usage)
-
-
-def _settings() -> list[str]:
-    return [field.name for field in dataclasses.fields(Settings)]

@@ -6,7 +6,7 @@ import inspect
 import re
 import textwrap
 from keyword import iskeyword
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
@@ -19,9 +19,6 @@ from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, add_options, cho
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.sources import VARIABLE
 from bizassist_nb.runs.run import RunDirectory, check_alone, list_runs
-
-if TYPE_CHECKING:
-    from bizassist_nb.assistant.comparison import Conversation
 
 _WORD = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\S)+""")
 
@@ -98,7 +95,7 @@ def ask_options(line: str, cell: str | None = None) -> Any:
             "leave out --each, --prompted, --continue, --strength, --system, and any --run but one"
         )
     others = options.run or options.base or options.tuned or options.prompted or options.runs_dir
-    if options.further and (options.each or others):
+    if options.further and (others or options.each):
         raise UsageError(
             "%%ask --continue: one more question to those who answered the last one; "
             "leave out --each, --run, --base, --tuned, --prompted and --runs-dir, or --continue"
@@ -114,7 +111,7 @@ class _Talk(NamedTuple):
     runs: list[RunDirectory]
     who: tuple[str, ...]
     system: str | None
-    said: "Conversation"
+    said: Any  # a Conversation
 
 
 @magics_class
@@ -187,9 +184,8 @@ class BizassistMagics(Magics):
         try:
             with without_locals():  # of the view's, too, from where an interrupt leaves the answer half-way
                 live.value = "<i>Loading the model, once for this kernel …</i>"
-                assistant = Assistant(
-                    *talk.runs, base=None if talk.runs else self._base(options), anyway=options.anyway
-                )
+                base = None if talk.runs else self._base(options)
+                assistant = Assistant(*talk.runs, base=base, anyway=options.anyway)
                 lines = [line.strip() for line in question.splitlines() if line.strip()]
                 for each in (lines or [""]) if options.each else [question]:
                     said = None if options.each else talk.said

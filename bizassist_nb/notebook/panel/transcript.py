@@ -62,7 +62,7 @@ class Turn:
         answer = self.comparison.answers.get(who) if self.comparison else ""
         if answer is None:
             return asked + _muted("not asked")
-        body = rendering.markdown(answer) if self.ended else rendering.plain(answer)
+        body = rendering.markdown(answer)
         remarks = [self.remark]
         if self.comparison:
             remarks += [self.comparison.end(who), self.comparison.note or "", self.comparison.figures.get(who, "")]
