@@ -53,6 +53,9 @@ def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys, monkeypatch):
     assert "--- tuned (random), stopped at the limit of 5 tokens ---" in out
     assert main(["ask", "random", "Why?", "--max-new-tokens", "5", "--strength", "0", *where]) == 0
     assert "--- tuned (random), strength 0, stopped at the limit of 5 tokens ---" in capsys.readouterr().out
+    asked = ["--system", "Be brief.", "--stop", "\n\n", "--stop", "END"]
+    assert main(["ask", "random", "Why?", "--max-new-tokens", "5", *asked, *where]) == 0
+    assert 'System prompt: "Be brief.".' in capsys.readouterr().out
     assert main(["ask", "random", "Why?", "--base", "--max-new-tokens", "5", *where]) == 0
     assert "tuned" not in capsys.readouterr().out
     assert main(["evaluate", "random", *where]) == 0

@@ -108,7 +108,7 @@ class Assistant:
             notes.append(f'System prompt: "{cut(generation.system)}".' if generation.system else "No system prompt.")
         if most := max(dropped):
             turns = "the first question and its answer were" if most == 1 else f"the first {most} turns were"
-            room = f"the {loaded.context:,} tokens that the model reads"
+            room = f"the {loaded.model.config.max_position_embeddings:,} tokens that the model reads"
             notes.append(f"The conversation has outgrown {room}: {turns} left out.")
         comparison = begun = Comparison(
             question.strip(),
@@ -140,7 +140,7 @@ class Assistant:
         }
         batch = Batch(prompts, strengths, loaded.chat.stop_ids, loaded.chat.pad_id)
         answers, figures, since = dict(begun.answers), {}, time.monotonic()
-        names, lengths = list(rows), [0] * len(rows)
+        names, lengths, context = list(rows), [0] * len(rows), loaded.model.config.max_position_embeddings
         try:
             for row, text in texts(loaded.model, loaded.chat, batch, generation, loaded.prefix_cache):
                 whole = answers[names[row]] + text
@@ -149,7 +149,7 @@ class Assistant:
                     batch.over.add(row)
                 answers[names[row]] = whole[: min(ends, default=None)]
                 lengths[row] += 1
-                used = f"{len(prompts[row]) + lengths[row]:,} of the {loaded.context:,} tokens that the model reads"
+                used = f"{len(prompts[row]) + lengths[row]:,} of the {context:,} tokens that the model reads"
                 speed = lengths[row] / max(1e-9, time.monotonic() - since)
                 figures[names[row]] = f"{lengths[row]:,} tokens, {speed:.1f} a second; {used}"
                 yield dataclasses.replace(begun, answers=dict(answers), figures=dict(figures))
@@ -159,10 +159,9 @@ class Assistant:
                 f"the GPU ran out of memory at {max(map(len, prompts)):,} tokens of question for {len(rows)} answers; "
                 "clear the conversation, ask fewer at once, or wait for the training that shares the GPU"
             ) from error
-        full = [row for row, length in enumerate(lengths) if length == generation.max_new_tokens]
+        limited = [name for row, name in enumerate(names) if lengths[row] == begun.limit and row not in batch.over]
         answers = {name: text.strip() for name, text in answers.items()}
-        limited = tuple(names[row] for row in full if row not in batch.over)
-        yield dataclasses.replace(begun, answers=answers, cut=limited, figures=figures)
+        yield dataclasses.replace(begun, answers=answers, cut=tuple(limited), figures=figures)
 
     def _rows(self, who: tuple[str, ...]) -> _Rows:
         rows: _Rows = {BASE: None} if BASE in who or not self.runs else {}
@@ -188,7 +187,7 @@ class Assistant:
         generation: Generation,
     ) -> tuple[list[int], int]:
         """A row's input ids, and how many turns were left out, from the oldest on, so that the answer has room."""
-        settings, context = run.settings if run else self._settings, loaded.context
+        settings, context = run.settings if run else self._settings, loaded.model.config.max_position_embeddings
         system = settings.system_prompt if generation.system is None else generation.system
         for dropped in range(len(turns) + 1):
             prompt = loaded.chat.prompt(messages(system, turns[dropped:], question.strip()))

@@ -39,8 +39,6 @@ class LoadedBase:
                 "being trained the assistant may have to wait; look at it with %bizassist runs, or stop it"
             ) from error
         models.unpack(self.model)
-        self.context: int = self.model.config.max_position_embeddings
-        """Tokens of question and answer that it can read."""
         self.memory = torch.cuda.memory_allocated() - before
         """Bytes of GPU memory that its weights take."""
         self.prefix_cache = PrefixCache() if self.model.device.type == "cpu" else None

@@ -96,10 +96,7 @@ def ask_options(line: str, cell: str | None = None) -> Any:
         )
     others = options.run or options.base or options.tuned or options.prompted or options.runs_dir
     if options.further and (others or options.each):
-        raise UsageError(
-            "%%ask --continue: one more question to those who answered the last one; "
-            "leave out --each, --run, --base, --tuned, --prompted and --runs-dir, or --continue"
-        )
+        raise UsageError("%%ask --continue: leave out --run, --runs-dir, --base, --tuned, --prompted and --each")
     if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
         raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
     return options

@@ -380,7 +380,7 @@ def test_the_chat_has_a_system_prompt_of_its_own_and_texts_that_end_an_answer(dr
     driven.ask(QUESTIONS[0])
     assert driven.panel.tabs[2].turns[-1].comparison.base == whole.base.partition(stop)[0].strip()
     driven.press("Clear")
-    driven.fill("chat's system", "Be brief.")
+    driven.fill("system prompt", "Be brief.")
     driven.fill("stop at", "")
     driven.ask(QUESTIONS[0])
     expected = Assistant(runs[0]).ask(QUESTIONS[0], **DRAWN, system="Be brief.")
@@ -731,7 +731,7 @@ def test_without_a_run_the_base_of_the_form_answers_with_its_system_prompt(tiny,
     base = Settings(model=str(tiny))
     answers = []
     for prompt in (base.system_prompt, "Short answers only."):
-        driven.fill("system prompt", prompt)
+        driven.named("system prompt", 0).value = prompt  # of the Train tab
         driven.ask(QUESTIONS[0])
         answers.append(driven.panel.tabs[2].turns[-1].comparison)
         assert answers[-1] == Assistant(base=dataclasses.replace(base, system_prompt=prompt)).ask(
@@ -739,7 +739,7 @@ def test_without_a_run_the_base_of_the_form_answers_with_its_system_prompt(tiny,
         )
         driven.press("Clear")
     assert answers[0].base != answers[1].base
-    driven.fill("system prompt", "x\0")
+    driven.named("system prompt", 0).value = "x\0"
     driven.fill("long question", QUESTIONS[0])
     driven.press("Send")
     assert "which base answers?" in driven.shown()

@@ -44,7 +44,7 @@ SUGGESTED: Final = (
 )
 _NONE: Final = "base only"
 _NO_MODEL: Final = "No tuned model yet: train one on the Train tab."
-_TYPED: Final = {"stop": ("stop at", "one text a line"), "system": ("chat's system", "as in training")}
+_TYPED: Final = {"stop": ("stop at", "one text a line"), "system": ("system prompt", "as in training")}
 _GREEDY: Final = "With temperature 0 the answer is the same each time; raise it under Generation settings."
 
 
@@ -154,8 +154,7 @@ class Chat:
         if not self.turns or self.answering:
             return
         greedy = self.options["temperature"].value == 0
-        if not greedy:
-            self.options["seed"].value += 1
+        self.options["seed"].value += 0 if greedy else 1
         self.ask(self.turns.pop().question)
         self._notice = _GREEDY if greedy else self._notice
 

@@ -51,7 +51,6 @@ class State:
         """Whether a tab has more to do at once."""
         self.exporting = False
         self.runs_dir = self._in_form.runs_dir
-        """The folder whose runs were listed last."""
         self.looked = 0.0
         """When the runs were last listed."""
         self.look()
