@@ -167,7 +167,7 @@ def test_all_problems_of_a_file_come_together_with_value_and_range():
         "dropout = 2.5: has to be a number from 0 to 0.9",
         'train_on = "answers": has to be "response" or "last" or "all"',
         'model = "  ": has to be a text that is not empty',
-        "learningrate: there is no such setting; did you mean learning_rate?",
+        "learningrate (line 5, 'learningrate = 1'): there is no such setting; did you mean learning_rate?",
         'warmup_steps = "some": has to be a whole number from 0 to 1,000,000 or "auto"',
         'columns = { answer = "a" }: has to be a table of column names, its keys among '
         'instruction, context, response, category: { instruction = "question" }',
