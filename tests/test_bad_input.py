@@ -923,7 +923,7 @@ def test_any_override_is_settings_or_a_settings_error(parts):
 
 
 options = st.sampled_from(
-    ["--run", "--base", "--tuned", "--seed", "--set", "--each", "-o", "--strength", "--", "-1", "x"]
+    ["--run", "--base", "--continue", "--stop", "--seed", "--set", "--each", "-o", "--strength", "--", "-1", "x"]
 )
 
 
