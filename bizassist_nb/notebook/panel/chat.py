@@ -88,7 +88,7 @@ class Chat:
         question = self._question_row()
         self._name = labelled(w.Text, "saved as", "name of its file in the folder of runs", value="chat")
         files = [update_loop.button(name, act) for name, act in (("Save", self._save), ("Load", self._load))]
-        saved = fold("Save or load the conversation", w.Box([self._name, *files]).add_class("bn-row"))
+        saved = fold("Save or load", w.Box([self._name, *files]).add_class("bn-row"))
         self.view = w.VBox([run, panes, self._votes, self._suggested, question, self._status, long, saved, settings])
 
     def _question_row(self) -> Any:
