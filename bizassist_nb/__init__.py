@@ -52,8 +52,11 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(shell: "InteractiveShell") -> None:
     """Register the magics with IPython (`%load_ext bizassist_nb`)."""
+    from bizassist_nb.notebook import completion
     from bizassist_nb.notebook.magics import BizassistMagics, as_meant
 
-    shell.register_magics(BizassistMagics)
+    magics = BizassistMagics(shell)
+    shell.register_magics(magics)
+    completion.install(shell, lambda: magics.runs_dir)
     if as_meant not in shell.input_transformers_cleanup:
         shell.input_transformers_cleanup.insert(0, as_meant)

@@ -108,6 +108,10 @@ class Kernel:
             elif kind == "comm_msg" and "value" in content["data"].get("state", {}):
                 cell.updates.append(content["data"]["state"]["value"])
 
+    def complete(self, code: str) -> list[str]:
+        """What Tab offers at the end of this code."""
+        return self.client.complete(code, reply=True, timeout=60)["content"]["matches"]
+
     def interrupt(self) -> None:
         """Press ■."""
         self.manager.interrupt_kernel()

@@ -795,7 +795,7 @@ CELLS = [
     ("%%ask\n ", ["question is empty"]),
     ("%%ask --each\n\n \n", ["question is empty"]),
     ("%ask", ["question is empty"]),
-    ("%bizassist what", ["UsageError: %bizassist, %bizassist runs [DIR] or %bizassist doctor"]),
+    ("%bizassist what", ["UsageError: %bizassist shows the panel, %bizassist runs [DIR] a table"]),
     ("%bizassist runs a b", ["UsageError"]),
     ("%bizassist runs file", ["the folder of runs file cannot be read"]),
 ]
@@ -923,7 +923,7 @@ def test_any_override_is_settings_or_a_settings_error(parts):
 
 
 options = st.sampled_from(
-    ["--run", "--base", "--tuned", "--seed", "--set", "--each", "-o", "--strength", "--", "-1", "x"]
+    ["--run", "--base", "--continue", "--stop", "--seed", "--set", "--each", "-o", "--strength", "--", "-1", "x"]
 )
 
 

@@ -49,10 +49,13 @@ def test_ask_evaluate_and_doctor(tiny, tmp_path, capsys, monkeypatch):
     where = ["--runs-dir", str(tmp_path)]
     assert main(["ask", "random", "How should we price?", "--max-new-tokens", "5", *where]) == 0
     out = capsys.readouterr().out
-    assert f"--- base ({tiny.name}), cut short ---" in out
-    assert "--- tuned (random), cut short ---" in out
+    assert f"--- base ({tiny.name}), stopped at the limit of 5 tokens ---" in out
+    assert "--- tuned (random), stopped at the limit of 5 tokens ---" in out
     assert main(["ask", "random", "Why?", "--max-new-tokens", "5", "--strength", "0", *where]) == 0
-    assert "--- tuned (random), strength 0, cut short ---" in capsys.readouterr().out
+    assert "--- tuned (random), strength 0, stopped at the limit of 5 tokens ---" in capsys.readouterr().out
+    asked = ["--system", "Be brief.", "--stop", "\n\n", "--stop", "END"]
+    assert main(["ask", "random", "Why?", "--max-new-tokens", "5", *asked, *where]) == 0
+    assert 'System prompt: "Be brief.".' in capsys.readouterr().out
     assert main(["ask", "random", "Why?", "--base", "--max-new-tokens", "5", *where]) == 0
     assert "tuned" not in capsys.readouterr().out
     assert main(["evaluate", "random", *where]) == 0
@@ -111,8 +114,8 @@ def test_demo_shows_loss_verdict_and_both_answers(tiny, tmp_path, capsys):
     for text in (
         "training loss:",
         "95 % interval",
-        f"--- base ({tiny.name}), cut short ---",
-        "--- tuned (sample-1), cut short ---",
+        f"--- base ({tiny.name}), stopped at the limit of 200 tokens ---",
+        "--- tuned (sample-1), stopped at the limit of 200 tokens ---",
     ):
         assert text in out
 

@@ -36,6 +36,7 @@ MAY = {
     "training/trainer.py": {"torch", "transformers", "trl", "datasets"},
     "results/loss_plot.py": {"matplotlib"},
     "notebook/magics.py": {"IPython"},
+    "notebook/completion.py": {"IPython"},
     "notebook/views.py": {"IPython", "ipywidgets"},
     **{f"notebook/panel/{path.name}": {"IPython", "ipywidgets"} for path in (PACKAGE / "notebook/panel").glob("*.py")},
 }

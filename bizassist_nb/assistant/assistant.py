@@ -1,13 +1,14 @@
 """The assistant: asks base and tuned the same question, in one batch, and gives all answers."""
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from bizassist_nb.assistant.comparison import Comparison, Conversation
 from bizassist_nb.assistant.loaded import MOST_ADAPTERS, LoadedBase, check_room, loaded_base
-from bizassist_nb.core.errors import QuestionError, without_locals
+from bizassist_nb.core.errors import QuestionError, cut, without_locals
 from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, Generation
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.data.chat import conversation as messages
@@ -103,6 +104,8 @@ class Assistant:
         fitted = [self._fitted(loaded, run, said[name], question, generation) for name, run in rows.items()]
         prompts, dropped = zip(*fitted, strict=True)
         notes = [] if self.runs or TUNED not in who else [_NO_RUN]
+        if generation.system is not None:
+            notes.append(f'System prompt: "{cut(generation.system)}".' if generation.system else "No system prompt.")
         if most := max(dropped):
             turns = "the first question and its answer were" if most == 1 else f"the first {most} turns were"
             room = f"the {loaded.model.config.max_position_embeddings:,} tokens that the model reads"
@@ -114,6 +117,7 @@ class Assistant:
             generation.strength,
             note=" ".join(notes) or None,
             model=loaded.base.name,
+            limit=generation.max_new_tokens,
         )
         yield comparison
         try:
@@ -135,23 +139,29 @@ class Assistant:
             if run
         }
         batch = Batch(prompts, strengths, loaded.chat.stop_ids, loaded.chat.pad_id)
-        answers = dict(begun.answers)
-        names, lengths = list(rows), dict.fromkeys(rows, 0)
+        answers, figures, since = dict(begun.answers), {}, time.monotonic()
+        names, lengths, context = list(rows), [0] * len(rows), loaded.model.config.max_position_embeddings
         try:
             for row, text in texts(loaded.model, loaded.chat, batch, generation, loaded.prefix_cache):
-                name = names[row]
-                answers[name] += text
-                lengths[name] += 1
-                yield dataclasses.replace(begun, answers=dict(answers))
+                whole = answers[names[row]] + text
+                ends = [whole.index(stop) for stop in generation.stop if stop in whole]
+                if ends:
+                    batch.over.add(row)
+                answers[names[row]] = whole[: min(ends, default=None)]
+                lengths[row] += 1
+                used = f"{len(prompts[row]) + lengths[row]:,} of the {context:,} tokens that the model reads"
+                speed = lengths[row] / max(1e-9, time.monotonic() - since)
+                figures[names[row]] = f"{lengths[row]:,} tokens, {speed:.1f} a second; {used}"
+                yield dataclasses.replace(begun, answers=dict(answers), figures=dict(figures))
         except torch.OutOfMemoryError as error:
             loaded.forget_cache()
             raise QuestionError(
                 f"the GPU ran out of memory at {max(map(len, prompts)):,} tokens of question for {len(rows)} answers; "
                 "clear the conversation, ask fewer at once, or wait for the training that shares the GPU"
             ) from error
-        cut = tuple(name for name, length in lengths.items() if length == generation.max_new_tokens)
-        whole = {name: text.strip() for name, text in answers.items()}
-        yield dataclasses.replace(begun, answers=whole, cut=cut)
+        limited = [name for row, name in enumerate(names) if lengths[row] == begun.limit and row not in batch.over]
+        answers = {name: text.strip() for name, text in answers.items()}
+        yield dataclasses.replace(begun, answers=answers, cut=tuple(limited), figures=figures)
 
     def _rows(self, who: tuple[str, ...]) -> _Rows:
         rows: _Rows = {BASE: None} if BASE in who or not self.runs else {}
@@ -177,10 +187,10 @@ class Assistant:
         generation: Generation,
     ) -> tuple[list[int], int]:
         """A row's input ids, and how many turns were left out, from the oldest on, so that the answer has room."""
-        settings = run.settings if run else self._settings
-        context = loaded.model.config.max_position_embeddings
+        settings, context = run.settings if run else self._settings, loaded.model.config.max_position_embeddings
+        system = settings.system_prompt if generation.system is None else generation.system
         for dropped in range(len(turns) + 1):
-            prompt = loaded.chat.prompt(messages(settings.system_prompt, turns[dropped:], question.strip()))
+            prompt = loaded.chat.prompt(messages(system, turns[dropped:], question.strip()))
             if len(prompt) <= context - generation.max_new_tokens:
                 return prompt, dropped
         raise QuestionError(

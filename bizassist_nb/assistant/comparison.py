@@ -2,10 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bizassist_nb.assistant.differences import marked
+from bizassist_nb.assistant.differences import LEGEND, marked
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import printable
 from bizassist_nb.core.generation import BASE, PROMPTED, TUNED
@@ -23,11 +23,15 @@ class Comparison:
     strength: float = 1.0
     """What the tuned answers' adapters were multiplied by."""
     cut: tuple[str, ...] = ()
-    """Names of those whose answer was cut off at max_new_tokens."""
+    """Names of those whose answer was cut off at the limit."""
     note: str | None = None
     """What the reader should know about how these answers came to be."""
     model: str = ""
     """Name of the base."""
+    limit: int = 0
+    """Tokens that an answer could have."""
+    figures: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    """Of each answer its length, its speed, and how full the context is, in words."""
 
     @property
     def base(self) -> str | None:
@@ -42,7 +46,7 @@ class Comparison:
     @property
     def heads(self) -> list[str]:
         """What stands above each answer."""
-        return [f"{self.head(name)}, cut short" if name in self.cut else self.head(name) for name in self.answers]
+        return [", ".join(filter(None, [self.head(name), self.end(name)])) for name in self.answers]
 
     def head(self, name: str) -> str:
         """Who that is, with the base's name (of a folder its last part), or the run and the strength."""
@@ -52,6 +56,10 @@ class Comparison:
         if name not in (BASE, PROMPTED) and self.strength != 1:
             head += f", strength {self.strength:g}"
         return head
+
+    def end(self, name: str) -> str:
+        """Why the answer ended, unless the model ended it."""
+        return f"stopped at the limit of {self.limit:,} tokens" if name in self.cut else ""
 
     def unfinished(self) -> "Comparison":
         """The same with a note that these answers were interrupted."""
@@ -94,28 +102,37 @@ class Comparisons(tuple[Comparison, ...]):
 
     def _repr_html_(self) -> str:
         heads = [self[0].head(name) for name in self[0].answers] if self else []
-        return rendering.untypeset(rendering.grid(["question", *heads], *map(_cells, self)))
+        return rendering.untypeset(_columns(["question", *heads], list(map(_cells, self)), 1))
 
 
 def comparison_html(comparison: Comparison, *, finished: bool) -> str:
-    """Answers in adjacent columns: the text as it comes; once finished rendered, with the differing words marked."""
+    """Answers in adjacent columns, with the differing words to be unfolded once they are finished."""
     note = f"<i>{rendering.plain(comparison.note)}</i>" if comparison.note else ""
-    body = rendering.grid(comparison.heads, _bodies(comparison, finished=finished))
+    bodies = [*map(rendering.markdown, comparison.answers.values())]
+    body = _columns(comparison.heads, [bodies]) if finished else rendering.grid(comparison.heads, bodies)
     return rendering.untypeset(f"<b>{rendering.plain(comparison.question)}</b>{body}{note}")
 
 
+def _columns(heads: Sequence[str], rows: list[list[str]], first: int = 0) -> str:
+    """Columns and, where words differ between those from `first` on, the same with marks, which a reader unfolds."""
+    grid, words = rendering.grid(heads, *rows), [[*row[:first], *_marked(row[first:])] for row in rows]
+    if words == rows:
+        return grid
+    # Marks that a style switches would not do: JupyterLab takes styles out of a notebook that it does not trust.
+    return grid + rendering.folded("show which words differ", LEGEND + rendering.grid(heads, *words))
+
+
 def _cells(comparison: Comparison) -> list[str]:
-    """Question and answers with what there is to say of each."""
-    asked = f"<b>{rendering.plain(comparison.question)}</b>"
-    note = f"<br><i>{rendering.plain(comparison.note)}</i>" if comparison.note else ""
-    bodies = zip(comparison.answers, _bodies(comparison, finished=True), strict=True)
-    return [asked + note, *(f"{body}<i>cut short</i>" if name in comparison.cut else body for name, body in bodies)]
+    """The question with what there is to say of the answers, and the answers."""
+    ends = [f"{name} {comparison.end(name)}" for name in comparison.cut]
+    notes = "".join(f"<br><i>{rendering.plain(note)}</i>" for note in (*ends, comparison.note) if note)
+    asked = f"<b>{rendering.plain(comparison.question)}</b>{notes}"
+    return [asked, *map(rendering.markdown, comparison.answers.values())]
 
 
-def _bodies(comparison: Comparison, *, finished: bool) -> list[str]:
-    shape = rendering.markdown if finished else rendering.plain
-    bodies = [shape(text) for text in comparison.answers.values()]
-    if not finished or len(bodies) < 2:
+def _marked(bodies: list[str]) -> list[str]:
+    """The answers with the words marked in which they differ: all others from the first, the first from an only one."""
+    if len(bodies) < 2:
         return bodies
     pairs = [marked(bodies[0], body) for body in bodies[1:]]
     first = pairs[0][0] if len(pairs) == 1 else bodies[0]  # with more there is no one other whose words it could lack

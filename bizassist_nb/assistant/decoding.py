@@ -35,6 +35,8 @@ class Batch:
     pad_id: int
     penalties: Sequence[float] = ()
     """Repetition penalty of each row; without any, the `Generation`'s."""
+    over: set[int] = dataclasses.field(default_factory=set)
+    """Rows, by index, that get no further token; who reads the answers may add to it meanwhile."""
 
 
 def decode(
@@ -54,6 +56,7 @@ def decode(
             living = [i for i, token in enumerate(chosen) if token not in batch.stop_ids]
             for i in living:
                 yield rows[i], chosen[i]
+            living = [i for i in living if rows[i] not in batch.over]
             if not living or count == generation.max_new_tokens:
                 return
             if len(living) < len(rows):

@@ -4,7 +4,8 @@ import re
 from difflib import SequenceMatcher
 from typing import Final
 
-_MARK: Final = '<mark style="background: none; color: inherit; border-bottom: 2px dotted #b35900">'
+_MARK: Final = '<mark style="background: #ffe3a3; color: #000000; text-decoration: underline">'
+LEGEND: Final = f"<p>{_MARK}Marked</mark> words differ between base's answer and the other.</p>"
 _MOST: Final = 1500
 """Words of an answer at most: comparing takes the product of both lengths, and the kernel waits."""
 _BETWEEN: Final = re.compile(r"(<[^>]*>|\s+)")

@@ -1,10 +1,11 @@
-"""How an answer is made: who answers, and how its tokens are sampled.
+"""How an answer is made: who answers, what the model is told, how its tokens are sampled, and where it ends.
 
 The text and range of each option are written here only; `%%ask`, the command line and the chat tab read them.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import Final
 
 from bizassist_nb.core.errors import QuestionError
@@ -18,7 +19,7 @@ PROMPTED: Final = "prompted"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How answers are sampled, greedily by default.
+    """How answers are made; greedily by default, with the system prompt of training.
 
     Raises:
         QuestionError: naming every option out of range with its value and what is allowed.
@@ -33,6 +34,8 @@ class Generation:
     repetition_penalty: float = setting(1.0, "makes tokens that occurred before less likely; 1 is none", (1.0, 2.0))
     seed: int = setting(0, "seed of the sampling, for a temperature above 0", (0, 2**31 - 1))
     strength: float = setting(1.0, "scale of the tuned model's adapter: 0 is the base, 1 as it was trained", (0.0, 1.5))
+    stop: tuple[str, ...] = setting((), "a text that ends an answer, and is left out of it; there may be several")
+    system: str | None = setting(None, "system prompt in place of the one of training")
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -40,19 +43,21 @@ class Generation:
             raise QuestionError("\n".join(wrong))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a command or a magic that asks: one for each field of `Generation`, --anyway and --prompted."""
+def add_options(parser: argparse.ArgumentParser, text: Callable[[str], str] = str) -> None:
+    """Options of what asks: a field of `Generation` each, --anyway and --prompted; `text` reads what was typed."""
     anyway = "load the base although a run in training may need its GPU memory"
     parser.add_argument("--anyway", action="store_true", help=anyway)
     prompted = "ask base with three training rows as examples in its prompt, too: would a prompt have done?"
     parser.add_argument("--prompted", action="store_true", help=prompted)
     for field in dataclasses.fields(Generation):
+        number, several = isinstance(field.default, int | float), isinstance(field.default, tuple)
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
-            type=type(field.default),
-            default=field.default,
-            metavar="N" if isinstance(field.default, int) else "X",
-            help=f"{field.metadata['text']} [{allowed(field)}; {field.default}]",
+            action="append" if several else "store",
+            type=type(field.default) if number else text,
+            default=[] if several else field.default,
+            metavar="N" if isinstance(field.default, int) else "X" if number else "TEXT",
+            help=field.metadata["text"] + (f" [{allowed(field)}; {field.default}]" if number else ""),
         )
 
 
@@ -62,4 +67,5 @@ def chosen(options: argparse.Namespace) -> Generation:
     Raises:
         QuestionError: if one is out of range.
     """
-    return Generation(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Generation)})
+    typed = {field.name: getattr(options, field.name) for field in dataclasses.fields(Generation)}
+    return Generation(**typed | {"stop": tuple(typed["stop"])})

@@ -86,12 +86,13 @@ def bar(share: float) -> str:
 
 
 def grid(heads: Sequence[str], *rows: Sequence[str]) -> str:
-    """Rows of HTML bodies in columns of one width under plain heads; a table, which code hosts' previews show too."""
+    """Rows of HTML bodies in columns of one width, scrolled together, under plain heads: a table shows everywhere."""
     width = 100 // len(heads)
     top = "".join(f'<th style="text-align: left; width: {width}%">{html.escape(head)}</th>' for head in heads)
     cell = '<td style="text-align: left; vertical-align: top">{}</td>'
     lines = "".join(f"<tr>{''.join(map(cell.format, row))}</tr>" for row in rows)
-    return f'<table style="width: 100%; table-layout: fixed"><tr>{top}</tr>{lines}</table>'
+    table = f'<table style="width: 100%; min-width: {220 * len(heads)}px; table-layout: fixed">'
+    return f'<div style="overflow-x: auto">{table}<tr>{top}</tr>{lines}</table></div>'
 
 
 class Opening(NamedTuple):
@@ -133,10 +134,10 @@ class Section:
         title, lines = html.escape(self.title), "".join(f"<p>{html.escape(line)}</p>" for line in self.lines)
         figures = table(self.rows, self.head) if self.rows else ""
         if self.opening:
-            lines, figures = self.opening.page + lines, _folded("the figures", figures)
+            lines, figures = self.opening.page + lines, folded("the figures", figures)
         body = lines + figures
         if self.folded:
-            return _folded(title, body)
+            return folded(title, body)
         return f"<p><b>{title}</b></p>{body}" if title else body
 
     def card(self) -> str:
@@ -146,7 +147,8 @@ class Section:
         return "\n\n".join([f"## {self.title}", *opening, *map(plain_markdown, self.lines), *rows])
 
 
-def _folded(title: str, body: str) -> str:
+def folded(title: str, body: str) -> str:
+    """HTML that a reader opens, without a kernel, by a click on its title, which is HTML, too."""
     return f"<details><summary>{title}</summary>{body}</details>"
 
 

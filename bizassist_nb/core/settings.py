@@ -36,7 +36,7 @@ ALL_LINEAR: Final = "all-linear"
 _AUTO: Final = "auto"
 _FEWEST_SPLIT: Final = 3
 """Held-out rows of which one can be for validation, and two for the test."""
-_MAY_BE_EMPTY: Final = ("system_prompt", "accelerate_config", "config", "revision")
+_MAY_BE_EMPTY: Final = ("system_prompt", "accelerate_config", "config", "revision", "system")
 
 
 def setting(default: Any, text: str, between: tuple[float, float] | None = None, others: tuple[Any, ...] = ()) -> Any:
@@ -248,15 +248,17 @@ class Settings:
         try:
             values = _toml(text.removeprefix("\ufeff"))
         except ValueError as error:
+            number = re.search(r"at line (\d+)", str(error))
+            line = f": {_line(text, int(number[1]))}" if number else ""
             raise SettingsError(
-                [f'this is not TOML: {error}. Each line is a key and a value: data = "dolly"']
+                [f'this is not TOML: {error}{line}. Each line is a key and a value: data = "dolly"']
             ) from error
         for override in overrides:
             for key, value in _parse_override(override).items():
                 old = values.get(key)
                 values[key] = old | value if isinstance(old, dict) and isinstance(value, dict) else value
         known = [field.name for field in dataclasses.fields(cls)]
-        problems = [_unknown(key, known) for key in values if key not in known]
+        problems = [_unknown(key, known, text) for key in values if key not in known]
         try:
             settings = cls(**{key: value for key, value in values.items() if key in known})
         except SettingsError as error:
@@ -346,6 +348,8 @@ def _problem(field: "dataclasses.Field[Any]", value: Any) -> str:
 
 def _fits(field: "dataclasses.Field[Any]", value: Any) -> bool:
     limits = field.metadata
+    if value is None:
+        return field.default is None
     if keys := limits.get("keys"):
         if not isinstance(value, Mapping) or not all(
             key in keys and isinstance(text, str) and text and _is_text(text) for key, text in value.items()
@@ -354,6 +358,8 @@ def _fits(field: "dataclasses.Field[Any]", value: Any) -> bool:
         return keys is not TURNS or not value or all(any(COLUMN.findall(value.get(key, ""))) for key in keys)
     if limits["choices"]:
         return value in limits["choices"] and type(value) is type(limits["choices"][0])  # 0 is not false
+    if isinstance(field.default, tuple):
+        return isinstance(value, tuple) and all(isinstance(text, str) and text and _is_text(text) for text in value)
     if limits["least"] is None:
         return isinstance(value, str) and _is_text(value) and (bool(value.strip()) or field.name in _MAY_BE_EMPTY)
     if value in limits["words"]:
@@ -378,6 +384,8 @@ def allowed(field: "dataclasses.Field[Any]") -> str:
         )
     if limits["choices"]:
         return " or ".join(_shown(choice) for choice in limits["choices"])
+    if isinstance(field.default, tuple):
+        return "a tuple of texts that are not empty"
     if limits["least"] is None:
         return "a text" if field.name in _MAY_BE_EMPTY else "a text that is not empty"
     kind = "a number" if isinstance(limits["least"], float) else "a whole number"
@@ -385,9 +393,17 @@ def allowed(field: "dataclasses.Field[Any]") -> str:
     return f"{kind} from {limits['least']:g} to {limits['most']:,}{words}"
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
+def _line(text: str, number: int) -> str:
+    """The text's line of that number, from 1 on, for a message; TOML's line may be one more than the text has."""
+    return repr(cut(without_secrets("".join(text.split("\n")[number - 1 : number]).strip())))
+
+
+def _unknown(key: str, known: Sequence[str], text: str) -> str:
+    begins = re.compile(rf"[\s\"'\[]*{re.escape(key)}\b")
+    number = next((number for number, line in enumerate(text.split("\n"), 1) if begins.match(line)), 0)
+    where = f" (line {number}, {_line(text, number)})" if number else ""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"{cut(without_secrets(key))}: there is no such setting; " + (
+    return f"{cut(without_secrets(key))}{where}: there is no such setting; " + (
         f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     )
 

@@ -1,9 +1,12 @@
 """`%%finetune`, `%%ask` and `%bizassist`: each parses its line, makes one call, and returns the result."""
 
+import dataclasses
 import functools
+import inspect
 import re
+import textwrap
 from keyword import iskeyword
-from typing import Any
+from typing import Any, NamedTuple
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class, no_var_expand
@@ -33,20 +36,47 @@ def _unquoted(word: str) -> str:
     return word[1:-1] if len(word) > 1 and word[0] == word[-1] and word[0] in "\"'" else word
 
 
-def finetune_options(line: str) -> Any:
-    """The options of a `%%finetune` line."""
-    parser = MagicArgumentParser("%%finetune", description="Fine-tune; the cell's body is settings in TOML.")
+@functools.cache
+def finetune_parser() -> MagicArgumentParser:
+    """The parser of a `%%finetune` line; its help is that of the magic, too."""
+    names = ", ".join(field.name for field in dataclasses.fields(Settings))
+    text = f"Fine-tune. The cell's body is settings in TOML, all of them optional: {names}."
+    parser = MagicArgumentParser("%finetune", description=textwrap.fill(text, 100))
     add = parser.add_argument
-    add(
-        "name", nargs="?", type=_unquoted, metavar="NAME", help="name of the run; made from the data's name without one"
-    )
+    name = "name of the run; made from the data's name without one"
+    add("name", nargs="?", type=_unquoted, metavar="NAME", help=name)
     add("--background", action="store_true", help="return at once; look at the run with %%bizassist runs")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run of that name from its last checkpoint")
     mode.add_argument("--replace", action="store_true", help="move the run of that name to the bin and begin anew")
     setting = "a setting, after the body's"
     add("--set", action="append", default=[], type=_unquoted, metavar="KEY=VALUE", help=setting)
-    return parser.parse_args(_words(line))
+    return parser
+
+
+def finetune_options(line: str) -> Any:
+    """The options of a `%%finetune` line."""
+    return finetune_parser().parse_args(_words(line))
+
+
+@functools.cache
+def ask_parser() -> MagicArgumentParser:
+    """The parser of an `%%ask` or `%ask` line; its help is that of the magic, too."""
+    parser = MagicArgumentParser("%ask", description="Ask base and tuned. The question is the body, or ends the line.")
+    add, one = parser.add_argument, parser.add_mutually_exclusive_group()
+    who = "run whose tuned model answers; the one trained last without this; may be given several times"
+    add("--run", action="append", default=[], type=_unquoted, metavar="NAME", help=who)
+    one.add_argument("--base", action="store_true", help="ask the base alone")
+    one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
+    one.add_argument("--blind", action="store_true", help="hide which answer is which until you have voted")
+    more = "ask further in the conversation that the last question of this kernel began, to the same runs"
+    add("--continue", dest="further", action="store_true", help=more)
+    add_options(parser, _unquoted)
+    add("--each", action="store_true", help="every line of the body is a question of its own")
+    add("--runs-dir", type=_unquoted, metavar="DIR", help="folder of the runs; the last one used without this")
+    add("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
+    add("question", nargs="...", help="the question, in a line magic")
+    return parser
 
 
 def ask_options(line: str, cell: str | None = None) -> Any:
@@ -55,37 +85,39 @@ def ask_options(line: str, cell: str | None = None) -> Any:
     Raises:
         UsageError: for options that cannot be used, or not together.
     """
-    parser = MagicArgumentParser("%%ask", description="Ask base and tuned. The question is the body, or ends the line.")
-    add, one = parser.add_argument, parser.add_mutually_exclusive_group()
-    who = "run whose tuned model answers; the one trained last without this; may be given several times"
-    add("--run", action="append", default=[], type=_unquoted, metavar="NAME", help=who)
-    one.add_argument("--base", action="store_true", help="ask the base alone")
-    one.add_argument("--tuned", action="store_true", help="ask the tuned model alone")
-    one.add_argument("--blind", action="store_true", help="hide which answer is which until you have voted")
-    add_options(parser)
-    add("--each", action="store_true", help="every line of the body is a question of its own")
-    add("--runs-dir", type=_unquoted, metavar="DIR", help="folder of the runs; the last one used without this")
-    add("-o", dest="out", metavar="VAR", help="a variable to put the Comparison in, too")
-    add("question", nargs="...", help="the question, in a line magic")
-    options = parser.parse_args(_words(line))
+    options = ask_parser().parse_args(_words(line))
     if cell is not None and options.question:
         raise UsageError(f"%%ask: {' '.join(options.question)!r} is no option; the question belongs in the body")
-    if options.blind and (options.each or options.prompted or len(options.run) > 1 or options.strength != 1):
+    altered = options.strength != 1 or options.system is not None
+    if options.blind and (options.each or options.prompted or options.further or len(options.run) > 1 or altered):
         raise UsageError(
             "%%ask --blind: a vote is on one question to one run as it was trained; "
-            "leave out --each, --prompted, --strength, and any --run but one"
+            "leave out --each, --prompted, --continue, --strength, --system, and any --run but one"
         )
+    others = options.run or options.base or options.tuned or options.prompted or options.runs_dir
+    if options.further and (others or options.each):
+        raise UsageError("%%ask --continue: leave out --run, --runs-dir, --base, --tuned, --prompted and --each")
     if options.out is not None and not (options.out.isidentifier() and not iskeyword(options.out)):
         raise UsageError(f"%%ask -o: {options.out!r} is no name of a variable; give one like answer")
     return options
 
 
+class _Talk(NamedTuple):
+    """The conversation that --continue goes on with, and who takes part in it."""
+
+    runs: list[RunDirectory]
+    who: tuple[str, ...]
+    system: str | None
+    said: Any  # a Conversation
+
+
 @magics_class
 class BizassistMagics(Magics):
-    """The magics; they remember the run and the folder used last."""
+    """The magics; they remember the run, the folder and the conversation used last."""
 
+    runs_dir = "runs"
     _run: Run | None = None
-    _runs_dir = "runs"
+    _talk: _Talk | None = None
 
     @cell_magic
     def finetune(self, line: str, cell: str) -> Run:
@@ -103,7 +135,7 @@ class BizassistMagics(Magics):
         unload()
         if options.background:
             self._run = Run(start(settings, options.name, data=data, **how).path)
-            self._runs_dir = settings.runs_dir
+            self.runs_dir = settings.runs_dir
             return self._run
         from bizassist_nb.notebook.views import TrainingView
 
@@ -114,7 +146,7 @@ class BizassistMagics(Magics):
         finally:
             view.finish()
             if view.run:
-                self._runs_dir = settings.runs_dir
+                self.runs_dir = settings.runs_dir
         return self._run
 
     def _table(self, data: str) -> Any:
@@ -135,9 +167,9 @@ class BizassistMagics(Magics):
         """
         options = ask_options(line, cell)
         question = " ".join(options.question) if cell is None else cell
-        generation, runs = chosen(options), self._chosen(options)
-        asked = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
-        who = (*asked, *([PROMPTED] if options.prompted else []))
+        talk = self._conversation(options)
+        generation = dataclasses.replace(chosen(options), system=talk.system)
+        self._talk = None if options.each or options.blind else talk
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparison, Comparisons
         from bizassist_nb.notebook.views import clear, follow, live_html, show_ballot
@@ -149,10 +181,12 @@ class BizassistMagics(Magics):
         try:
             with without_locals():  # of the view's, too, from where an interrupt leaves the answer half-way
                 live.value = "<i>Loading the model, once for this kernel …</i>"
-                assistant = Assistant(*runs, base=None if runs else self._base(options), anyway=options.anyway)
+                base = None if talk.runs else self._base(options)
+                assistant = Assistant(*talk.runs, base=base, anyway=options.anyway)
                 lines = [line.strip() for line in question.splitlines() if line.strip()]
                 for each in (lines or [""]) if options.each else [question]:
-                    follow(assistant.stream(each, generation, who=who), live, order, answered)
+                    said = None if options.each else talk.said
+                    follow(assistant.stream(each, generation, who=talk.who, conversation=said), live, order, answered)
         except BaseException:  # an interrupt, too: what was answered is shown, and the error goes on
             clear(live)
             if answered and not order:  # without its end there is nothing to vote on
@@ -160,9 +194,21 @@ class BizassistMagics(Magics):
             raise
         clear(live)
         if order:
-            show_ballot(self._keep(options, Ballot(runs[0], answered[0], order)))
+            show_ballot(self._keep(options, Ballot(talk.runs[0], answered[0], order)))
             return None  # it is displayed already, and changes with the vote
         return self._keep(options, Comparisons(answered) if options.each else answered[0])
+
+    def _conversation(self, options: Any) -> _Talk:
+        """A new conversation, or with --continue that of the last question."""
+        from bizassist_nb.assistant.comparison import Conversation
+
+        if not options.further:
+            asked = (BASE,) if options.base else (TUNED,) if options.tuned else (BASE, TUNED)
+            who = (*asked, *([PROMPTED] if options.prompted else []))
+            return _Talk(self._chosen(options), who, options.system, Conversation())
+        if not self._talk or not self._talk.said:
+            raise UsageError("%%ask --continue: there is no conversation in this kernel yet; ask without --continue")
+        return self._talk if options.system is None else self._talk._replace(system=options.system)
 
     def _keep(self, options: Any, found: Any) -> Any:
         """What was found, as the result of the magic: in the variable of `-o`, too."""
@@ -172,24 +218,33 @@ class BizassistMagics(Magics):
 
     @line_magic
     def bizassist(self, line: str) -> Any:
-        """`%bizassist` shows the panel, `%bizassist runs` a table of runs, `%bizassist doctor` this machine."""
+        """%bizassist shows the panel, %bizassist runs [DIR] a table of runs, %bizassist doctor what this machine has.
+
+        %bizassist help shows the options of all magics; %%finetune? and %%ask? say what each is for.
+        """
         from bizassist_nb.results.run_comparison import runs_section
         from bizassist_nb.training import doctor
 
+        usage = inspect.getdoc(BizassistMagics.bizassist)
         match [_unquoted(word) for word in _words(line)]:
             case []:
                 from bizassist_nb.notebook.panel import Panel
 
-                return Panel.of(self._runs_dir)
+                return Panel.of(self.runs_dir)
+            case ["help"]:
+                for parser in (finetune_parser(), ask_parser()):
+                    print(parser.format_usage(), parser.description, sep="\n", end="\n\n")
+                print(usage)
+                return None
             case ["doctor"]:
-                return doctor.report(self._runs_dir)
+                return doctor.report(self.runs_dir)
             case ["runs", *folder] if len(folder) <= 1:
-                return runs_section(list_runs(*folder or [self._runs_dir]))
-        raise UsageError("%bizassist, %bizassist runs [DIR] or %bizassist doctor")
+                return runs_section(list_runs(*folder or [self.runs_dir]))
+        raise UsageError(usage)
 
     def _chosen(self, options: Any) -> list[RunDirectory]:
         """The runs to ask: those named, else the one that this kernel trained last, else the newest with an adapter."""
-        folder = options.runs_dir or self._runs_dir
+        folder = options.runs_dir or self.runs_dir
         if options.run:
             return [open_run(name, folder) for name in options.run]
         if self._run and self._run.adapter and not options.runs_dir:
@@ -201,9 +256,12 @@ class BizassistMagics(Magics):
 
     def _base(self, options: Any) -> Settings | None:
         """Settings of the newest run: its base answers where there is no tuned model yet; None without a run."""
-        sound = [run for run in list_runs(options.runs_dir or self._runs_dir) if not run.damage]
+        sound = [run for run in list_runs(options.runs_dir or self.runs_dir) if not run.damage]
         return sound[-1].resolved if sound else None
 
+
+BizassistMagics.finetune.__doc__ = finetune_parser().format_help()
+BizassistMagics.ask.__doc__ = ask_parser().format_help()
 
 _QUESTION = re.compile(r"^(\s*(?:\w+\s*=\s*)?)%ask\s+(.*\?)\s*$")
 

@@ -194,7 +194,7 @@ class Ballot:
         heads = {who: side for side, who in zip(("left", "right"), self.order, strict=True)}
         if self.vote:
             heads = {who: f"{side}: {self.comparison.head(who)}" for who, side in heads.items()}
-        heads |= {who: f"{heads[who]}, cut short" for who in self.comparison.cut}
+        heads |= {who: f"{heads[who]}, {self.comparison.end(who)}" for who in self.comparison.cut}
         return [(head, self.comparison.answers[who]) for who, head in heads.items()]
 
     def _foot(self) -> str:

@@ -355,6 +355,41 @@ def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_went(small):
     assert [talk.turns(who)[-1][1] for who in ("base", "tuned")] == [shown.base.strip(), shown.tuned.strip()]
 
 
+def test_a_text_ends_the_answer_that_has_it_and_is_left_out(small):
+    options = {"max_new_tokens": 24, "temperature": 1.0, "seed": 2}
+    assistant = Assistant(small[0][0])
+    whole = assistant.ask("How?", **options)
+    stop = whole.base[20:24]
+    assert stop not in whole.tuned
+    found = assistant.ask("How?", stop=("never said", stop), **options)
+    assert found.answers == {"base": whole.base.partition(stop)[0].strip(), "tuned": whole.tuned}
+    assert (whole.cut, found.cut) == (("base", "tuned"), ("tuned",))
+    lengths = [int(found.figures[who].partition(" tokens, ")[0]) for who in ("base", "tuned")]
+    assert lengths[0] < lengths[1] == 24  # nothing is made of the answer that is over
+
+
+def test_another_system_prompt_is_told_to_all_and_said(small):
+    (run, _), loaded = small
+    batches = []
+
+    def texts(_model, _chat, batch, *_):
+        batches.append(batch)
+        return iter([])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "texts", texts)
+        notes = [Assistant(run).ask("Why?", system=system).note for system in (None, "", "Be brief.")]
+    assert notes == [None, "No system prompt.", 'System prompt: "Be brief.".']
+    for batch, system in zip(batches, (run.settings.system_prompt, "", "Be brief."), strict=True):
+        assert batch.prompts == tuple([loaded.chat.prompt(conversation(system, [], "Why?"))] * 2)
+
+
+@pytest.mark.parametrize(("option", "value"), [("stop", ("",)), ("stop", "word"), ("system", "\0"), ("system", 3)])
+def test_options_that_are_no_texts_are_refused(option, value):
+    with pytest.raises(QuestionError, match=f"{option} = .*: has to be a t"):
+        Generation(**{option: value})
+
+
 def test_a_conversation_too_long_loses_its_oldest_turns_and_says_so(small):
     runs, loaded = small
     talk = Conversation()

@@ -139,7 +139,7 @@ def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):
         "() => document.querySelectorAll('.bn-answer')[1]?.innerText.length > 200", timeout=120_000
     )
     pictures(book, screenshots, "chatting")
-    book.see("cut short", timeout=120)
+    book.see("stopped at the limit of 90 tokens", timeout=120)
     left, right = panes(book)
     assert left["y"] == right["y"]
     for tab, text in (("Preview", "as the model reads it"), ("Runs", "held-out"), ("Export", "export to")):

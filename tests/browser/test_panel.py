@@ -349,3 +349,15 @@ def test_keys_alone_reach_everything(lab, opened):
         "all => all.filter(e => !e.labels?.length && !e.ariaLabel).length"
     )
     assert unnamed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lab", "notebook"])
+def test_the_panel_says_that_a_cell_keeps_the_kernel_busy(serve, opened, kind):
+    book = opened(serve(kind), [*PANEL, "import time\ntime.sleep(6)"], name="busy.ipynb")
+    book.show()
+    said = "getComputedStyle(document.querySelector('.bizassist .bn-head'), '::after')"
+    book.page.wait_for_function(f"() => {said}.content === 'none'")
+    book.run(2, wait=False)
+    book.page.wait_for_function(f"() => {said}.visibility === 'visible' && {said}.content.includes('kernel busy')")
+    book.page.wait_for_function(f"() => {said}.content === 'none'")

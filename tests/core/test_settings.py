@@ -167,7 +167,7 @@ def test_all_problems_of_a_file_come_together_with_value_and_range():
         "dropout = 2.5: has to be a number from 0 to 0.9",
         'train_on = "answers": has to be "response" or "last" or "all"',
         'model = "  ": has to be a text that is not empty',
-        "learningrate: there is no such setting; did you mean learning_rate?",
+        "learningrate (line 5, 'learningrate = 1'): there is no such setting; did you mean learning_rate?",
         'warmup_steps = "some": has to be a whole number from 0 to 1,000,000 or "auto"',
         'columns = { answer = "a" }: has to be a table of column names, its keys among '
         'instruction, context, response, category: { instruction = "question" }',
@@ -188,6 +188,23 @@ def test_the_message_of_an_error_holds_every_problem():
 )
 def test_unknown_key_names_the_nearest_or_all(key, said):
     assert said in problems(f"{key} = 1")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("subset = 3\n rnak = 8", "rnak (line 2, 'rnak = 8'): there is no such setting; did you mean rank?"),
+        ("\n[colums]\ncontext = 'c'", "colums (line 2, '[colums]'): there is no such setting"),
+        ("subset = 3\nrank = \nseed = 1", "(at line 2, column 8): 'rank ='. Each line"),
+        ("a.b = 1\n" + "x" * 99 + " = 1", "(line 2, '" + "x" * 79 + "…'): there is no"),
+    ],
+)
+def test_a_typo_is_shown_in_its_line(text, said):
+    assert said in "\n".join(problems(text))
+
+
+def test_an_unknown_override_has_no_line():
+    assert problems("subset = 3", "rnak=8") == ("rnak: there is no such setting; did you mean rank?",)
 
 
 NUMBERS = [field for field in FIELDS if field.metadata["least"] is not None]

@@ -154,7 +154,7 @@ def test_ask_leaves_both_answers_as_static_columns(trained, live):
     (html,) = cell.mime("text/html")
     assert not cell.mime(WIDGET)
     assert "base" in html
-    assert "tuned (trained), cut short" in html
+    assert "tuned (trained), stopped at the limit of 8 tokens" in html
     assert "What&#x27;s a &lt;b&gt;price&lt;/b&gt;?" in html
     assert live.run("answer.question, answer.runs").text == repr(("What's a <b>price</b>?", ("trained",)))
 
@@ -214,6 +214,48 @@ def test_other_outputs_of_the_cell_stay(trained, live):
     assert "'shown'" in cell.text
     assert "--- base" in cell.text
     assert not cell.mime(WIDGET)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("%%ask --run tr", ["trained"]),
+        ("%ask --con", ["--continue"]),
+        ("%%ask --top-", ["--top-p", "--top-k"]),
+        ("%%finetune tr", []),  # a name of its own
+        ("%%finetune --resume tr", ["trained"]),
+        ("%%finetune new --set ra", ["rank"]),
+        ("%%finetune new --set rank=8 --back", ["--background"]),
+    ],
+)
+def test_tab_completes_the_line_of_a_cell(trained, live, typed, offered):
+    matches = live.complete(typed)
+    assert set(offered) <= set(matches)  # IPython 7 adds names of Python
+    assert offered or "trained" not in matches
+
+
+def test_tab_completes_settings_in_the_body_of_a_cell(live):
+    sees_the_cell = live.run("import IPython\nIPython.version_info >= (8, 6)").text == "True"
+    for code, offered in (
+        ("%%finetune\nsubset = 3\nra", sees_the_cell),
+        ("%%finetune\nsubset = ra", False),
+        ("%%ask\nra", False),
+    ):
+        assert ("rank" in live.complete(code)) == offered
+    if sees_the_cell:
+        assert live.complete("%%finetune\nlearn") == ["learning_rate"]
+
+
+def test_help_is_made_of_the_texts_of_the_options(live):
+    shown = live.run("%bizassist help").text
+    for word in ("%%finetune [--background]", "%%ask [--run NAME]", "learning_rate", "%bizassist runs [DIR]"):
+        assert word in shown
+    for magic, words in (
+        ("%%ask", ["--continue", "a text that ends an answer"]),
+        ("%%finetune", ["--replace", "learning_rate"]),
+    ):
+        reply = live.client.inspect(magic, len(magic), reply=True, timeout=60)["content"]
+        assert all(word in reply["data"]["text/plain"] for word in words)
 
 
 @pytest.mark.parametrize("option", ["", "--blind"])

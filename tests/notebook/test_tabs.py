@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import html
 import json
 import logging
 import os
@@ -18,16 +20,18 @@ import weakref
 import ipywidgets
 import pytest
 import torch
+from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from live_kernel import wait_until
 from random_run import random_run
 
-from bizassist_nb import Assistant, BizassistError, Conversation, Panel, load_ipython_extension, open_run
+from bizassist_nb import Assistant, BizassistError, Comparison, Conversation, Panel, load_ipython_extension, open_run
 from bizassist_nb.api import Run
 from bizassist_nb.assistant import assistant, decoding, loaded
 from bizassist_nb.core.errors import ModelError, RunError, SettingsError
 from bizassist_nb.core.settings import DEMO, Settings
 from bizassist_nb.notebook import views
+from bizassist_nb.notebook.panel.transcript import Turn
 from bizassist_nb.results.summary import run_text
 from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal, json_line, take_lock, write_worker
@@ -300,6 +304,99 @@ def test_another_tuned_model_begins_a_new_conversation(driven):
     driven.fill("tuned model", "two")
     assert "A new conversation, since tuned is now two." in driven.shown()
     assert driven.panel.tabs[2].conversation.turns("base") == []
+
+
+def test_a_conversation_that_was_cleared_comes_back(driven, tiny):
+    undo = driven.named("Undo Clear")
+    assert undo.layout.display == "none"
+    driven.ask(QUESTIONS[0])
+    chat = driven.panel.tabs[2]
+    said = list(chat.conversation)
+    driven.press("Clear")
+    driven.press("Clear")  # nothing more is lost
+    assert (chat.conversation, undo.layout.display) == ([], None)
+    driven.fill("tuned model", "two")
+    driven.press("Undo Clear")
+    assert (chat.conversation, undo.layout.display) == (said, "none")
+    assert (driven.named("tuned model").value, QUESTIONS[0] in html.unescape(driven.shown())) == ("one", True)
+
+
+def test_a_conversation_is_saved_and_goes_on_in_another_panel(driven, runs):
+    driven.ask(QUESTIONS[0])
+    driven.fill("saved as", "pricing-talk")
+    driven.press("Save")
+    place = runs[0].path.with_name("pricing-talk.json")
+    assert f"Saved as {place}" in driven.shown()
+    first = driven.panel.tabs[2].turns[0].comparison
+    for text in (QUESTIONS[0], first.base, first.tuned):
+        assert text in place.with_suffix(".md").read_text("utf-8")
+    assert [run.name for run in list_runs(place.parent)] == ["one", "two"]
+    another = Driven(place.parent)
+    for name, value in {**DRAWN, "tuned model": "two", "saved as": "pricing-talk"}.items():
+        another.fill(name.replace("_", " "), value)
+    another.press("Load")
+    assert another.named("tuned model").value == "one"
+    assert [turn.comparison for turn in another.panel.tabs[2].turns] == [first]
+    another.ask(QUESTIONS[1])
+    driven.ask(QUESTIONS[1])
+    answers = [panel.panel.tabs[2].turns[-1].comparison.answers for panel in (driven, another)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("chat", None, "is no saved conversation (FileNotFoundError"),
+        ("chat", '[{"question": "Why?"}]', "is no saved conversation (ValidationError"),
+        ("../chat", None, "cannot be the name of"),
+        ("chat", '[{"question": "Why?", "answers": {"tuned": "So."}, "runs": ["gone"]}]', "run 'gone' that answered"),
+    ],
+)
+def test_what_is_no_conversation_to_load_is_said(driven, runs, name, content, words):
+    driven.ask(QUESTIONS[0])
+    if content:
+        runs[0].path.with_name("chat.json").write_text(content)
+    driven.fill("saved as", name)
+    driven.press("Load")
+    assert words in html.unescape(driven.shown())
+    assert len(driven.panel.tabs[2].turns) == 1  # what was there stays
+
+
+def test_a_blind_question_is_in_no_saved_conversation(driven, runs):
+    driven.fill("blind", True)
+    driven.ask(QUESTIONS[0])
+    driven.press("Save")
+    assert (runs[0].path.with_name("chat.json").read_text(), runs[0].path.with_name("chat.md").read_text()) == (
+        "[]",
+        "",
+    )
+
+
+def test_the_chat_has_a_system_prompt_of_its_own_and_texts_that_end_an_answer(driven, runs):
+    driven.ask(QUESTIONS[0])
+    whole = driven.panel.tabs[2].turns[-1].comparison
+    driven.press("Clear")
+    stop = whole.base[10:14]
+    driven.fill("stop at", f"never said\n{stop}")
+    driven.ask(QUESTIONS[0])
+    assert driven.panel.tabs[2].turns[-1].comparison.base == whole.base.partition(stop)[0].strip()
+    driven.press("Clear")
+    driven.fill("system prompt", "Be brief.")
+    driven.fill("stop at", "")
+    driven.ask(QUESTIONS[0])
+    expected = Assistant(runs[0]).ask(QUESTIONS[0], **DRAWN, system="Be brief.")
+    assert driven.panel.tabs[2].turns[-1].comparison == expected
+    assert 'System prompt: "Be brief.".' in html.unescape(driven.shown())
+    assert re.search(r"\d+ tokens, [\d.]+ a second; \d+ of the 2,048 tokens that the model reads", driven.shown())
+
+
+def test_markdown_is_rendered_while_it_is_written():
+    answers = {"base": "Take **ten** customers.\n\n```\nprice"}
+    turn = Turn("Why?", None, comparison=Comparison("Why?", answers))
+    page = turn.html("base", named=True)
+    assert not turn.ended
+    assert "<strong>ten</strong>" in page
+    assert "<pre><code>price" in page
 
 
 def test_a_blind_vote_is_written_and_then_reveals_who_is_who(driven, runs):
@@ -635,7 +732,7 @@ def test_without_a_run_the_base_of_the_form_answers_with_its_system_prompt(tiny,
     base = Settings(model=str(tiny))
     answers = []
     for prompt in (base.system_prompt, "Short answers only."):
-        driven.fill("system prompt", prompt)
+        driven.named("system prompt", 0).value = prompt  # of the Train tab
         driven.ask(QUESTIONS[0])
         answers.append(driven.panel.tabs[2].turns[-1].comparison)
         assert answers[-1] == Assistant(base=dataclasses.replace(base, system_prompt=prompt)).ask(
@@ -643,7 +740,7 @@ def test_without_a_run_the_base_of_the_form_answers_with_its_system_prompt(tiny,
         )
         driven.press("Clear")
     assert answers[0].base != answers[1].base
-    driven.fill("system prompt", "x\0")
+    driven.named("system prompt", 0).value = "x\0"
     driven.fill("long question", QUESTIONS[0])
     driven.press("Send")
     assert "which base answers?" in driven.shown()
@@ -655,6 +752,35 @@ def test_a_cell_asks_the_base_of_the_newest_run_where_none_is_tuned(runs, tiny, 
     found = shell.run_line_magic("ask", f"--runs-dir {runs[0].path.parent} --max-new-tokens 4 Why?")
     assert (list(found.answers), found.model) == (["base"], str(tiny))
     assert "There is no tuned model yet" in found.note
+
+
+def test_a_cell_goes_on_with_the_conversation_of_the_last(runs, shell):
+    drawn = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DRAWN.items())
+    where = f"--runs-dir {runs[0].path.parent} {drawn}"
+    ask = functools.partial(shell.run_cell_magic, "ask")
+    with pytest.raises(UsageError, match="no conversation in this kernel yet"):
+        ask("--continue", "Why?")
+    ask(f"{where} --run one --system 'Be brief.'", QUESTIONS[0])
+    found = ask(f"--continue {drawn}", QUESTIONS[1])  # the runs, too, are the last ones
+    talk, options = Conversation(), {**DRAWN, "system": "Be brief."}
+    expected = [Assistant(runs[0]).ask(question, conversation=talk, **options) for question in QUESTIONS]
+    assert found == expected[1]
+    assert found.answers != Assistant(runs[0]).ask(QUESTIONS[1], **options).answers
+    ask(f"{where} --run two --tuned", QUESTIONS[0])  # a conversation of its own
+    last = ask(f"--continue {drawn}", QUESTIONS[1])
+    assert (last.runs, list(last.answers)) == (("two",), ["tuned"])
+    ask(f"{where} --run one --each", "\n".join(QUESTIONS))
+    with pytest.raises(UsageError, match="no conversation in this kernel yet"):
+        ask("--continue", "Why?")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--blind --continue", "--blind --system x", "--each --continue", "--continue --run two", "--base --continue"],
+)
+def test_options_that_do_not_go_together_are_refused(line, shell):
+    with pytest.raises(UsageError, match=r"--\w+: .*leave out .*--(system|each)"):
+        shell.run_cell_magic("ask", line, "Why?")
 
 
 def widgets_alive():

@@ -30,7 +30,7 @@ from bizassist_nb.results.ballot import (
 from bizassist_nb.runs.records import Vote
 
 ANSWERS = {"base": "The base's **words**.", "tuned": "Tuned words."}
-BOTH = Comparison("How <b>much</b>?", ANSWERS, ("pricing",), cut=("tuned",))
+BOTH = Comparison("How <b>much</b>?", ANSWERS, ("pricing",), cut=("tuned",), limit=9)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_answers_stand_in_the_order_drawn(run):
     left_base, left_tuned = (Ballot(run, BOTH, order)._repr_html_() for order in (("base", "tuned"), ("tuned", "base")))
     assert left_base.index("<strong>words") < left_base.index("Tuned words")
     assert left_tuned.index("<strong>words") > left_tuned.index("Tuned words")
-    assert "left, cut short" in left_tuned
+    assert "left, stopped at the limit of 9 tokens" in left_tuned
 
 
 def test_the_order_is_drawn_anew_each_time(run):

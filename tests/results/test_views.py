@@ -221,16 +221,21 @@ def test_comparison_of_hostile_answers_is_harmless(text, finished):
 def test_comparison_shows_only_the_answers_there_are():
     assert Seen(Comparison("q ", {"base": "one"})._repr_html_()).text == "q baseone\n"
     assert Seen(Comparison("q ", {"tuned": "two"}, ("r",))._repr_html_()).text == "q tuned (r)two\n"
-    assert Seen(Comparison("q ", {"base": "one", "tuned": "two"}, cut=("tuned",), note=" why")._repr_html_()).text == (
-        "q basetuned, cut shortone\ntwo\n why"
-    )
+    both = Comparison("q ", {"base": "one", "tuned": "two"}, cut=("tuned",), limit=5, note=" why")
+    assert Seen(both._repr_html_()).text == "q basetuned, stopped at the limit of 5 tokensone\ntwo\n why"
 
 
-def test_words_that_differ_are_marked_in_both_answers():
+def test_words_that_differ_are_marked_in_both_answers_on_demand():
     answers = {"base": "Start *with* a price of 5 & ask", "tuned": "Start *with* a test of 5 & ask **them**"}
     page = Comparison("q", answers)._repr_html_()
-    assert re.findall(r"<mark[^>]*>(.*?)</mark>", page) == ["price", "test", "them"]
-    assert Seen(page).text == "qbasetunedStart with a price of 5 & ask\nStart with a test of 5 & ask them\n"
+    plain, _, folded = page.partition("<details><summary>show which words differ</summary>")
+    legend, _, words = folded.partition("</p>")
+    assert "<mark" not in plain
+    assert Seen(legend).text == "Marked words differ between base's answer and the other."
+    assert re.findall(r"<mark[^>]*>(.*?)</mark>", words) == ["price", "test", "them"]
+    said = "basetunedStart with a price of 5 & ask\nStart with a test of 5 & ask them\n"
+    assert (Seen(plain).text, Seen(words).text) == (f"q{said}", said)
+    assert "<details" not in Comparison("q", dict.fromkeys(answers, "alike"))._repr_html_()
 
 
 @pytest.mark.parametrize("other", ["nothing alike", "", "word " * 1501])
@@ -264,10 +269,14 @@ def test_comparisons_are_columns_for_a_data_frame():
 def test_an_answer_cut_short_is_said_to_be_in_its_own_row():
     answers = {"base": "b", "tuned": "t"}
     each = Comparisons(
-        [Comparison("q0", answers, ("r",)), Comparison("q1", answers, ("r",), 1.0, ("tuned",), "a note")]
+        [Comparison("q0", answers, ("r",)), Comparison("q1", answers, ("r",), 1.0, ("tuned",), "a note", limit=7)]
     )
     first, second = each._repr_html_().split("q1")
-    assert ("cut short" in first, second.count("cut short"), second.count("a note")) == (False, 1, 1)
+    assert ("limit of" in first, second.count("stopped at the limit of 7 tokens"), second.count("a note")) == (
+        False,
+        1,
+        1,
+    )
     assert each[1]._repr_markdown_().endswith("\n\na note")
 
 

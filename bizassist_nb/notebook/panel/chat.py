@@ -7,21 +7,27 @@ import html
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import ipywidgets as w
+import msgspec
 
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.comparison import Comparison, Conversation
 from bizassist_nb.assistant.loaded import active_answers
-from bizassist_nb.core.errors import BizassistError, brief
+from bizassist_nb.core.errors import BizassistError, RunError, brief
+from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.generation import BASE, TUNED, Generation
+from bizassist_nb.core.settings import user_path
 from bizassist_nb.notebook.panel.controls import fold, offer
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.transcript import Pane, Turn
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop
 from bizassist_nb.notebook.views import labelled, vote_row
 from bizassist_nb.results.ballot import Ballot, draw_order, tally
+from bizassist_nb.runs.records import decode
+from bizassist_nb.runs.run import check_name
 
 _SLICE: Final = 0.1
 """Seconds of answering between updates of the panes: smooth to the eye, and the kernel can handle its messages."""
@@ -38,6 +44,7 @@ SUGGESTED: Final = (
 )
 _NONE: Final = "base only"
 _NO_MODEL: Final = "No tuned model yet: train one on the Train tab."
+_TYPED: Final = {"stop": ("stop at", "one text a line"), "system": ("system prompt", "as in training")}
 _GREEDY: Final = "With temperature 0 the answer is the same each time; raise it under Generation settings."
 
 
@@ -49,7 +56,7 @@ class Chat:
     def __init__(self, state: State, update_loop: UpdateLoop):
         self._state, self._update_loop = state, update_loop
         self.turns: list[Turn] = []
-        self.conversation = Conversation()
+        self._cleared: list[Turn] = []
         self.answering: Generator[str] | None = None
         """The answer under way; it yields what it is doing."""
         self._entered: tuple[float, str] | None = None
@@ -79,7 +86,10 @@ class Chat:
         settings = fold("Generation settings", options)
         self._status = w.HTML().add_class("bn-status")
         question = self._question_row()
-        self.view = w.VBox([run, panes, self._votes, self._suggested, question, self._status, long, settings])
+        self._name = labelled(w.Text, "saved as", "name of its file in the folder of runs", value="chat")
+        files = [update_loop.button(name, act) for name, act in (("Save", self._save), ("Load", self._load))]
+        saved = fold("Save or load", w.Box([self._name, *files]).add_class("bn-row"))
+        self.view = w.VBox([run, panes, self._votes, self._suggested, question, self._status, long, saved, settings])
 
     def _question_row(self) -> Any:
         """The question box and its buttons."""
@@ -91,7 +101,8 @@ class Chat:
         self._stop = button("Stop generating", self.halt, icon="stop")
         self._again = button("Regenerate", self._regenerate, icon="refresh", tooltip="answer the last question anew")
         self._clear = button("Clear", self.forget, icon="trash", tooltip="forget the conversation")
-        return w.Box([self._question, self._send, self._stop, self._again, self._clear]).add_class("bn-ask")
+        self._undo = button("Undo Clear", lambda: self._restore(self._cleared), icon="undo")
+        return w.Box([self._question, self._send, self._stop, self._again, self._clear, self._undo]).add_class("bn-ask")
 
     def _send_button(self, box: Any) -> Any:
         send = functools.partial(self._take, box)
@@ -119,14 +130,18 @@ class Chat:
         assistant = Assistant(*filter(None, [run]), base=self._state.base, anyway=self._anyway.value)
         who = (BASE, TUNED) if run else (BASE,)
         order = draw_order() if run and self._blind.value else None
-        generation = Generation(**{name: field.value for name, field in self.options.items()})
-        conversation = self.conversation
+        generation, conversation = self._generation(), self.conversation
         if order:  # a vote is on the run as trained, and on its answer to this question alone
-            generation, conversation = dataclasses.replace(generation, strength=1.0), Conversation()
+            generation, conversation = dataclasses.replace(generation, strength=1.0, system=None), Conversation()
         turn = Turn(question, run.name if run else None, order)
         stream = assistant.stream(question, generation, who=who, conversation=conversation)
         self.answering = _answering(assistant, stream, turn)
         self.turns.append(turn)
+
+    def _generation(self) -> Generation:
+        """What the generation settings ask for; an empty system prompt asks for that of training."""
+        typed = {name: field.value for name, field in self.options.items()}
+        return Generation(**typed | {"stop": tuple(typed["stop"].splitlines()), "system": typed["system"] or None})
 
     def halt(self) -> None:
         """End the answer that is being written, if one is."""
@@ -139,12 +154,8 @@ class Chat:
         if not self.turns or self.answering:
             return
         greedy = self.options["temperature"].value == 0
-        if not greedy:
-            self.options["seed"].value += 1
-        last = self.turns.pop()
-        if last.comparison and last.order is None:  # a blind one was never part of the conversation
-            self.conversation.forget_last()
-        self.ask(last.question)
+        self.options["seed"].value += 0 if greedy else 1
+        self.ask(self.turns.pop().question)
         self._notice = _GREEDY if greedy else self._notice
 
     def _vote(self, choice: str) -> None:
@@ -157,9 +168,43 @@ class Chat:
     def forget(self) -> None:
         """Begin a new conversation."""
         self.halt()
-        self.turns.clear()
-        self.conversation.clear()
+        self._cleared, self.turns = self.turns or self._cleared, []
         self._notice = ""
+
+    def _restore(self, turns: list[Turn]) -> None:
+        """Go on with a conversation that was cleared or saved, with the run that answered in it."""
+        run = next((turn.run for turn in reversed(turns) if turn.run), _NONE)
+        if run not in self._run.options:
+            raise RunError(f"the run {run!r} that answered in that conversation is not in {self._state.runs_dir}")
+        self.forget()
+        self._run.value, self.turns = run, list(turns)
+
+    def _place(self) -> Path:
+        return user_path(self._state.runs_dir) / f"{check_name(self._name.value)}.json"
+
+    def _save(self) -> None:
+        """Write the conversation into the folder of runs, as JSON and, to be read, as Markdown."""
+        said = [turn.comparison for turn in self.turns if turn.comparison and turn.order is None]
+        place, pages = self._place(), "\n\n---\n\n".join(each._repr_markdown_() for each in said)
+        write_atomic(place, lambda part: part.write_bytes(msgspec.json.encode(said)))
+        write_atomic(place.with_suffix(".md"), lambda part: part.write_text(pages, "utf-8"))
+        self._notice = f"Saved as {place}, and as Markdown beside it."
+
+    def _load(self) -> None:
+        try:
+            said = decode(self._place().read_bytes(), list[Comparison])
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self._place()} is no saved conversation ({brief(error)}); name another") from error
+        self._restore([Turn(each.question, next(iter(each.runs), None), None, None, each, True) for each in said])
+
+    @property
+    def conversation(self) -> Conversation:
+        """What was said so far, without blind questions: a vote is on the answers to one question alone."""
+        said = Conversation()
+        for turn in self.turns:
+            if turn.comparison and turn.order is None:
+                said.add(turn.question, turn.comparison.answers)
+        return said
 
     # What the update loop calls.
 
@@ -188,6 +233,7 @@ class Chat:
         self._stop.disabled = not busy
         self._send.disabled = busy
         self._again.disabled = busy or not self.turns
+        self._undo.layout.display = None if self._cleared and not self.turns else "none"
         self._clear.disabled = not self.turns
         self._suggested.layout.display = None if not self.turns else "none"
         words = self._doing if busy else self._notice
@@ -238,8 +284,11 @@ def _answering(assistant: Assistant, stream: Iterator[Comparison], turn: Turn) -
 
 
 def _input(field: "dataclasses.Field[Any]") -> Any:
-    """An input with the field's range and text: a number for a whole one, else a slider."""
+    """An input with the field's text and range: lines of text, a number for a whole one, else a slider."""
     limits = field.metadata
+    if limits["least"] is None:
+        name, hint = _TYPED[field.name]
+        return labelled(w.Textarea, name, limits["text"], rows=2, placeholder=hint)
     kind, step = (w.BoundedIntText, 1) if isinstance(field.default, int) else (w.FloatSlider, 0.05)
     state = {"value": field.default, "min": limits["least"], "max": limits["most"], "step": step}
     return labelled(kind, field.name.replace("_", " "), limits["text"], **state)

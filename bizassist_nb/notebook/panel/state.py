@@ -50,7 +50,7 @@ class State:
         self.working = False
         """Whether a tab has more to do at once."""
         self.exporting = False
-        self._runs_dir = self._in_form.runs_dir
+        self.runs_dir = self._in_form.runs_dir
         self.looked = 0.0
         """When the runs were last listed."""
         self.look()
@@ -67,8 +67,8 @@ class State:
 
     def look(self) -> None:
         """See which run is alive and, every `_RUNS_EVERY` seconds and when that changes, list the runs."""
-        before, runs_dir = self.live, self.settings.runs_dir if self.settings else self._runs_dir
-        if runs_dir != self._runs_dir or time.monotonic() - self.looked >= _RUNS_EVERY:
+        before, runs_dir = self.live, self.settings.runs_dir if self.settings else self.runs_dir
+        if runs_dir != self.runs_dir or time.monotonic() - self.looked >= _RUNS_EVERY:
             self._list(runs_dir)
         # Only those are looked at that were not over when they were listed, or are shown.
         self.live = next((run for run in self._open if run.alive and not run.elsewhere), None)
@@ -85,7 +85,7 @@ class State:
             self.settings = dataclasses.replace(self.settings)
 
     def _list(self, runs_dir: str) -> None:
-        before = [*self.runs.values(), *self.damaged] if runs_dir == self._runs_dir else []
+        before = [*self.runs.values(), *self.damaged] if runs_dir == self.runs_dir else []
         known = {run.path: run for run in before}
         away = {run.name: run for run in known.values() if run.status == "out of reach" and run.alive}
         try:
@@ -96,7 +96,7 @@ class State:
         self.runs = {run.name: run for run in found if run not in self.damaged} | away
         self.tuned = [name for name, run in reversed(self.runs.items()) if run.adapter]
         self._open = [run for run in reversed(self.runs.values()) if not run.over]
-        self._runs_dir, self.looked = runs_dir, time.monotonic()
+        self.runs_dir, self.looked = runs_dir, time.monotonic()
         if self.followed and self.followed.name not in self.runs:
             self.followed = None
 

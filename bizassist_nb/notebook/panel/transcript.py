@@ -62,11 +62,10 @@ class Turn:
         answer = self.comparison.answers.get(who) if self.comparison else ""
         if answer is None:
             return asked + _muted("not asked")
-        body = rendering.markdown(answer) if self.ended else rendering.plain(answer)
-        cut = self.comparison is not None and who in self.comparison.cut
-        remarks = ["cut short at max new tokens" if self.ended and cut else self.remark]
-        if self.comparison and self.comparison.note:
-            remarks.append(self.comparison.note)
+        body = rendering.markdown(answer)
+        remarks = [self.remark]
+        if self.comparison:
+            remarks += [self.comparison.end(who), self.comparison.note or "", self.comparison.figures.get(who, "")]
         notes = "".join(map(_muted, filter(None, remarks)))
         return f'{asked}<div class="bn-answer">{body}{"" if self.ended else _CURSOR}</div>{notes}'
 
