@@ -18,6 +18,7 @@ from IPython.display import DisplayHandle, display, update_display
 from bizassist_nb.assistant.comparison import Comparison, comparison_html
 from bizassist_nb.core import rendering
 from bizassist_nb.core.rendering import duration
+from bizassist_nb.core.terms import explain
 from bizassist_nb.results.ballot import CHOICES, KEYS, Ballot, blind_html, choice_of
 from bizassist_nb.results.summary import (
     elapsed,
@@ -183,7 +184,7 @@ def progress_html(run: RunDirectory) -> str:
     doing = html.escape(status_words(run))
     head = f"<p><b>{html.escape(run.name)}</b>: {doing}{f', {since}' if since else ''}</p>"
     if now is None:
-        return head + rendering.bar(0.0)
+        return explain(head) + rendering.bar(0.0)
     held_out = run.held_out
     figures = [
         ("step", f"{now.step:,} / {now.total:,}"),
@@ -193,7 +194,7 @@ def progress_html(run: RunDirectory) -> str:
         ("training left", duration(now.seconds_left)),
     ]
     rises = f'<p role="status">{html.escape(words)}</p>' if (words := rising(run)) else ""
-    return head + rendering.bar(now.step / now.total) + tiles(figures) + rises
+    return explain(head + rendering.bar(now.step / now.total) + tiles(figures) + rises)
 
 
 def outcome_html(run: RunDirectory) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bizassist_nb.core import rendering
 from bizassist_nb.core.rendering import Section, duration, losses
 from bizassist_nb.core.settings import Settings
+from bizassist_nb.core.terms import explain
 from bizassist_nb.results.verdict import Score, judge, rows_needed
 from bizassist_nb.runs import records
 from bizassist_nb.runs.run import RunDirectory
@@ -37,7 +38,7 @@ class RunComparison:
     def _repr_html_(self) -> str:
         words = "loss curves of " + ", ".join(run.name for run in self.runs)
         plot = rendering.image(self.plot()._repr_png_(), words)
-        return rendering.untypeset(self._section().page() + plot)
+        return rendering.untypeset(explain(self._section().page()) + plot)
 
     def _section(self) -> Section:
         section = runs_section(self.runs)
