@@ -8,7 +8,6 @@ from typing import Final
 TERMS: Final[Mapping[str, str]] = {
     "held-out": "rows kept out of training: what is measured on them was learned, not memorised",
     "rows kept out of training": "held-out rows: what is measured on them was learned, not memorised",
-    "validation rows": "the third of the held-out rows that chooses the adapter; the others give the verdict",
     "general questions": "general rows: 50 questions of other kinds, which show what the model has forgotten",
     "fixed prompts": "the business questions that base and tuned answer after training",
     "base": "the model as it was before training",
@@ -19,14 +18,12 @@ TERMS: Final[Mapping[str, str]] = {
     "nats": "the unit of loss: 0.1 less means that right answers are about 10 % less surprising",
     "95 % interval": "where the true change lies, as far as so few rows can tell",
     "KL divergence": "how far the probabilities of the next word have moved; 0 is not at all",
-    "repetition penalty": "makes words less likely that have been used already",
     "trainable parameters": "the weights that training changes",
     "learning rate": "how far each step moves the weights",
     "checkpointing": "computing some things twice to save memory",
     "how a step is cut": "the fit: how many examples go through the model at once, so that memory suffices",
     "tokens": "pieces of words, as the model reads them",
     "epoch": "one pass over all training rows",
-    "paired by row": "each row is compared with itself, so hard rows and easy rows do not blur the difference",
 }
 _SKIPPED: Final = r"<(svg|pre|style|details|abbr)\b.*?</\1>|<(?:[^>\"']|\"[^\"]*\"|'[^']*')*>"
 _FOUND: Final = re.compile(

@@ -61,8 +61,10 @@ def runs_section(runs: Iterable[RunDirectory]) -> Section:
         "training time", "tokens/s", "memory", "began",
     )  # fmt: skip
     nothing = ("",) * (len(head) - 2)
-    rows = (_row(run, differing) if run.path not in damaged else (run.name, "damaged", *nothing) for run in runs)
-    return Section("", tuple(damaged.values()), head, tuple(rows))
+    rows = [_row(run, differing) if run.path not in damaged else (run.name, "damaged", *nothing) for run in runs]
+    if any(notes := [run.note for run in runs]):
+        head, rows = (*head, "note"), [(*row, note) for row, note in zip(rows, notes, strict=True)]
+    return Section("", tuple(damaged.values()), head, rows)
 
 
 def against(first: RunDirectory, other: RunDirectory) -> str:

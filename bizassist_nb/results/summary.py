@@ -218,14 +218,14 @@ def run_html(run: RunDirectory) -> str:
         parts.append(f"<p>{html.escape(hint)}</p>")
     if error := run.error:
         parts.append(f"<pre>{html.escape(error)}</pre>")
-    parts.append(facts_html(run))
+    parts = [explain("".join(parts)), facts_html(run)]
     if data := run.last(records.Data):  # it shows a training row of median length
         number, text = data.shown.number, MaskedText(tuple(data.shown.runs))
         title = f"row {number} as the model reads it; what is learned is marked"
         parts.append(f"<details><summary>{title}</summary>{text._repr_html_()}</details>")
     if bad := rejected(run):
         parts.append(Section("rows that cannot be used", rows=bad, folded=True).page())
-    return rendering.untypeset(explain("".join(parts)))
+    return rendering.untypeset("".join(parts))
 
 
 def _verdict(run: RunDirectory) -> list[Section]:

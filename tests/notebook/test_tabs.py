@@ -27,6 +27,7 @@ from bizassist_nb.assistant import assistant, decoding, loaded
 from bizassist_nb.core.errors import ModelError, RunError, SettingsError
 from bizassist_nb.core.settings import DEMO, PRESETS, Settings
 from bizassist_nb.notebook import views
+from bizassist_nb.results.model_card import write_card
 from bizassist_nb.results.summary import run_text
 from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal, json_line, take_lock, write_worker
@@ -606,6 +607,65 @@ def test_two_clicks_on_start_begin_one_run(runs, tiny, ended):
     assert [run.name for run in list_runs(runs[0].path.parent)] == ["one", "two", "sample-1"]
     assert "is being trained, and both" not in driven.shown()  # which is no error of that person's
     list_runs(runs[0].path.parent)[-1].kill()
+
+
+def table(driven):
+    """The names in the table of runs, in its order."""
+    return re.findall(r"<tr><td[^>]*>([^<]*)</td>", driven.panel.tabs[3].table.value)
+
+
+def test_runs_are_ordered_and_filtered(driven, runs):
+    assert table(driven) == ["two", "one"]
+    driven.fill("order", "by name")
+    assert table(driven) == ["one", "two"]
+    driven.fill("chosen run", "one")
+    driven.fill("note", "the first <try>")
+    driven.press("Save note")
+    driven.fill("filter", "finished FIRST")
+    assert table(driven) == ["one"]
+    assert "the first &lt;try&gt;" in driven.panel.tabs[3].table.value
+    assert runs[0].note == "the first <try>"
+    driven.fill("filter", "nothing like it")
+    assert "No run has all these words" in driven.panel.tabs[3].table.value
+
+
+def test_a_run_is_renamed_with_its_card_and_stays_the_one_that_is_shown(driven, runs):
+    write_card(runs[1])
+    driven.fill("chosen run", "two")
+    driven.fill("new name", "pricing")
+    driven.press("Rename")
+    driven.turn()
+    assert table(driven) == ["pricing", "one"]
+    assert driven.panel.state.followed.name == driven.named("chosen run").value == "pricing"
+    path = runs[0].path.with_name("pricing")
+    assert "# pricing" in (path / "README.md").read_text()
+    driven.fill("tuned model", "pricing")
+    driven.ask(QUESTIONS[0])
+    assert driven.panel.tabs[2].turns[-1].comparison.tuned
+    for name, why in (("one", "is there already"), ("../up", "cannot be the name of a run")):
+        driven.fill("new name", name)
+        driven.press("Rename")
+        assert why in driven.shown()
+        assert path.is_dir()
+
+
+def test_a_deleted_run_can_be_brought_back_and_one_in_training_is_neither_moved_nor_renamed(driven, runs, working):
+    driven.fill("chosen run", "two")
+    driven.press("Delete")
+    driven.turn()
+    assert table(driven) == ["one"]
+    assert [path.name[:4] for path in (runs[0].path.parent / ".bin").iterdir()] == ["two-"]
+    driven.press("Undo")
+    driven.turn()
+    assert table(driven) == ["two", "one"]
+    assert driven.named("Undo").layout.display == "none"
+    working(1)
+    driven.fill("chosen run", "two")
+    driven.fill("new name", "pricing")
+    for button in ("Rename", "Delete"):
+        driven.press(button)
+        assert "is being trained by another process" in driven.shown()
+    assert runs[1].path.is_dir()
 
 
 @pytest.mark.parametrize("button", ["Start", "Resume", "Export"])

@@ -216,12 +216,14 @@ class Train:
             (expected.memory, f"≈ {expected.peak:.1f} of {expected.free:.1f} GiB free"),
             (f"change that {telling.rows} held-out rows can show", seen),
         ]
+        sizes = f'min="0" high="{expected.free}" max="{max(expected.free, expected.peak)}" value="{expected.peak}"'
+        meter = f'<meter {sizes} aria-label="memory needed, of what is free"></meter>'
         rows = "1 row" if fit.micro_batch == 1 else f"{fit.micro_batch} rows"
         words = f"{rows} at once ({fit.reason}). {source} {telling.sentence}."
         detail = f"<details><summary>how that is known</summary><p>{html.escape(words)}</p></details>"
         if expected.peak > expected.free:
             detail = alert(f"This does not seem to fit: {words}")
-        return explain(tiles(figures) + _meter(expected) + alerts + read) + detail
+        return explain(tiles(figures) + meter + alerts + read) + detail
 
     def _time(self, found: Forecast, expected: Preflight) -> tuple[tuple[str, str], str]:
         """The time that the run will take, or its training where the rest is not known; a sentence on its source."""
@@ -271,17 +273,6 @@ def _read(found: Forecast) -> str:
     counted = [f"{found.rows:,} rows", f"{found.steps:,} steps", f"{about}{found.epoch_tokens:,.0f} tokens an epoch"]
     line = [name, *counted, f"{about}{found.truncated_share:.1%} of the rows cut", *rate]
     return f'<p class="bn-muted">{html.escape(" · ".join(line))}</p>'
-
-
-def _meter(expected: Preflight) -> str:
-    """A bar: the share of the free memory that the run will take."""
-    share = min(1.0, expected.peak / max(expected.free, 0.01))
-    return (
-        f'<div class="bn-meter{" bn-full" if expected.peak > expected.free else ""}" role="meter" '
-        f'aria-label="share of the free memory" aria-valuemin="0" aria-valuemax="100" '
-        f'aria-valuenow="{share * 100:.0f}">'
-        f'<div style="width: {share:.0%}"></div></div>'
-    )
 
 
 def _why_not_resumed(run: RunDirectory | None, live: RunDirectory | None) -> str | None:
