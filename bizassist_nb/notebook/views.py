@@ -143,7 +143,7 @@ class RunView:
         told = (run, ended and run.status, facts(run))
         if told != self._told:
             folded = f"<details><summary>what it trains on, and with what</summary>{facts_html(run)}</details>"
-            self._tail.value = outcome_html(run) if ended else folded
+            self._tail.value = run_html(run) if ended else folded
             self._told = told
 
 
@@ -195,15 +195,6 @@ def progress_html(run: RunDirectory) -> str:
     ]
     rises = f'<p role="status">{html.escape(words)}</p>' if (words := rising(run)) else ""
     return explain(head + rendering.bar(now.step / now.total) + tiles(figures) + rises)
-
-
-def outcome_html(run: RunDirectory) -> str:
-    """How a run ended; if it failed, with the last lines of its log."""
-    told = run_html(run)
-    if run.status in ("failed", "lost") and (lines := run.log(12)):
-        log = html.escape("\n".join(lines))
-        told += f"<details><summary>the last lines of its log</summary><pre>{log}</pre></details>"
-    return told
 
 
 def tiles(pairs: Iterable[tuple[str, str]]) -> str:

@@ -27,9 +27,9 @@ class RunComparison:
 
     def plot(self) -> "LossFigure":
         """The loss curves, overlaid, as a matplotlib Figure."""
-        from bizassist_nb.results.loss_plot import overlaid_figure
+        from bizassist_nb.results.loss_plot import loss_figure
 
-        return overlaid_figure(self.runs)
+        return loss_figure(*self.runs)
 
     def __repr__(self) -> str:
         """The table and the sentences, for a terminal."""

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
+import zipfile
 
 import pytest
 import torch
@@ -363,6 +365,36 @@ def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
     assert driven.named("Export").disabled
     driven.until(lambda: not driven.named("Export").disabled)
     assert "name the hub repository as OWNER/NAME" in driven.shown()
+
+
+def test_what_an_export_takes_is_said_before_and_what_is_too_large_is_an_alert(driven, runs, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    driven.fill("run", "one")
+    assert "It takes about 0.01 GB of disk" in driven.shown()
+    journal = Journal(runs[0].path)
+    journal.write(records.Parameters(trainable=10**8, total=2_100_000_000))
+    for to, size in (("merged", "4.00"), ("gguf", "8.00")):
+        driven.fill("export to", to)
+        assert f"It takes about {size} GB of disk" in driven.shown()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 6, 3 * 10**9))
+    driven.turn()
+    assert '<div class="bn-alert" role="alert">⚠ It takes about 8.00 GB of disk, of 3 GB free' in driven.shown()
+    driven.fill("export to", "hub")
+    assert "You are not logged in: set HF_TOKEN" in driven.shown()
+
+
+def test_in_colab_a_click_downloads_what_was_exported(driven, runs, monkeypatch):
+    sent = []
+    monkeypatch.setitem(sys.modules, "google.colab.files", types.SimpleNamespace(download=sent.append))
+    monkeypatch.setattr("bizassist_nb.notebook.panel.export.in_colab", lambda: True)
+    driven.fill("run", "one")
+    assert driven.named("Download").layout.display == "none"
+    driven.press("Export")
+    driven.until(lambda: driven.named("Download").layout.display is None)
+    driven.press("Download")
+    assert sent == [str(runs[0].path / "adapter.zip")]
+    assert "adapter_model.safetensors" in zipfile.ZipFile(sent[0]).namelist()
 
 
 @pytest.mark.parametrize(("to", "stays"), [("adapter", True), ("merged", False)])

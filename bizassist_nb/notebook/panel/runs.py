@@ -24,8 +24,6 @@ _ORDERS: Final[Mapping[str, Callable[[RunDirectory], Any]]] = {
     "by name": lambda run: run.name,
     "by change of loss": lambda run: run.evaluation.difference if run.evaluation else math.inf,
 }
-_LOG: Final = 200
-"""Lines of a log that are shown."""
 
 
 class Runs:
@@ -72,7 +70,7 @@ class Runs:
             self._told = self._name.value = self._one.value
             self._note.value = self._run.note if self._run else ""
         self._undo.layout.display = None if self._binned else "none"
-        log = "\n".join(self._run.log(_LOG)) if self._run else ""
+        log = "\n".join(self._run.log(200)) if self._run else ""
         self._log.value = f'<pre class="bn-log" tabindex="0">{html.escape(log) or "It has no log yet."}</pre>'
 
     def _list(self) -> None:
@@ -91,8 +89,9 @@ class Runs:
         self._actions.layout.display = None if sound else "none"
 
     def _wanted(self, run: RunDirectory) -> bool:
-        words = self._filter.value.lower().split()
-        about = [run.name, run.note, *([] if run.damage else [run.status, run.model, run.settings.data])] if words else []
+        if not (words := self._filter.value.lower().split()):
+            return True
+        about = [run.name, run.note, *([] if run.damage else [run.status, run.model, run.settings.data])]
         return all(word in " ".join(about).lower() for word in words)
 
     @property
