@@ -19,11 +19,9 @@ TERMS: Final[Mapping[str, str]] = {
     "95 % interval": "where the true change lies, as far as so few rows can tell",
     "KL divergence": "how far the probabilities of the next word have moved; 0 is not at all",
     "trainable parameters": "the weights that training changes",
-    "learning rate": "how far each step moves the weights",
     "checkpointing": "computing some things twice to save memory",
     "how a step is cut": "the fit: how many examples go through the model at once, so that memory suffices",
     "tokens": "pieces of words, as the model reads them",
-    "epoch": "one pass over all training rows",
 }
 _SKIPPED: Final = r"<(svg|pre|style|details|abbr)\b.*?</\1>|<(?:[^>\"']|\"[^\"]*\"|'[^']*')*>"
 _FOUND: Final = re.compile(

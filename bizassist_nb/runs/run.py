@@ -43,6 +43,7 @@ Status = Literal[
     "starting", "loading", "scoring", "training", "answering", "saving", "finished", "stopped", "failed", "lost",
     "out of reach",
 ]  # fmt: skip
+NOTE: Final = "note.txt"
 ENDED: Final[frozenset[Status]] = frozenset({"finished", "stopped", "failed", "lost"})
 
 _TAIL: Final = 64 * 1024
@@ -181,13 +182,9 @@ class RunDirectory:
     def note(self) -> str:
         """What a person has noted about it."""
         try:
-            return (self.path / "note.txt").read_text("utf-8", "replace")
+            return (self.path / NOTE).read_text("utf-8", "replace")
         except OSError:  # there is none, or it is out of reach
             return ""
-
-    @note.setter
-    def note(self, text: str) -> None:
-        write_atomic(self.path / "note.txt", lambda part: part.write_text(text, "utf-8", "replace"))
 
     @functools.cached_property
     def settings(self) -> Settings:

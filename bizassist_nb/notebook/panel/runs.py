@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import ipywidgets as w
 
+from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.terms import explain
 from bizassist_nb.notebook.panel.controls import fold, offer
 from bizassist_nb.notebook.panel.state import State
@@ -15,7 +16,7 @@ from bizassist_nb.notebook.panel.update_loop import UpdateLoop
 from bizassist_nb.notebook.views import labelled
 from bizassist_nb.results.model_card import write_card
 from bizassist_nb.results.run_comparison import RunComparison, runs_section
-from bizassist_nb.runs.run import RunDirectory, check_name
+from bizassist_nb.runs.run import NOTE, RunDirectory, check_name
 
 _NONE: Final = '<p class="bn-muted">No run yet: train one on the Train tab.</p>'
 _NO_MATCH: Final = '<p class="bn-muted">No run has all these words: empty the filter.</p>'
@@ -39,16 +40,14 @@ class Runs:
         self._one = labelled(w.Dropdown, "chosen run", "the run that the buttons below are for")
         self._name = labelled(w.Text, "new name", "what the run is to be called")
         self._note = labelled(w.Text, "note", "a note of your own; it stands in the table")
-        rename = update_loop.button("Rename", self._on_rename, tooltip="give the run that name")
-        note = update_loop.button("Save note", self._on_note, tooltip="keep the note with the run")
+        save = update_loop.button("Save", self._on_save, icon="save", tooltip="give the run that name and that note")
         hint = "move it to the folder .bin beside it"
         delete = update_loop.button("Delete", self._on_delete, icon="trash", tooltip=hint)
         self._undo = update_loop.button("Undo", self._on_undo, icon="undo", tooltip="bring the deleted run back")
-        rows = ((self._filter, self._order), (self._name, rename), (self._note, note))
-        filters, naming, noting = (w.Box(row).add_class("bn-row") for row in rows)
-        deleting = w.Box([self._one, delete, self._undo]).add_class("bn-row")
+        rows = ((self._filter, self._order), (self._one, delete, self._undo), (self._name, self._note, save))
+        filters, deleting, saving = (w.Box(row).add_class("bn-row") for row in rows)
         self._log = w.HTML()
-        self._actions = w.VBox([deleting, naming, noting, fold("Log", self._log)]).add_class("bn-field")
+        self._actions = w.VBox([deleting, saving, fold("Log", self._log)]).add_class("bn-field")
         hint = "hold Ctrl or Shift to choose several; the others are compared with the first"
         self._choice = labelled(w.SelectMultiple, "runs to compare", hint, rows=5).add_class("bn-wide")
         self._compare = update_loop.button("Compare", self._on_compare, icon="balance-scale")
@@ -98,19 +97,19 @@ class Runs:
     def _run(self) -> RunDirectory | None:
         return self._state.runs.get(self._one.value)
 
-    def _on_rename(self) -> None:
-        if (run := self._run) and self._name.value.strip() != run.name:
-            renamed = RunDirectory(run.move(run.path.with_name(check_name(self._name.value.strip()))))
+    def _on_save(self) -> None:
+        if not (run := self._run):
+            return
+        note, name, self._state.looked = self._note.value.strip(), self._name.value.strip(), 0.0
+        if note != run.note:
+            write_atomic(run.path / NOTE, lambda part: part.write_text(note, "utf-8", "replace"))
+        if name != run.name:
+            renamed = RunDirectory(run.move(run.path.with_name(check_name(name))))
             if (renamed.path / "README.md").is_file():  # its card names it; an adapter's does once it is exported anew
                 write_card(renamed)
             if self._state.followed is run:
                 self._state.followed = renamed
-            self._state.looked, self._one.options = 0.0, [renamed.name]  # it stays the one that is chosen
-
-    def _on_note(self) -> None:
-        if run := self._run:
-            run.note = self._note.value.strip()
-            self._state.looked = 0.0
+            self._one.options = [renamed.name]  # it stays the one that is chosen
 
     def _on_delete(self) -> None:
         if run := self._run:
