@@ -205,6 +205,11 @@ def tiles(pairs: Iterable[tuple[str, str]]) -> str:
     return f'<div class="bn-tiles">{shown}</div>'
 
 
+def scrolled(page: str) -> str:
+    """HTML that may be wide, which keys can scroll where it has the focus."""
+    return f'<div tabindex="0" style="overflow-x: auto">{page}</div>'
+
+
 def css() -> str:
     """The style of the panel and of a run in a cell."""
     return resources.files("bizassist_nb.notebook.panel").joinpath("panel.css").read_text("utf-8")

@@ -107,9 +107,9 @@ def loss_svg(run: RunDirectory) -> str:
     for name, style, points in sorted(curves, key=lambda curve: -curve[2][-1][1]):  # the highest end first
         path = " ".join("{},{}".format(*place(*point)) for point in points)
         lines += f'<polyline points="{path}" fill="none" {style}/>'
-        x, y = max(place(*curve[-1])[0] for _, _, curve in curves) + 10, place(*points[-1])[1]
+        x, y = place(*points[-1])
         below = max(y + 4, below + 16)  # names of curves that end beside one another stand below one another
-        lines += f'<text x="{x}" y="{below:.1f}">{name}</text>'
+        lines += f'<text x="{x + 10:.1f}" y="{below:.1f}">{name}</text>'
     across = (step for step in MaxNLocator(6, integer=True).tick_values(0, end) if step <= end)
     steps_at = [(place(step, up[0])[0], f"{step:,.0f}") for step in across]
     losses_at = [(place(0, loss)[1], f"{round(loss, 6):g}") for loss in up]

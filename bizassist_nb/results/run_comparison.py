@@ -38,7 +38,8 @@ class RunComparison:
     def _repr_html_(self) -> str:
         words = "loss curves of " + ", ".join(run.name for run in self.runs)
         plot = rendering.image(self.plot()._repr_png_(), words)
-        return rendering.untypeset(explain(self._section().page()) + plot)
+        table = f'<div tabindex="0" style="overflow-x: auto">{explain(self._section().page())}</div>'  # keys scroll it
+        return rendering.untypeset(table + plot)
 
     def _section(self) -> Section:
         section = runs_section(self.runs)

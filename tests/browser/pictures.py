@@ -29,10 +29,10 @@ STEPS = 8
 
 
 def trained(book, steps=STEPS):
-    """Wait for so many steps in the plot that is shown."""
+    """Wait until the run that is shown in training has done so many steps."""
     book.page.wait_for_function(
-        "steps => [...document.querySelectorAll('svg[role=img]')].some(svg => svg.checkVisibility() &&"
-        " Number(/at step 1, .* at (\\d+)/.exec(svg.ariaLabel)?.[1]) >= steps)",
+        "steps => [...document.querySelectorAll('.bn-tiles b')]"
+        ".some(e => parseInt(/^(\\d+) \\/ /.exec(e.innerText)?.[1]) >= steps)",
         arg=steps,
         timeout=900_000,
     )
@@ -50,7 +50,7 @@ def cells(book, folder):
     cell(book, 2).screenshot(path=folder / "training.png")
     shown = cell(book, 2).locator(".jp-RenderedHTMLCommon", has_text="Did it help?").last
     shown.wait_for(timeout=900_000)
-    head, foot = shown.bounding_box(), shown.locator("summary", has_text="By category").bounding_box()
+    head, foot = shown.bounding_box(), shown.locator("summary", has_text="the figures").bounding_box()
     height = foot["y"] + foot["height"] + 8 - head["y"]
     clip = {"x": head["x"], "y": head["y"], "width": head["width"], "height": height}
     book.page.screenshot(path=folder / "verdict.png", clip=clip)

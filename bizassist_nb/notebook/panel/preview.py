@@ -10,7 +10,7 @@ from bizassist_nb.core.errors import cut
 from bizassist_nb.data.rows import Row
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop
-from bizassist_nb.notebook.views import labelled
+from bizassist_nb.notebook.views import labelled, scrolled
 from bizassist_nb.training.forecast import Forecast, tokens
 
 _PAGE: Final = 6
@@ -71,7 +71,8 @@ def page_html(found: Forecast, place: int) -> str:
         for i, row in enumerate(found.training[first : first + _PAGE], first)
     ]
     head = ["row", "of the data", "instruction", "context", "response"]
-    return f"<p>{html.escape(found.table.source)}: {len(found.training):,} rows drawn</p>" + rendering.table(rows, head)
+    drawn = f"<p>{html.escape(found.table.source)}: {len(found.training):,} rows drawn</p>"
+    return drawn + scrolled(rendering.table(rows, head))
 
 
 def check_html(found: Forecast) -> str:
@@ -82,7 +83,7 @@ def check_html(found: Forecast) -> str:
     if not found.findings:
         return f"{heading}nothing odd.</p>"
     lines = rendering.table([finding.cells() for finding in found.findings], ("rows", "what", "which", "what to do"))
-    return f"{heading}</p>{lines}"
+    return f"{heading}</p>{scrolled(lines)}"
 
 
 def row_html(found: Forecast, row: Row) -> str:

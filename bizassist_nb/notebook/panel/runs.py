@@ -13,13 +13,12 @@ from bizassist_nb.core.terms import explain
 from bizassist_nb.notebook.panel.controls import fold, offer
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop
-from bizassist_nb.notebook.views import labelled
+from bizassist_nb.notebook.views import labelled, scrolled
 from bizassist_nb.results.model_card import write_card
 from bizassist_nb.results.run_comparison import RunComparison, runs_section
 from bizassist_nb.runs.run import NOTE, RunDirectory, check_name
 
 _NONE: Final = '<p class="bn-muted">No run yet: train one on the Train tab.</p>'
-_WIDE: Final = '<div tabindex="0">{}</div>'  # keys scroll what has the focus
 _NO_MATCH: Final = '<p class="bn-muted">No run has all these words: empty the filter.</p>'
 _ORDERS: Final[Mapping[str, Callable[[RunDirectory], Any]]] = {
     "newest first": lambda _: 0,
@@ -78,7 +77,7 @@ class Runs:
         sound = sorted(newest_first, key=_ORDERS[self._order.value])
         runs = [run for run in [*sound, *self._state.damaged] if self._wanted(run)]
         none = _NO_MATCH if self._state.runs else _NONE
-        self.table.value = _WIDE.format(explain(runs_section(runs).page())) if runs else none
+        self.table.value = scrolled(explain(runs_section(runs).page())) if runs else none
         names = [run.name for run in sound]
         offer(self._one, names)
         if list(self._choice.options) != names:
@@ -127,4 +126,4 @@ class Runs:
     def _on_compare(self) -> None:
         runs = self._state.runs
         chosen = [runs[name] for name in self._choice.value if name in runs] or list(runs.values())
-        self._comparison.value = _WIDE.format(RunComparison(chosen)._repr_html_())
+        self._comparison.value = RunComparison(chosen)._repr_html_()
