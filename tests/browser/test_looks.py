@@ -34,7 +34,7 @@ CONTRAST = """all => {
 
 # What has a scrollbar and should not, and what of a label is not seen.
 CROWDED = """all => all.filter(e => e.offsetParent && !e.matches('select, textarea, .bn-talk, .bn-scroll, .bn-scroll *')
-    && !(e.matches('.widget-html-content') && e.querySelector('table'))).filter(e => {
+    && !(e.matches('.widget-html-content, [tabindex]') && e.querySelector('table'))).filter(e => {
   const style = getComputedStyle(e), wide = e.scrollWidth > e.clientWidth, high = e.scrollHeight > e.clientHeight;
   return ['auto', 'scroll'].includes(style.overflowX) && wide || ['auto', 'scroll'].includes(style.overflowY) && high
     || e.matches('.widget-label, .lm-TabBar-tabLabel, button') && wide && style.clipPath === 'none';
