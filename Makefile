@@ -12,6 +12,7 @@
 #   make lab        JupyterLab with the notebooks
 #   make notebooks  run the notebooks anew and keep their outputs, some of which the tests compare
 #   make notebooks REPO=https://HOST/OWNER/NAME  write a repository's address, and on GitHub a Colab badge, into them
+#   make pictures   take the pictures of docs/images anew, in a real JupyterLab, of the embedded model
 #   make wheel      build dist/bizassist_nb-VERSION-py3-none-any.whl, which the notebooks' install cell takes
 #   make docs       the documentation as a site, in site/
 #
@@ -31,7 +32,7 @@ PYTHONS ?= 3.12 3.13
 TESTS ?=
 SUBSET = tests/test_layout.py tests/core tests/data tests/models tests/training/test_engines.py tests/notebook/test_notebook.py
 
-.PHONY: demo test test-slow test-all test-pythons lowest subset subset-lowest colab kills lab lint machine notebooks wheel docs clean
+.PHONY: demo test test-slow test-all test-pythons lowest subset subset-lowest colab kills lab lint machine notebooks pictures wheel docs clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -162,6 +163,10 @@ notebooks: .venv/dev
 	  (cd "$$folder" && $(CURDIR)/.venv/bin/jupyter execute --inplace *.ipynb) && cp "$$folder"/*.ipynb notebooks
 	.venv/bin/python notebooks/strip.py
 endif
+
+# It asks for its time: on two idle cores some five minutes.
+pictures: machine
+	.venv/bin/python tests/browser/pictures.py docs/images
 
 clean:
 	rm -rf .venv .venv-* runs screenshots site dist

@@ -27,7 +27,7 @@ from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import BizassistError, RunError, printable
 from bizassist_nb.core.settings import Settings
 from bizassist_nb.notebook.panel.preview import page_html, row_html
-from bizassist_nb.notebook.views import outcome_html, progress_html
+from bizassist_nb.notebook.views import progress_html
 from bizassist_nb.results import loss_plot
 from bizassist_nb.results.ballot import Ballot
 from bizassist_nb.results.model_card import card
@@ -82,7 +82,6 @@ def structure(page):
 
 VIEWS = {
     "report": run_html,
-    "panel, ended": outcome_html,
     "panel, in training": progress_html,
     "table": lambda run: runs_section([run, run]).page(),
     "comparison of runs": lambda run: RunComparison([run, run])._repr_html_(),
@@ -110,11 +109,11 @@ def test_no_name_of_a_folder_adds_to_the_structure_of_a_view(tmp_path):
         assert len(structure(runs_section([run]).page())) == len(structure(runs_section([plain]).page())) + 1
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", run_text(run) + repr(runs_section([run])))
         if set("$\\_%{") & set(name):  # no formula, no formats
-            assert loss_plot.overlaid_figure([run, plain])._repr_png_().startswith(b"\x89PNG")
+            assert loss_plot.loss_figure(run, plain)._repr_png_().startswith(b"\x89PNG")
 
 
 def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
-    figure = loss_plot.overlaid_figure([hostile_run(tmp_path / "_one", "x"), hostile_run(tmp_path / "$two$", "x")])
+    figure = loss_plot.loss_figure(hostile_run(tmp_path / "_one", "x"), hostile_run(tmp_path / "$two$", "x"))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["_one", "$two$"]
     assert figure._repr_png_()
 

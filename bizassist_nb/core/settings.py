@@ -28,6 +28,17 @@ COLUMN: Final = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 DEMO: Final = 'data = "sample"\nsubset = 96\nheld_out = 24\nmax_length = 512\n'
 """Settings of the demo: a few minutes on two CPU cores, without a network."""
+UNNAMED: Final = "…"
+"""Stands for data that a person has yet to name."""
+PRESETS: Final = {
+    "Try it: 2 minutes": (
+        "the embedded model on a few sample rows: on two CPU cores it is ready to answer within 3 minutes",
+        'model = "smollm2-135m"\ndata = "sample"\nsubset = 12\nheld_out = 12\nmax_length = 256\nbatch_size = 2\n',
+    ),
+    "The experiment": ("Mistral-7B on 1,000 rows of Dolly; it needs a GPU", 'model = "mistral-7b"\n'),
+    "My data": ("rows of your own: a file, a folder, or a data set of the hub", f'data = "{UNNAMED}"\n'),
+}
+"""Names of settings to begin with, what they are for, and the settings."""
 NAMES: Final = (
     "auto", "mistral-7b", "qwen3-4b", "llama-3.2-3b", "smollm3-3b", "gemma-3-1b", "smollm2-135m", "dolly", "sample",
 )  # fmt: skip

@@ -18,6 +18,7 @@ from IPython.display import DisplayHandle, display, update_display
 from bizassist_nb.assistant.comparison import Comparison, comparison_html
 from bizassist_nb.core import rendering
 from bizassist_nb.core.rendering import duration
+from bizassist_nb.core.terms import explain
 from bizassist_nb.results.ballot import CHOICES, KEYS, Ballot, blind_html, choice_of
 from bizassist_nb.results.summary import (
     elapsed,
@@ -142,7 +143,7 @@ class RunView:
         told = (run, ended and run.status, facts(run))
         if told != self._told:
             folded = f"<details><summary>what it trains on, and with what</summary>{facts_html(run)}</details>"
-            self._tail.value = outcome_html(run) if ended else folded
+            self._tail.value = run_html(run) if ended else folded
             self._told = told
 
 
@@ -183,7 +184,7 @@ def progress_html(run: RunDirectory) -> str:
     doing = html.escape(status_words(run))
     head = f"<p><b>{html.escape(run.name)}</b>: {doing}{f', {since}' if since else ''}</p>"
     if now is None:
-        return head + rendering.bar(0.0)
+        return explain(head) + rendering.bar(0.0)
     held_out = run.held_out
     figures = [
         ("step", f"{now.step:,} / {now.total:,}"),
@@ -193,16 +194,7 @@ def progress_html(run: RunDirectory) -> str:
         ("training left", duration(now.seconds_left)),
     ]
     rises = f'<p role="status">{html.escape(words)}</p>' if (words := rising(run)) else ""
-    return head + rendering.bar(now.step / now.total) + tiles(figures) + rises
-
-
-def outcome_html(run: RunDirectory) -> str:
-    """How a run ended; if it failed, with the last lines of its log."""
-    told = run_html(run)
-    if run.status in ("failed", "lost") and (lines := run.log(12)):
-        log = html.escape("\n".join(lines))
-        told += f"<details><summary>the last lines of its log</summary><pre>{log}</pre></details>"
-    return told
+    return explain(head + rendering.bar(now.step / now.total) + tiles(figures) + rises)
 
 
 def tiles(pairs: Iterable[tuple[str, str]]) -> str:
@@ -211,6 +203,11 @@ def tiles(pairs: Iterable[tuple[str, str]]) -> str:
         f"<div><span>{html.escape(label)}</span> <b>{html.escape(value)}</b></div>" for label, value in pairs
     )
     return f'<div class="bn-tiles">{shown}</div>'
+
+
+def scrolled(page: str) -> str:
+    """HTML that may be wide, which keys can scroll where it has the focus."""
+    return f'<div tabindex="0" style="overflow-x: auto">{page}</div>'
 
 
 def css() -> str:

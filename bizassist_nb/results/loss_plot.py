@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -31,7 +30,7 @@ _DRAWN: Final = 1000
 """Most points of a curve, so that a long run's plot costs no more than a short one's."""
 
 # The SVG's box and, in it, the axes' (left, top, right, bottom), in pixels.
-_BOX, _AXES = (640, 280), (64, 34, 616, 240)
+_BOX, _AXES = (640, 270), (64, 12, 556, 230)
 _LIGHT_BLUE = "#1f83c4"
 """A blue with a contrast of 4 to white and to black alike."""
 
@@ -45,92 +44,79 @@ class LossFigure(Figure):
         return buffer.getvalue()
 
 
-def loss_figure(run: RunDirectory) -> LossFigure:
-    """Training loss, raw and smoothed, and held-out loss against the step, on white also in dark themes."""
-    figure, axes = _empty(3.2)
-    if steps := run.steps:
-        numbers, losses, smooth = _points(steps)
-        axes.plot(numbers, losses, color=_GREY, linewidth=0.8, label="training, each step")
-        axes.plot(numbers, smooth, color=_BLUE, linewidth=2, label="training, smoothed")
-    _draw_held_out(axes, run, color=_ORANGE, marker="o", label="held-out answers")
-    axes.set_xlim(0, run.total_steps or 1)
-    axes.set_xlabel("step")
-    return _with_legend(figure)
-
-
-def overlaid_figure(runs: Sequence[RunDirectory]) -> LossFigure:
-    """Smoothed training loss (lines) and held-out loss (dashed, with marks) of several runs against the step."""
-    figure, axes = _empty(3.6)
-    names: list[str] = []
+def loss_figure(*runs: RunDirectory) -> LossFigure:
+    """Smoothed training loss, of a single run each step's, too, and held-out loss, on white also in dark themes."""
+    figure = LossFigure(figsize=(6.4, 3.4), dpi=100, layout="constrained", facecolor="white")
+    axes = FigureCanvasAgg(figure).figure.add_subplot(ylabel="loss (nats a token)")
+    axes.set_xlabel("step (lines: training, smoothed; dashed: held-out answers)")
+    axes.grid(alpha=0.3)
+    lines: list[Any] = []
     for run, color, mark in zip(runs, itertools.cycle(_COLORS), itertools.cycle("os^Dv"), strict=False):
         if steps := run.steps:
-            numbers, _, smooth = _points(steps)
-            axes.plot(numbers, smooth, color=color, label=f"run {len(names)}")
-            names.append(run.name)
-        _draw_held_out(axes, run, color=color, marker=mark)
+            numbers, losses, smooth = _points(steps)
+            if len(runs) == 1:
+                axes.plot(numbers, losses, color=_GREY, linewidth=0.8)
+            lines += axes.plot(numbers, smooth, color=color, linewidth=2)
+        if held_out := run.held_out:
+            axes.plot(*zip(*held_out, strict=True), color=color, marker=mark, linestyle="--", clip_on=False)
+    known = [run for run in runs if run.steps]
+    if known:
+        least, most = _range([loss for run in runs for loss in _shown(run)])
+        axes.set_ylim(least - 0.05 * (most - least), most + 0.05 * (most - least))
+        legend = figure.legend(lines, [""] * len(lines), loc="outside upper left", ncols=3, frameon=False)
+        for text, run in zip(legend.get_texts(), known, strict=True):
+            text.set_parse_math(False)  # a name is a name: no formula between dollar signs
+            text.set_text(run.name)
     axes.set_xlim(left=0)
-    axes.set_xlabel("step (lines: training, smoothed; dashed: held-out answers)")
-    _with_legend(figure)
-    for text, name in zip(figure.legends[0].get_texts() if names else (), names, strict=True):
-        text.set_parse_math(False)  # a name is a name: no formula between dollar signs ...
-        text.set_text(name)  # ... and not left out of the legend for its underscore
     return figure
 
 
-def _empty(height: float) -> tuple[LossFigure, Axes]:
-    figure = LossFigure(figsize=(6.4, height), dpi=100, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_ylabel("loss (nats a token)")
-    axes.grid(alpha=0.3)
-    return figure, axes
+def _shown(run: RunDirectory) -> list[float]:
+    """The losses that are wholly in sight: those of the first tenth of the steps, often far above, may be cut off."""
+    steps = run.steps
+    return [*(step.loss for step in steps[len(steps) // 10 :]), *(loss for _, loss in run.held_out)]
 
 
-def _draw_held_out(axes: Axes, run: RunDirectory, **style: Any) -> None:
-    if held_out := run.held_out:
-        axes.plot(*zip(*held_out, strict=True), linestyle="--", clip_on=False, **style)
-
-
-def _with_legend(figure: LossFigure) -> LossFigure:
-    if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper left", ncols=3, frameon=False)
-    return figure
+def _range(losses: Sequence[float]) -> tuple[float, float]:
+    least, most = min(losses, default=0.0), max(losses, default=1.0)
+    return (least, most) if most > least else (least - 0.5, least + 0.5)
 
 
 def loss_svg(run: RunDirectory) -> str:
     """The same curves as an SVG element in the page's colours, with a text for those who cannot see it."""
     steps, held_out, end = run.steps, run.held_out, run.total_steps or 1
-    losses = [*(step.loss for step in steps), *(loss for _, loss in held_out)] or [0.0, 1.0]
-    up = [float(tick) for tick in MaxNLocator(5).tick_values(min(losses), max(losses))]
+    up = [float(tick) for tick in MaxNLocator(5).tick_values(*_range(_shown(run)))]
     left, top, right, bottom = _AXES
 
     def place(step: float, loss: float) -> tuple[float, float]:
         """Where they are drawn, in pixels to one decimal: steps begin at the left edge, ticks end at the others."""
-        down = (up[-1] - loss) / (up[-1] - up[0])
+        down = min(max(0.0, (up[-1] - loss) / (up[-1] - up[0])), 1.0)
         return round(left + (right - left) * step / end, 1), round(top + (bottom - top) * down, 1)
 
-    curves: list[tuple[str, str, Iterable[tuple[float, float]]]] = []
+    curves: list[tuple[str, str, Sequence[tuple[float, float]]]] = []
     dots = ""
     if steps:
         numbers, values, smooth = _points(steps)
         grey, blue = 'stroke="currentColor" opacity="0.4"', f'stroke="{_LIGHT_BLUE}" stroke-width="2.5"'
-        curves.append(("training, each step", grey, zip(numbers, values, strict=True)))
-        curves.append(("training, smoothed", blue, zip(numbers, smooth, strict=True)))
+        curves.append(("each step", grey, [*zip(numbers, values, strict=True)]))
+        curves.append(("smoothed", blue, [*zip(numbers, smooth, strict=True)]))
     if held_out:
-        curves.append(("held-out answers", f'stroke="{_ORANGE}" stroke-width="2" stroke-dasharray="6 4"', held_out))
+        curves.append(("held-out", f'stroke="{_ORANGE}" stroke-width="2" stroke-dasharray="6 4"', held_out))
         dots = "".join('<circle cx="{}" cy="{}" r="4"/>'.format(*place(*point)) for point in held_out)
-    lines, keys = "", ""
-    for i, (name, style, points) in enumerate(curves):
+    lines, below = "", 0.0
+    for name, style, points in sorted(curves, key=lambda curve: -curve[2][-1][1]):  # the highest end first
         path = " ".join("{},{}".format(*place(*point)) for point in points)
         lines += f'<polyline points="{path}" fill="none" {style}/>'
-        keys += f'<path d="M{left + 170 * i},14h24" {style}/><text x="{left + 170 * i + 30}" y="18">{name}</text>'
+        x, y = place(*points[-1])
+        below = max(y + 4, below + 16)  # names of curves that end beside one another stand below one another
+        lines += f'<text x="{x + 10:.1f}" y="{below:.1f}">{name}</text>'
     across = (step for step in MaxNLocator(6, integer=True).tick_values(0, end) if step <= end)
     steps_at = [(place(step, up[0])[0], f"{step:,.0f}") for step in across]
     losses_at = [(place(0, loss)[1], f"{round(loss, 6):g}") for loss in up]
     return (
         f'<svg viewBox="0 0 {_BOX[0]} {_BOX[1]}" role="img" aria-label="{html.escape(loss_words(run))}" '
         f'style="width: 100%; max-width: {_BOX[0] * 1.25:.0f}px; height: auto; font: 14px sans-serif" '
-        f'fill="currentColor">{_svg_frame(steps_at, losses_at)}{keys}{lines}<g fill="{_ORANGE}">{dots}</g></svg>'
+        f'fill="currentColor">{_svg_frame(steps_at, losses_at)}{lines}<g fill="{_ORANGE}">{dots}</g></svg>'
     )
 
 

@@ -9,6 +9,7 @@ from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.rendering import markdown_table, plain_markdown
 from bizassist_nb.data.sources import DOLLY, kind
 from bizassist_nb.models import base as models
+from bizassist_nb.models.named import NAMED
 from bizassist_nb.results.summary import facts, how_to_go_on, settings_rows
 from bizassist_nb.results.verdict_card import sections
 from bizassist_nb.results.verdict_figure import save_png
@@ -56,11 +57,15 @@ def card(run: RunDirectory, parity: records.Parity | None = None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     base, data = base_name(run), run.settings.data
+    licence = NAMED[run.model].licence if run.model in NAMED else None
     head = ModelCardData(
         base_model=base if "/" in base else None,  # the hub accepts only its own names here
         library_name="transformers" if parity else "peft",
         pipeline_tag="text-generation",
         tags=["bizassist-nb", "lora", "qlora"],
+        license=None if not licence else "apache-2.0" if licence == "Apache-2.0" else "other",
+        license_name=None if licence in (None, "Apache-2.0") else licence,
+        language=["en"] if data in ("dolly", "sample") else None,
         datasets=[DOLLY] if data == "dolly" else [data] if _on_hub(data) else None,
     )
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(_paragraphs(run, parity)) + "\n"))

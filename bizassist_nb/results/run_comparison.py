@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bizassist_nb.core import rendering
 from bizassist_nb.core.rendering import Section, duration, losses
 from bizassist_nb.core.settings import Settings
+from bizassist_nb.core.terms import explain
 from bizassist_nb.results.verdict import Score, judge, rows_needed
 from bizassist_nb.runs import records
 from bizassist_nb.runs.run import RunDirectory
@@ -26,9 +27,9 @@ class RunComparison:
 
     def plot(self) -> "LossFigure":
         """The loss curves, overlaid, as a matplotlib Figure."""
-        from bizassist_nb.results.loss_plot import overlaid_figure
+        from bizassist_nb.results.loss_plot import loss_figure
 
-        return overlaid_figure(self.runs)
+        return loss_figure(*self.runs)
 
     def __repr__(self) -> str:
         """The table and the sentences, for a terminal."""
@@ -37,7 +38,8 @@ class RunComparison:
     def _repr_html_(self) -> str:
         words = "loss curves of " + ", ".join(run.name for run in self.runs)
         plot = rendering.image(self.plot()._repr_png_(), words)
-        return rendering.untypeset(self._section().page() + plot)
+        table = f'<div tabindex="0" style="overflow-x: auto">{explain(self._section().page())}</div>'  # keys scroll it
+        return rendering.untypeset(table + plot)
 
     def _section(self) -> Section:
         section = runs_section(self.runs)
@@ -60,8 +62,10 @@ def runs_section(runs: Iterable[RunDirectory]) -> Section:
         "training time", "tokens/s", "memory", "began",
     )  # fmt: skip
     nothing = ("",) * (len(head) - 2)
-    rows = (_row(run, differing) if run.path not in damaged else (run.name, "damaged", *nothing) for run in runs)
-    return Section("", tuple(damaged.values()), head, tuple(rows))
+    rows = [_row(run, differing) if run.path not in damaged else (run.name, "damaged", *nothing) for run in runs]
+    if any(notes := [run.note for run in runs]):
+        head, rows = (*head, "note"), [(*row, note) for row, note in zip(rows, notes, strict=True)]
+    return Section("", tuple(damaged.values()), head, rows)
 
 
 def against(first: RunDirectory, other: RunDirectory) -> str:

@@ -10,6 +10,7 @@ from typing import Final
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import printable
 from bizassist_nb.core.rendering import Section, duration
+from bizassist_nb.core.terms import explain
 from bizassist_nb.data.tokens import MaskedText
 from bizassist_nb.results.ballot import tally
 from bizassist_nb.results.verdict_card import rising, sections
@@ -118,7 +119,7 @@ def facts(run: RunDirectory) -> list[tuple[str, str]]:
     if isinstance(rise, int) and total and rise > total:
         words = f"still rises at the last of the {total} steps: warmup_steps = {rise} is more than there are"
         found.append(("learning rate", words))
-    found += [("fit", _fit_words(fit)) for fit in run.every(records.Fit)]
+    found += [("how a step is cut", _fit_words(fit)) for fit in run.every(records.Fit)]
     if ended := run.last(records.Ended):
         lowest = f"the loss on the validation rows was lowest after step {ended.best}"
         found.append(("ended early", f"after step {ended.step} of {total}: {lowest}"))
@@ -201,7 +202,7 @@ def run_text(run: RunDirectory, typed: str = _CELL) -> str:
 
 def facts_html(run: RunDirectory) -> str:
     """The table of its facts and settings."""
-    return rendering.table([*facts(run), ("settings", "; ".join(f"{k} = {v}" for k, v in settings_rows(run)))])
+    return explain(rendering.table([*facts(run), ("settings", "; ".join(f"{k} = {v}" for k, v in settings_rows(run)))]))
 
 
 def run_html(run: RunDirectory) -> str:
@@ -217,7 +218,7 @@ def run_html(run: RunDirectory) -> str:
         parts.append(f"<p>{html.escape(hint)}</p>")
     if error := run.error:
         parts.append(f"<pre>{html.escape(error)}</pre>")
-    parts.append(facts_html(run))
+    parts = [explain("".join(parts)), facts_html(run)]
     if data := run.last(records.Data):  # it shows a training row of median length
         number, text = data.shown.number, MaskedText(tuple(data.shown.runs))
         title = f"row {number} as the model reads it; what is learned is marked"
@@ -243,9 +244,9 @@ def status_words(run: RunDirectory) -> str:
     state = run.last(records.State)
     return {
         "loading": "reading the rows and loading the model",
-        "scoring": "scoring base on the held-out rows"
+        "scoring": "measuring base on rows kept out of training"
         if not state or state.who == "base"
-        else "scoring base and tuned on held-out and general rows",
+        else "measuring base and tuned on rows kept out of training and on general questions",
         "answering": "answering the fixed prompts as base and as tuned",
         "lost": "ended at once, as asked" if run.killed else "lost (its process is gone)",
         "out of reach": "out of reach (its folder cannot be read; what it does is saved on this machine)",

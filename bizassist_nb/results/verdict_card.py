@@ -28,7 +28,7 @@ def sections(run: RunDirectory) -> list[Section]:
         _categories("By category", found.categories),
         _rows("improved", [row for row in rows if row.tuned < row.base]),
         _rows("damaged", [row for row in reversed(rows) if row.tuned > row.base]),
-        _categories("General rows, by kind", found.general.categories),
+        _categories("General questions, by kind", found.general.categories),
         *_answers(run, found.answers),
     ]
     return [section for section in card if section.rows]

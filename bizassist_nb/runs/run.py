@@ -12,6 +12,7 @@ runs/NAME/  settings.toml     as asked for
             answers.json      the answers of base and tuned to the fixed prompts
             votes.jsonl       blind votes, one a line (see `bizassist_nb.results.ballot`)
             heartbeat.json    the machine that trains it, with the time, twice a minute
+            note.txt          what a person has noted about it
             loss.png  verdict.png  README.md  worker.log  worker.lock
 """
 
@@ -42,6 +43,7 @@ Status = Literal[
     "starting", "loading", "scoring", "training", "answering", "saving", "finished", "stopped", "failed", "lost",
     "out of reach",
 ]  # fmt: skip
+NOTE: Final = "note.txt"
 ENDED: Final[frozenset[Status]] = frozenset({"finished", "stopped", "failed", "lost"})
 
 _TAIL: Final = 64 * 1024
@@ -150,21 +152,39 @@ class RunDirectory:
         return found
 
     def move_to_bin(self) -> Path:
-        """Move it into the folder .bin beside it, from where a person can take it back; the new path.
+        """Move it into the folder .bin beside it, from where `move` takes it back; the new path.
 
         Raises:
             RunError: if it is being trained.
         """
+        (self.path.parent / ".bin").mkdir(exist_ok=True)
+        target = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=self.path.parent / ".bin"))
+        return self.move(target)
+
+    def move(self, target: Path) -> Path:
+        """Move it, and what was spooled of it, to a path where nothing is; that path.
+
+        Raises:
+            RunError: if it is being trained, or if something is there.
+        """
         lock = take_lock(self.path)
         try:
-            (self.path.parent / ".bin").mkdir(exist_ok=True)
-            target = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=self.path.parent / ".bin"))
+            if target.is_dir() and any(target.iterdir()):
+                raise RunError(f"{target} is there already; take another name")
             self.path.rename(target)
             if spool_folder(self.path).is_dir():
-                shutil.move(spool_folder(self.path), target / "spool")
+                shutil.move(spool_folder(self.path), spool_folder(target))
         finally:
             os.close(lock)
         return target
+
+    @property
+    def note(self) -> str:
+        """What a person has noted about it."""
+        try:
+            return (self.path / NOTE).read_text("utf-8", "replace")
+        except OSError:  # there is none, or it is out of reach
+            return ""
 
     @functools.cached_property
     def settings(self) -> Settings:

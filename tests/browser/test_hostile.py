@@ -54,7 +54,6 @@ import ipywidgets
 from hostile import HOSTILE, hostile_run
 from IPython.display import HTML, display
 from bizassist_nb.results.run_comparison import RunComparison, runs_section
-from bizassist_nb.notebook.views import outcome_html
 from bizassist_nb.core.rendering import table
 from bizassist_nb.results.summary import run_html
 place = Path(tempfile.mkdtemp())
@@ -62,7 +61,7 @@ shown = [text for text in HOSTILE if len(text) < 1000]
 runs = [hostile_run(place / str(i), text) for i, text in enumerate(shown)]
 """
 EACH_VIEW = """
-for pages in (map(run_html, runs), (RunComparison([run])._repr_html_() for run in runs), map(outcome_html, runs)):
+for pages in (map(run_html, runs), (RunComparison([run])._repr_html_() for run in runs), map(run_html, runs)):
     page = "".join(pages)
     live = ipywidgets.HTML(page)
     live.add_class("bizassist")

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from hostile import hostile_run
 
 from bizassist_nb.api import Run
@@ -11,6 +12,7 @@ from bizassist_nb.api import Run
 pytestmark = pytest.mark.slow
 
 CELLS = ["%load_ext bizassist_nb", "%bizassist"]
+RUN = "from bizassist_nb import compare, open_run\nopen_run('sample-2')"
 # Contrast of every text to what is behind it (WCAG 2.2), where that is one plain colour; disabled controls excepted.
 CONTRAST = """all => {
   const parse = c => (c.match(/[\\d.]+/g) || []).map(Number);
@@ -32,7 +34,7 @@ CONTRAST = """all => {
 
 # What has a scrollbar and should not, and what of a label is not seen.
 CROWDED = """all => all.filter(e => e.offsetParent && !e.matches('select, textarea, .bn-talk, .bn-scroll, .bn-scroll *')
-    && !(e.matches('.widget-html-content') && e.querySelector('table'))).filter(e => {
+    && !(e.matches('.widget-html-content, [tabindex]') && e.querySelector('table'))).filter(e => {
   const style = getComputedStyle(e), wide = e.scrollWidth > e.clientWidth, high = e.scrollHeight > e.clientHeight;
   return ['auto', 'scroll'].includes(style.overflowX) && wide || ['auto', 'scroll'].includes(style.overflowY) && high
     || e.matches('.widget-label, .lm-TabBar-tabLabel, button') && wide && style.clipPath === 'none';
@@ -67,12 +69,20 @@ def fits(book):
     assert wide == []
 
 
+def accessible(book, place=".bizassist"):
+    """axe-core finds nothing serious or critical there."""
+    found = Axe().run(book.page, place).response["violations"]
+    bad = [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")]
+    assert bad == []
+
+
 def pictures(book, folder, name):
     """One in each theme; in both every text stands out from what is behind it."""
     for theme in ("dark", "light"):
         book.theme(theme)
         book.picture(folder / f"{name}-{theme}.png")
         assert book.panel.locator("*").evaluate_all(CONTRAST) == []
+        accessible(book)
 
 
 def panes(book):
@@ -83,7 +93,7 @@ def panes(book):
 def test_everything_fits_at_any_width(serve, opened, tmp_path, screenshots, width):
     for name in ("first-pricing", "sample-2"):
         hostile_run(tmp_path / "runs" / name, "A price is what a customer pays")
-    book = opened(serve("lab"), CELLS, width=width, height=2000)
+    book = opened(serve("lab"), [*CELLS, RUN, "compare('first-pricing', 'sample-2')"], width=width, height=2000)
     if width < 1400:
         book.page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
     book.show()
@@ -98,6 +108,9 @@ def test_everything_fits_at_any_width(serve, opened, tmp_path, screenshots, widt
         book.page.wait_for_timeout(500)
         pictures(book, screenshots, f"{width}-{tab.lower()}")
         fits(book)
+    for cell in (2, 3):
+        book.run(cell)
+    accessible(book, ".jp-RenderedHTMLCommon")
 
 
 def test_looks(serve, opened, dolly, trained, tmp_path, screenshots):

@@ -320,6 +320,51 @@ def test_a_kernel_that_ends_leaves_the_last_plot_and_figures(lab, opened, tiny):
     assert controls.count() == 2  # the two sentences, and none of the panel's controls with their icons
 
 
+def go_to(book, name, key="Tab"):
+    """Press Tab, or Shift+Tab, until what is labelled so has the focus."""
+    focused = "() => { const e = document.activeElement; return e.labels?.[0]?.textContent || e.textContent }"
+    for _ in range(80):
+        book.page.keyboard.press(key)
+        if book.page.evaluate(focused).strip() == name:
+            return
+    raise AssertionError(f"{key} does not reach {name}")
+
+
+@pytest.mark.slow
+def test_keys_alone_train_and_export(serve, opened, tiny, tmp_path):
+    book = opened(serve("lab"), PANEL)
+    book.show()
+    keys = book.page.keyboard
+    book.panel.locator("button").first.focus()
+    go_to(book, "model")
+    keys.press("End")  # other …
+    book.see("write a hub id")
+    go_to(book, "model: which")
+    keys.type(str(tiny))
+    go_to(book, "rows to train on, as a number")
+    keys.press("ControlOrMeta+a")
+    keys.type("12")
+    go_to(book, "More settings")
+    keys.press("Enter")
+    go_to(book, "held out")
+    keys.press("ControlOrMeta+a")
+    keys.type("4")
+    keys.press("Tab")
+    book.see("GiB free")
+    go_to(book, "Start")
+    keys.press("Enter")
+    book.see("sample-1: finished", timeout=120)
+    go_to(book, "Train", "Shift+Tab")
+    for _ in range(4):
+        keys.press("ArrowRight")
+    keys.press("Enter")
+    go_to(book, "Export")
+    keys.press("Enter")
+    book.see("sample-1/adapter")
+    assert (tmp_path / "runs" / "sample-1" / "adapter" / "README.md").is_file()
+    assert book.errors == []
+
+
 @pytest.mark.slow
 def test_keys_alone_reach_everything(lab, opened):
     book = opened(lab, PANEL, name="keys.ipynb")

@@ -427,7 +427,7 @@ def test_a_saved_notebook_shows_everything_without_a_kernel(place, quick):
         "95 % interval",
         "Did it help?",
         "answers that loop",
-        "<summary>General rows, by kind</summary>",
+        "<summary>General questions, by kind</summary>",
         "data:image/png;base64,",
         "tuned (saved)",
     ):

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
+import zipfile
 
 import ipywidgets
 import pytest
@@ -29,9 +31,10 @@ from bizassist_nb import Assistant, BizassistError, Comparison, Conversation, Pa
 from bizassist_nb.api import Run
 from bizassist_nb.assistant import assistant, decoding, loaded
 from bizassist_nb.core.errors import ModelError, RunError, SettingsError
-from bizassist_nb.core.settings import DEMO, Settings
+from bizassist_nb.core.settings import DEMO, PRESETS, Settings
 from bizassist_nb.notebook import views
 from bizassist_nb.notebook.panel.transcript import Turn
+from bizassist_nb.results.model_card import write_card
 from bizassist_nb.results.summary import run_text
 from bizassist_nb.runs import records
 from bizassist_nb.runs.journal import Journal, json_line, take_lock, write_worker
@@ -146,6 +149,33 @@ def test_the_form_is_kept_over_a_restart_of_the_kernel(machine, tmp_path):
     (form,) = (tmp_path / "cache" / "bizassist_nb" / "forms").iterdir()
     form.write_text("of_another_version = 1")
     assert Driven(tmp_path).panel.state.settings.rank == 16
+
+
+def test_a_preset_fills_the_form_and_keeps_the_folder(machine, tmp_path):
+    machine("cpu")
+    driven = Driven(tmp_path)
+    driven.fill("batch size", 7)
+    for name, (_, toml) in PRESETS.items():
+        driven.press(name)
+        if name != "My data":
+            expected = dataclasses.replace(Settings.from_toml(toml), runs_dir=str(tmp_path))
+            assert driven.panel.state.settings == expected
+    assert driven.named("data: which").value == ""
+    assert driven.named("data: which").layout.display is None
+    assert "⚠ write a hub id (owner/name) or path of a file" in driven.shown()
+    assert driven.named("Start").disabled
+
+
+def test_the_cell_to_copy_is_written_only_when_the_settings_change(machine, tmp_path):
+    machine("cpu")
+    driven = Driven(tmp_path)
+    cell = driven.named("as a cell")
+    driven.fill("as a cell", "typed by a person")
+    driven.turn()
+    assert cell.value == "typed by a person"
+    driven.fill("batch size", 2)
+    assert cell.value.startswith("%%finetune\n")
+    assert "batch_size = 2" in cell.value
 
 
 def test_the_menu_of_runs_to_load_begins_with_the_newest_and_keeps_what_was_chosen(driven, runs, tiny):
@@ -435,6 +465,36 @@ def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
     assert "name the hub repository as OWNER/NAME" in driven.shown()
 
 
+def test_what_an_export_takes_is_said_before_and_what_is_too_large_is_an_alert(driven, runs, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    driven.fill("run", "one")
+    assert "It takes about 0.01 GB of disk" in driven.shown()
+    journal = Journal(runs[0].path)
+    journal.write(records.Parameters(trainable=10**8, total=2_100_000_000))
+    for to, size in (("merged", "4.00"), ("gguf", "8.00")):
+        driven.fill("export to", to)
+        assert f"It takes about {size} GB of disk" in driven.shown()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 6, 3 * 10**9))
+    driven.turn()
+    assert '<div class="bn-alert" role="alert">⚠ It takes about 8.00 GB of disk, of 3 GB free' in driven.shown()
+    driven.fill("export to", "hub")
+    assert "You are not logged in: set HF_TOKEN" in driven.shown()
+
+
+def test_in_colab_a_click_downloads_what_was_exported(driven, runs, monkeypatch):
+    sent = []
+    monkeypatch.setitem(sys.modules, "google.colab.files", types.SimpleNamespace(download=sent.append))
+    monkeypatch.setattr("bizassist_nb.notebook.panel.export.in_colab", lambda: True)
+    driven.fill("run", "one")
+    assert driven.named("Download").layout.display == "none"
+    driven.press("Export")
+    driven.until(lambda: driven.named("Download").layout.display is None)
+    driven.press("Download")
+    assert sent == [str(runs[0].path / "adapter.zip")]
+    assert "adapter_model.safetensors" in zipfile.ZipFile(sent[0]).namelist()
+
+
 @pytest.mark.parametrize(("to", "stays"), [("adapter", True), ("merged", False)])
 def test_only_an_export_that_needs_a_model_makes_room_for_one(driven, runs, monkeypatch, to, stays):
     monkeypatch.setattr(loaded, "bases", {})
@@ -675,8 +735,67 @@ def test_two_clicks_on_start_begin_one_run(runs, tiny, ended):
     start.click()
     driven.turn()
     assert [run.name for run in list_runs(runs[0].path.parent)] == ["one", "two", "sample-1"]
-    assert "is being trained, and both" in driven.shown()
+    assert "is being trained, and both" not in driven.shown()  # which is no error of that person's
     list_runs(runs[0].path.parent)[-1].kill()
+
+
+def table(driven):
+    """The names in the table of runs, in its order."""
+    return re.findall(r"<tr><td[^>]*>([^<]*)</td>", driven.panel.tabs[3].table.value)
+
+
+def test_runs_are_ordered_and_filtered(driven, runs):
+    assert table(driven) == ["two", "one"]
+    driven.fill("order", "by name")
+    assert table(driven) == ["one", "two"]
+    driven.fill("chosen run", "one")
+    driven.fill("note", "the first <try>")
+    driven.press("Save")
+    driven.fill("filter", "finished FIRST")
+    assert table(driven) == ["one"]
+    assert "the first &lt;try&gt;" in driven.panel.tabs[3].table.value
+    assert runs[0].note == "the first <try>"
+    driven.fill("filter", "nothing like it")
+    assert "No run has all these words" in driven.panel.tabs[3].table.value
+
+
+def test_a_run_is_renamed_with_its_card_and_stays_the_one_that_is_shown(driven, runs):
+    write_card(runs[1])
+    driven.fill("chosen run", "two")
+    driven.fill("new name", "pricing")
+    driven.press("Save")
+    driven.turn()
+    assert table(driven) == ["pricing", "one"]
+    assert driven.panel.state.followed.name == driven.named("chosen run").value == "pricing"
+    path = runs[0].path.with_name("pricing")
+    assert "# pricing" in (path / "README.md").read_text()
+    driven.fill("tuned model", "pricing")
+    driven.ask(QUESTIONS[0])
+    assert driven.panel.tabs[2].turns[-1].comparison.tuned
+    for name, why in (("one", "is there already"), ("../up", "cannot be the name of a run")):
+        driven.fill("new name", name)
+        driven.press("Save")
+        assert why in driven.shown()
+        assert path.is_dir()
+
+
+def test_a_deleted_run_can_be_brought_back_and_one_in_training_is_neither_moved_nor_renamed(driven, runs, working):
+    driven.fill("chosen run", "two")
+    driven.press("Delete")
+    driven.turn()
+    assert table(driven) == ["one"]
+    assert [path.name[:4] for path in (runs[0].path.parent / ".bin").iterdir()] == ["two-"]
+    driven.press("Undo")
+    driven.turn()
+    assert table(driven) == ["two", "one"]
+    assert driven.named("Undo").layout.display == "none"
+    working(1)
+    driven.fill("chosen run", "two")
+    driven.fill("new name", "pricing")
+    for button in ("Save", "Delete"):
+        driven.press(button)
+        assert "is being trained by another process" in driven.shown()
+    assert runs[1].path.is_dir()
 
 
 @pytest.mark.parametrize("button", ["Start", "Resume", "Export"])

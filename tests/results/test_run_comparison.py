@@ -8,7 +8,7 @@ from bizassist_nb.api import Run
 from bizassist_nb.core.errors import RunError
 from bizassist_nb.core.files import write_json
 from bizassist_nb.core.settings import Settings
-from bizassist_nb.results.loss_plot import overlaid_figure
+from bizassist_nb.results.loss_plot import loss_figure
 from bizassist_nb.results.run_comparison import runs_section
 from bizassist_nb.results.verdict import Score, assess, judge
 from bizassist_nb.runs import records
@@ -107,7 +107,7 @@ def test_the_comparison_is_static_html_with_one_plot(make):
 
 def test_each_run_has_its_curves_in_the_plot(make):
     runs = [make(f"run{i}", 2.0 + i / 10) for i in range(9)]
-    (axes,) = overlaid_figure(runs).axes
+    (axes,) = loss_figure(*runs).axes
     assert [text.get_text() for text in axes.figure.legends[0].texts] == [run.name for run in runs]
     assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2], [0, 2]] * 9
-    assert overlaid_figure([])._repr_png_().startswith(b"\x89PNG")
+    assert loss_figure()._repr_png_().startswith(b"\x89PNG")

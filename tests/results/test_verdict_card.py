@@ -154,8 +154,8 @@ def test_who_is_being_scored_is_said_of_a_resumed_run_too(make):
     journal.write(records.Step(step=1, **STEP))
     for who in ("base", "tuned"):
         journal.write(records.State(state="scoring", who=who))
-        on = {"base": "the held-out rows", "tuned": "held-out and general rows"}
-        assert f"{who} on {on[who]}" in headline(run)
+        said = {"base": "measuring base on rows", "tuned": "measuring base and tuned on rows"}
+        assert said[who] in headline(run)
     os.close(lock)
 
 

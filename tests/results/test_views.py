@@ -308,7 +308,7 @@ def test_run_escapes_all_it_shows(tmp_path):
         msgspec.structs.replace(assess(compared, compared, counted(answers, 9)), sentence=SCRIPT),
     )
     html = run_html(Run(tmp_path))
-    picture = ("span", "svg", "rect", "path", "polyline", "circle", "text")
+    picture = ("abbr", "span", "svg", "rect", "path", "polyline", "circle", "text")
     seen = no_tags_but(html, "p", "b", "div", "pre", "table", "tr", "th", "td", "details", "summary", "mark", *picture)
     # Model and engine with a reason each, source, rejected row, the row shown twice, error, log, sentence, and three of
     # the settings (the fourth, columns, stands there as Python writes it); the category of held-out and of general

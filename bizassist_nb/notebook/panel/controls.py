@@ -9,7 +9,7 @@ from typing import Any, Final
 import ipywidgets as w
 import tomli_w
 
-from bizassist_nb.core.settings import Settings
+from bizassist_nb.core.settings import UNNAMED, Settings
 from bizassist_nb.models.named import NAMED
 from bizassist_nb.notebook.views import labelled
 from bizassist_nb.training.preflight import on_t4
@@ -153,11 +153,18 @@ class Choice(Control):
         self._text.layout.display = None if other else "none"
         return str(self._text.value if other else self._choice.value)
 
+    def complain(self, problem: str) -> None:
+        """Show what is wrong; what to write where nothing is written yet."""
+        super().complain(problem if self.read() else f"write a {self._text.placeholder}")
+
     def put(self, value: str) -> None:
-        """Show this value."""
-        known = value in _SUGGESTED[self.name]
+        """Show this value; of a value that is yet to be named, an empty text with the cursor in it."""
+        known, unnamed = value in _SUGGESTED[self.name], value == UNNAMED
         self._choice.value = value if known else _OTHER
-        self._text.value = "" if known else value
+        self._text.value = "" if known or unnamed else value
+        if unnamed:
+            self.read()  # which shows the text
+            self._text.send({"do": "focus"})
 
 
 def control(field: "dataclasses.Field[Any]") -> Control:

@@ -4,21 +4,27 @@ Not in the kernel: a merged model is compared with the tuned assistant, which th
 """
 
 import html
+import importlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import IO, Final
+from urllib.parse import quote
 
 import ipywidgets as w
+from jupyter_core.paths import jupyter_runtime_dir
 
 from bizassist_nb.assistant.loaded import unload
 from bizassist_nb.core.rendering import duration
-from bizassist_nb.notebook.panel.controls import offer
+from bizassist_nb.notebook.panel.controls import alert, offer
 from bizassist_nb.notebook.panel.state import State
-from bizassist_nb.notebook.panel.update_loop import UpdateLoop
+from bizassist_nb.notebook.panel.update_loop import UpdateLoop, in_colab
 from bizassist_nb.notebook.views import labelled
 from bizassist_nb.results.model_card import parity_words
 from bizassist_nb.runs import records
@@ -53,10 +59,12 @@ class Export:
         self._start = update_loop.button("Export", self._on_start, button_style="primary", icon="download")
         stop = "end the export; the run stays as it is"
         self._cancel = update_loop.button("Cancel", self._on_cancel, icon="stop", tooltip=stop)
-        buttons = w.Box([self._start, self._cancel]).add_class("bn-buttons")
+        hint = "save it on your own computer; a folder as one .zip"
+        self._download = update_loop.button("Download", self._on_download, icon="save", tooltip=hint)
+        buttons = w.Box([self._start, self._cancel, self._download]).add_class("bn-buttons")
         form = w.VBox([self._run, self._to, self._base, self._repo, self._private]).add_class("bn-options")
-        self._status = w.HTML()
-        self.view = w.VBox([form, buttons, self._status])
+        self._needs, self._status = w.HTML(), w.HTML()
+        self.view = w.VBox([form, self._needs, buttons, self._status])
 
     def update(self) -> None:
         """Show the runs, the options of the export that is chosen, and its progress."""
@@ -67,7 +75,33 @@ class Export:
         self._state.exporting = going = self._job is not None and self._job.going
         self._start.disabled = going or not names
         self._cancel.layout.display = None if going else "none"
+        done = self._job.result if self._job else None
+        self._download.layout.display = None if done and in_colab() else "none"
+        self._needs.value = self._needed(self._state.runs[self._run.value], to) if self._run.value else ""
         self._status.value = self._job.html() if self._job else "" if names else _NONE
+
+    def _needed(self, run: RunDirectory, to: str) -> str:
+        """What the export takes, and whether the hub's token is there, as HTML."""
+        if to == "hub":
+            from huggingface_hub import get_token
+
+            return "" if get_token() else alert("You are not logged in: set HF_TOKEN, or run hf auth login")
+        counted, size = run.last(records.Parameters), 0
+        if to == "adapter":
+            size = sum(path.stat().st_size for path in run.adapter.iterdir()) if run.adapter else 0
+        elif counted:  # two bytes a weight, once merged and once as GGUF
+            size = 2 * (counted.total - counted.trainable) * (2 if to == "gguf" else 1)
+        alike = [other for other in self._state.runs.values() if other.model == run.model]
+        took = [merge.seconds for other in alike for merge in other.every(records.Merge)] if to != "adapter" else []
+        free = shutil.disk_usage(run.path).free
+        words = f"It takes about {max(size / 1e9, 0.01):.2f} GB of disk, of {free / 1e9:,.0f} GB free"
+        words += f", and about {duration(took[-1])} as the last time" if took else ""
+        return f'<p class="bn-muted">{words}.</p>' if free > size else alert(words)
+
+    def _on_download(self) -> None:
+        if self._job and (done := self._job.result):
+            whole = shutil.make_archive(str(done), "zip", done)
+            importlib.import_module("google.colab.files").download(whole)
 
     def _on_start(self) -> None:
         if self._run.value and not (self._job and self._job.going):
@@ -111,6 +145,12 @@ class Job:
             self._took = time.monotonic() - self._began
         return self._took is None
 
+    @property
+    def result(self) -> Path | None:
+        """The folder that it has made; None for an upload, and before it has ended well."""
+        made = not self.going and not self._cancelled and not self._process.returncode and self._to != "hub"
+        return Path(_end(self._out)) if made else None
+
     def cancel(self) -> None:
         """End it; the next export of this run deletes its unfinished files."""
         self._cancelled = True
@@ -130,10 +170,26 @@ class Job:
             _, ours, error = said.rpartition("bizassist: ")
             words = error if ours else f"the export ended with status {self._process.returncode}:\n{said}"
             return f'<div class="bn-alert" role="alert">⚠ {name}: <pre>{html.escape(words)}</pre></div>'
-        result = f"<p>✓ {name} is in <code>{html.escape(_end(self._out))}</code> ({duration(self._took or 0)}).</p>"
+        where = html.escape(_end(self._out))
+        link = f'<a href="{where}" target="_blank" rel="noopener">{where}</a>'
+        place = link if self._to == "hub" else f"<code>{where}</code>"
+        result = f"<p>✓ {name} is in {place} ({duration(self._took or 0)}).</p>{_links(self.result)}"
         merged = self._run.last(records.Merge)
         verdict = parity_words(merged.parity) if merged and self._to in ("merged", "gguf") else ""
         return f'<div role="status">{result}<p>{html.escape(verdict)}</p></div>'
+
+
+def _links(folder: Path | None) -> str:
+    """Links to the files of a folder, where the notebook server that has started this kernel shows them."""
+    server = Path(jupyter_runtime_dir()) / f"jpserver-{os.environ.get('JPY_PARENT_PID', '')}.json"
+    try:
+        known = json.loads(server.read_text("utf-8"))
+        files = sorted(file.absolute().relative_to(known["root_dir"]) for file in folder.iterdir()) if folder else []
+    except (OSError, ValueError, KeyError):  # another front end, or a folder that the server does not show
+        return ""
+    places = [(file.name, f"{known['base_url']}files/{quote(file.as_posix())}?download=1") for file in files]
+    links = [f'<li><a href="{html.escape(place)}" download>{html.escape(name)}</a></li>' for name, place in places]
+    return f"<ul>{''.join(links)}</ul>"
 
 
 def _end(file: IO[bytes]) -> str:

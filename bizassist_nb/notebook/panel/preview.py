@@ -8,9 +8,10 @@ import ipywidgets as w
 from bizassist_nb.core import rendering
 from bizassist_nb.core.errors import cut
 from bizassist_nb.data.rows import Row
+from bizassist_nb.notebook.panel.controls import alert
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop
-from bizassist_nb.notebook.views import labelled
+from bizassist_nb.notebook.views import labelled, scrolled
 from bizassist_nb.training.forecast import Forecast, tokens
 
 _PAGE: Final = 6
@@ -43,11 +44,9 @@ class Preview:
         """Show the rows that the settings lead to."""
         found, problem = self._state.watch.found, self._state.watch.problem
         if found is None:
-            words = (
-                f"⚠ {problem}" if problem else "Reading the rows …" if self._state.settings else "No valid settings."
-            )
-            self._table.value, self._tokens.value, self._shown = rendering.plain(words), "", ()
-            self._check.value = ""
+            words = "Reading the rows …" if self._state.settings else "Put the settings right on the Train tab first."
+            self._table.value = alert(str(problem)) if problem else rendering.plain(words)
+            self._tokens.value, self._check.value, self._shown = "", "", ()
             return
         self._place.max = len(found.training)
         shown = (id(found.training), found.settings, self._place.value, found.findings is None)
@@ -71,7 +70,8 @@ def page_html(found: Forecast, place: int) -> str:
         for i, row in enumerate(found.training[first : first + _PAGE], first)
     ]
     head = ["row", "of the data", "instruction", "context", "response"]
-    return f"<p>{html.escape(found.table.source)}: {len(found.training):,} rows drawn</p>" + rendering.table(rows, head)
+    drawn = f"<p>{html.escape(found.table.source)}: {len(found.training):,} rows drawn</p>"
+    return drawn + scrolled(rendering.table(rows, head))
 
 
 def check_html(found: Forecast) -> str:
@@ -82,7 +82,7 @@ def check_html(found: Forecast) -> str:
     if not found.findings:
         return f"{heading}nothing odd.</p>"
     lines = rendering.table([finding.cells() for finding in found.findings], ("rows", "what", "which", "what to do"))
-    return f"{heading}</p>{lines}"
+    return f"{heading}</p>{scrolled(lines)}"
 
 
 def row_html(found: Forecast, row: Row) -> str:

@@ -1,7 +1,9 @@
 """The Train tab: the settings, the forecast of a run with them, and a run from its start to its verdict."""
 
 import dataclasses
+import functools
 import html
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -12,7 +14,8 @@ import tomli_w
 from bizassist_nb.assistant.loaded import unload
 from bizassist_nb.core.errors import SettingsError
 from bizassist_nb.core.rendering import duration
-from bizassist_nb.core.settings import Settings
+from bizassist_nb.core.settings import PRESETS, Settings
+from bizassist_nb.core.terms import explain
 from bizassist_nb.notebook.panel.controls import Control, Entry, alert, control, fold, offer
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop, problem_of
@@ -27,6 +30,12 @@ _FIRST: Final = ("model", "data", "subset", "rank")
 """The settings that are always visible; the rest are under "More settings"."""
 _SETTLED: Final = 0.5
 """Seconds without a change of the settings before their rows are counted."""
+_COPY: Final = """<button class="jupyter-button widget-button" onclick="
+const box = this.closest('.bn-folded').querySelector('textarea'), say = words => { this.textContent = words; };
+box.focus(); box.select();
+(navigator.clipboard ? navigator.clipboard.writeText(box.value) : Promise.reject())
+  .then(() => say('Copied'), () => say('Selected: press Ctrl+C'));">Copy</button>"""
+"""Only the page can write to the clipboard; where it may not, the text is left selected."""
 
 
 class SettingsForm:
@@ -40,7 +49,7 @@ class SettingsForm:
         self.controls: dict[str, Control] = {f.name: control(f) for f in dataclasses.fields(Settings)}
         for name, shown in self.controls.items():
             shown.put(getattr(state.settings or Settings(), name))
-        hint = "the same settings as a %%finetune cell: select it all and copy it"
+        hint = "the same settings as a %%finetune cell"
         self._cell = labelled(w.Textarea, "as a cell", hint, rows=7).add_class("bn-code")
         hint = "a run whose settings are to be loaded into the form"
         self._from = labelled(w.Dropdown, "settings of run", hint)
@@ -48,8 +57,11 @@ class SettingsForm:
         first = [self._name_entry.view, *(self.controls[name].view for name in _FIRST)]
         more = [c.view for name, c in self.controls.items() if name not in _FIRST]
         source = w.Box([self._from, load]).add_class("bn-row")
-        folded = [fold("More settings", *more), fold("Copy as cell", self._cell), fold("From run", source)]
-        self.view = w.VBox([w.HTML("<h3>Settings</h3>"), *first, *folded])
+        copied = fold("Copy as cell", self._cell, w.HTML(_COPY))
+        folded = [fold("More settings", *more), copied, fold("From run", source)]
+        self.view = w.VBox([w.HTML("<h3>Settings</h3>"), self._presets(update_loop), *first, *folded])
+        self._written = ""
+        """The cell as it was written last."""
         self._raw: Mapping[str, Any] = {}
         self._changed_at = 0.0
         self.name_problem = ""
@@ -87,13 +99,25 @@ class SettingsForm:
         offer(self._from, list(reversed(state.runs)))
         cell = f"%%finetune {self.name or ''}".rstrip() + "\n"
         settings = state.settings
-        self._cell.value = cell + tomli_w.dumps(settings.changed()) if settings else "(the settings are not valid yet)"
+        cell = cell + tomli_w.dumps(settings.changed()) if settings else "(the settings are not valid yet)"
+        if cell != self._written:  # what a person has typed or selected in it stays
+            self._written = self._cell.value = cell
+
+    def _presets(self, update_loop: UpdateLoop) -> Any:
+        """A row of buttons, each of which puts settings to begin with into the form."""
+        buttons = [
+            update_loop.button(name, functools.partial(self._put, Settings.from_toml(toml)), tooltip=hint)
+            for name, (hint, toml) in PRESETS.items()
+        ]
+        return w.Box(buttons).add_class("bn-chips")
 
     def _load(self) -> None:
         if self._from.value:
-            settings = self._state.runs[self._from.value].settings
-            for name in self.controls.keys() - {"runs_dir"}:  # it goes on showing the same folder
-                self.controls[name].put(getattr(settings, name))
+            self._put(self._state.runs[self._from.value].settings)
+
+    def _put(self, settings: Settings) -> None:
+        for name in self.controls.keys() - {"runs_dir"}:  # it goes on showing the same folder
+            self.controls[name].put(getattr(settings, name))
 
 
 class Train:
@@ -181,28 +205,25 @@ class Train:
             return f'<span role="alert">⚠ {html.escape(str(problem))}</span>'
         if found is None:
             return '<span class="bn-muted">Reading the rows …</span>'
-        about = "" if found.finished else "≈ "
-        figures = [
-            ("model", found.base.name if len(found.base.name) <= 40 else "…" + found.base.name[-39:]),
-            ("rows", f"{found.rows:,}"),
-            ("tokens an epoch", f"{about}{found.epoch_tokens:,.0f}"),
-            ("steps", f"{found.steps:,}"),
-            ("rows cut", f"{about}{found.truncated_share:.1%}"),
-        ]
-        alerts = "".join(map(alert, found.warnings))
+        alerts, read = "".join(map(alert, found.warnings)), _read(found)
         expected, fit, telling = found.expected, found.fit, found.power
         if expected is None or fit is None or telling is None:
-            return tiles([*figures, ("memory and time", "counting the rows …")]) + alerts
-        figures.append(("learning rate", f"{found.learning_rate:g}"))
-        figures.append((expected.memory, f"≈ {expected.peak:.1f} of {expected.free:.1f} GiB free"))
-        figures.append(("shows changes of", f"≥ {telling.change:.2g} nats" if telling.change else "none: too few rows"))
+            return explain(tiles([("time, memory, what can be seen", "counting the rows …")]) + alerts + read)
         time_needed, source = self._time(found, expected)
+        seen = f"≥ {1 - math.exp(-telling.change):.0%} of perplexity" if telling.change else "nothing: too few rows"
+        figures = [
+            time_needed,
+            (expected.memory, f"≈ {expected.peak:.1f} of {expected.free:.1f} GiB free"),
+            (f"change that {telling.rows} held-out rows can show", seen),
+        ]
+        sizes = f'min="0" high="{expected.free}" max="{max(expected.free, expected.peak)}" value="{expected.peak}"'
+        meter = f'<meter {sizes} aria-label="memory needed, of what is free"></meter>'
         rows = "1 row" if fit.micro_batch == 1 else f"{fit.micro_batch} rows"
         words = f"{rows} at once ({fit.reason}). {source} {telling.sentence}."
-        detail = f'<div class="bn-muted">{html.escape(words)}</div>'
+        detail = f"<details><summary>how that is known</summary><p>{html.escape(words)}</p></details>"
         if expected.peak > expected.free:
             detail = alert(f"This does not seem to fit: {words}")
-        return tiles([*figures, time_needed]) + alerts + detail
+        return explain(tiles(figures) + meter + alerts + read) + detail
 
     def _time(self, found: Forecast, expected: Preflight) -> tuple[tuple[str, str], str]:
         """The time that the run will take, or its training where the rest is not known; a sentence on its source."""
@@ -222,7 +243,7 @@ class Train:
     # The buttons.
 
     def _on_start(self) -> None:
-        if self._state.settings and self.settings.valid:
+        if self._state.settings and not self._why_not_started():  # the second click of two in a hurry does nothing
             check_alone(self._state.settings.runs_dir)
             unload()
             self._state.follow(start(self._state.settings, self.settings.name))
@@ -242,6 +263,16 @@ class Train:
             run.stop()
         elif run and self._warned is not None and time.monotonic() - self._warned >= WARNED:
             run.kill()
+
+
+def _read(found: Forecast) -> str:
+    """What the run would read, in one line."""
+    about = "" if found.finished else "≈ "
+    name = found.base.name if len(found.base.name) <= 40 else "…" + found.base.name[-39:]
+    rate = [f"learning rate {found.learning_rate:g}"] if found.finished else []
+    counted = [f"{found.rows:,} rows", f"{found.steps:,} steps", f"{about}{found.epoch_tokens:,.0f} tokens an epoch"]
+    line = [name, *counted, f"{about}{found.truncated_share:.1%} of the rows cut", *rate]
+    return f'<p class="bn-muted">{html.escape(" · ".join(line))}</p>'
 
 
 def _why_not_resumed(run: RunDirectory | None, live: RunDirectory | None) -> str | None:
