@@ -96,7 +96,11 @@ def test_exported_adapter_is_whole_and_names_no_path_of_this_machine(run):
     }  # fmt: skip
     assert (folder / "adapter_model.safetensors").read_bytes() == before
     base = run.environment.model
-    assert json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"] == base.split("/")[-1]
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    assert config["base_model_name_or_path"] == base.split("/")[-1]
+        json.loads((folder / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
+        == base.split("/")[-1]
+    )
     for name in ("README.md", "adapter_config.json"):
         assert base not in (folder / name).read_text("utf-8")
 
