@@ -18,6 +18,8 @@ from bizassist_nb.runs.run import RunDirectory
 
 _GREEDY: Final = Generation()
 _NO_RUN: Final = "There is no tuned model yet, so only the base answers; fine-tune one with %%finetune."
+_MODULES_ROWS: Final = 16
+"""Answers at once through the model's own modules, as on a CPU: all their keys and values are in memory."""
 _Rows = dict[str, RunDirectory | None]
 """Who answers, by name, in the order of the batch's rows; None for the base."""
 
@@ -95,9 +97,49 @@ class Assistant:
     def _stream(
         self, question: str, generation: Generation, who: tuple[str, ...], conversation: Conversation
     ) -> Iterator[Comparison]:
-        if not question.strip():
-            raise QuestionError("the question is empty; write it in the cell below %%ask, or after %ask")
+        _check(question)
         rows, loaded = self._rows(who), self.load()
+        begun = comparison, _ = self._begun(loaded, who, question, generation, conversation)
+        yield comparison
+        try:
+            for (comparison,) in self._answers(loaded, rows, [begun], generation):
+                yield comparison
+        finally:
+            conversation.add(question, comparison.answers)
+
+    def each(
+        self, questions: Sequence[str], generation: Generation = _GREEDY, *, who: tuple[str, ...] = (BASE, TUNED)
+    ) -> Iterator[tuple[list[Comparison], list[Comparison]]]:
+        """Several questions that have nothing to do with each other, as many in a batch as there is room for.
+
+        After every token: those answered, and those being answered. It raises what `stream` raises.
+        """
+        from bizassist_nb.assistant.cuda import decode_graph
+
+        with without_locals():
+            for one in questions:
+                _check(one)
+            rows, loaded, answered = self._rows(who), self.load(), list[Comparison]()
+            asked = [self._begun(loaded, who, one, generation, Conversation()) for one in questions]
+            longest = max(len(prompt) for _, prompts in asked for prompt in prompts) + generation.max_new_tokens
+            together = max(1, (decode_graph.most_rows(loaded.model, longest) or _MODULES_ROWS) // len(rows))
+            for start in range(0, len(asked), together):
+                found: list[Comparison] = []
+                for found in self._answers(loaded, rows, asked[start : start + together], generation):
+                    yield answered, found
+                answered += found
+            yield answered, []
+
+    def _begun(
+        self,
+        loaded: LoadedBase,
+        who: tuple[str, ...],
+        question: str,
+        generation: Generation,
+        conversation: Conversation,
+    ) -> tuple[Comparison, Sequence[list[int]]]:
+        """A comparison without answers yet, and the input ids of each of its rows."""
+        rows = self._rows(who)
         said = {name: conversation.turns(name) for name in rows}
         if PROMPTED in rows:
             said[PROMPTED] = [*self._examples(), *said[PROMPTED]]
@@ -110,7 +152,7 @@ class Assistant:
             turns = "the first question and its answer were" if most == 1 else f"the first {most} turns were"
             room = f"the {loaded.model.config.max_position_embeddings:,} tokens that the model reads"
             notes.append(f"The conversation has outgrown {room}: {turns} left out.")
-        comparison = begun = Comparison(
+        comparison = Comparison(
             question.strip(),
             dict.fromkeys(rows, ""),
             tuple(run.name for run in rows.values() if run),
@@ -119,49 +161,55 @@ class Assistant:
             model=loaded.base.name,
             limit=generation.max_new_tokens,
         )
-        yield comparison
-        try:
-            for comparison in self._answers(loaded, rows, prompts, begun, generation):
-                yield comparison
-        finally:
-            conversation.add(question, comparison.answers)
+        return comparison, prompts
 
     def _answers(
-        self, loaded: LoadedBase, rows: _Rows, prompts: Sequence[list[int]], begun: Comparison, generation: Generation
-    ) -> Iterator[Comparison]:
+        self,
+        loaded: LoadedBase,
+        rows: _Rows,
+        asked: Sequence[tuple[Comparison, Sequence[list[int]]]],
+        generation: Generation,
+    ) -> Iterator[list[Comparison]]:
+        """The comparisons as they grow, after every token, all in one batch: a question's rows are neighbours."""
         import torch
 
         from bizassist_nb.assistant.decoding import Batch, texts
 
         strengths = {
-            loaded.adapter(run): [generation.strength if each is run else 0.0 for each in rows.values()]
+            loaded.adapter(run): [generation.strength if each is run else 0.0 for each in rows.values()] * len(asked)
             for run in rows.values()
             if run
         }
-        batch = Batch(prompts, strengths, loaded.chat.stop_ids, loaded.chat.pad_id)
-        answers, figures, since = dict(begun.answers), {}, time.monotonic()
-        names, lengths, context = list(rows), [0] * len(rows), loaded.model.config.max_position_embeddings
+        found, prompts = [begun for begun, _ in asked], [prompt for _, each in asked for prompt in each]
+        batch, since = Batch(prompts, strengths, loaded.chat.stop_ids, loaded.chat.pad_id), time.monotonic()
+        names, lengths, context = list(rows), [0] * len(prompts), loaded.model.config.max_position_embeddings
+        prefix = loaded.prefix_cache if len(asked) == 1 else None  # it is for what the next question begins with
         try:
-            for row, text in texts(loaded.model, loaded.chat, batch, generation, loaded.prefix_cache):
-                whole = answers[names[row]] + text
+            for row, text in texts(loaded.model, loaded.chat, batch, generation, prefix):
+                place, name = row // len(names), names[row % len(names)]
+                whole = found[place].answers[name] + text
                 ends = [whole.index(stop) for stop in generation.stop if stop in whole]
                 if ends:
                     batch.over.add(row)
-                answers[names[row]] = whole[: min(ends, default=None)]
                 lengths[row] += 1
                 used = f"{len(prompts[row]) + lengths[row]:,} of the {context:,} tokens that the model reads"
                 speed = lengths[row] / max(1e-9, time.monotonic() - since)
-                figures[names[row]] = f"{lengths[row]:,} tokens, {speed:.1f} a second; {used}"
-                yield dataclasses.replace(begun, answers=dict(answers), figures=dict(figures))
+                figures = {**found[place].figures, name: f"{lengths[row]:,} tokens, {speed:.1f} a second; {used}"}
+                answers = {**found[place].answers, name: whole[: min(ends, default=None)]}
+                found[place] = dataclasses.replace(found[place], answers=answers, figures=figures)
+                yield found
         except torch.OutOfMemoryError as error:
             loaded.forget_cache()
             raise QuestionError(
-                f"the GPU ran out of memory at {max(map(len, prompts)):,} tokens of question for {len(rows)} answers; "
-                "clear the conversation, ask fewer at once, or wait for the training that shares the GPU"
+                f"the GPU ran out of memory at {max(map(len, prompts)):,} tokens of question for {len(prompts)} "
+                "answers; clear the conversation, ask fewer at once, or wait for the training that shares the GPU"
             ) from error
-        limited = [name for row, name in enumerate(names) if lengths[row] == begun.limit and row not in batch.over]
-        answers = {name: text.strip() for name, text in answers.items()}
-        yield dataclasses.replace(begun, answers=answers, cut=tuple(limited), figures=figures)
+        limited = {row for row, length in enumerate(lengths) if length == generation.max_new_tokens} - batch.over
+        for place, each in enumerate(found):
+            answers = {name: text.strip() for name, text in each.answers.items()}
+            cut_off = tuple(name for i, name in enumerate(names) if place * len(names) + i in limited)
+            found[place] = dataclasses.replace(each, answers=answers, cut=cut_off)
+        yield found
 
     def _rows(self, who: tuple[str, ...]) -> _Rows:
         rows: _Rows = {BASE: None} if BASE in who or not self.runs else {}
@@ -197,3 +245,8 @@ class Assistant:
             f"the question has {len(prompt):,} tokens with its template and the model reads {context:,} at most, "
             f"answer included: shorten it, or set max_new_tokens below {generation.max_new_tokens:,}"
         )
+
+
+def _check(question: str) -> None:
+    if not question.strip():
+        raise QuestionError("the question is empty; write it in the cell below %%ask, or after %ask")

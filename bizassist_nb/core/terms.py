@@ -25,7 +25,7 @@ TERMS: Final[Mapping[str, str]] = {
 }
 _SKIPPED: Final = r"<(svg|pre|style|details|abbr)\b.*?</\1>|<(?:[^>\"']|\"[^\"]*\"|'[^']*')*>"
 _FOUND: Final = re.compile(
-    rf"{_SKIPPED}|(?<![\w-])(?P<term>{'|'.join(sorted(map(re.escape, TERMS), key=len, reverse=True))})(?![\w])",
+    rf"{_SKIPPED}|(?<![\w-])(?P<term>{'|'.join(sorted(map(re.escape, TERMS), key=len, reverse=True))})(?![\w/])",
     re.DOTALL,
 )
 

@@ -172,7 +172,7 @@ class BizassistMagics(Magics):
         self._talk = None if options.each or options.blind else talk
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparison, Comparisons
-        from bizassist_nb.notebook.views import clear, follow, live_html, show_ballot
+        from bizassist_nb.notebook.views import clear, follow, follow_each, live_html, show_ballot
         from bizassist_nb.results.ballot import Ballot, draw_order
 
         order = draw_order() if options.blind else None
@@ -184,9 +184,11 @@ class BizassistMagics(Magics):
                 base = None if talk.runs else self._base(options)
                 assistant = Assistant(*talk.runs, base=base, anyway=options.anyway)
                 lines = [line.strip() for line in question.splitlines() if line.strip()]
-                for each in (lines or [""]) if options.each else [question]:
-                    said = None if options.each else talk.said
-                    follow(assistant.stream(each, generation, who=talk.who, conversation=said), live, order, answered)
+                if options.each:
+                    follow_each(assistant.each(lines or [""], generation, who=talk.who), live, answered)
+                else:
+                    stream = assistant.stream(question, generation, who=talk.who, conversation=talk.said)
+                    follow(stream, live, order, answered)
         except BaseException:  # an interrupt, too: what was answered is shown, and the error goes on
             clear(live)
             if answered and not order:  # without its end there is nothing to vote on

@@ -15,7 +15,7 @@ from typing import Any, Final
 import ipywidgets as w
 from IPython.display import DisplayHandle, display, update_display
 
-from bizassist_nb.assistant.comparison import Comparison, comparison_html
+from bizassist_nb.assistant.comparison import Comparison, Comparisons, comparison_html
 from bizassist_nb.core import rendering
 from bizassist_nb.core.rendering import duration
 from bizassist_nb.core.terms import explain
@@ -39,6 +39,10 @@ _STATIC_EVERY: Final = 30.0
 """Seconds between updates of what a saved notebook shows of a run in training."""
 _TEXT_EVERY: Final = 0.1
 """Seconds between updates of streaming answers: smooth to the eye, and few messages."""
+
+
+_TABLE_EVERY: Final = 0.5
+"""The same of a table of many answers, which takes longer to render."""
 
 
 _NOTHING: Final = {"text/plain": ""}
@@ -231,6 +235,22 @@ def follow(stream: Iterable[Comparison], live: Any, order: tuple[str, str] | Non
         raise
     assert comparison is not None  # a stream begins with empty answers
     answered.append(comparison)
+
+
+def follow_each(
+    stream: Iterable[tuple[list[Comparison], list[Comparison]]], live: Any, answered: list[Comparison]
+) -> None:
+    """Show a table of answers as `Assistant.each` gives them, and add them to `answered`; as `follow` in all else."""
+    done, growing, shown = list[Comparison](), list[Comparison](), 0.0
+    try:
+        for done, growing in stream:
+            if time.monotonic() - shown >= _TABLE_EVERY:
+                live.value = Comparisons([*done, *growing])._repr_html_()
+                shown = time.monotonic()
+    except BaseException:  # an interrupt, too
+        answered += [*done, *(one.unfinished() for one in growing if any(one.answers.values()))]
+        raise
+    answered += done
 
 
 def vote_row(vote: Callable[[str], None], post: Callable[[Callable[[], None]], None]) -> Any:

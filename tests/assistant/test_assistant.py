@@ -17,6 +17,7 @@ from random_run import random_run, save
 from safetensors.torch import load_file
 
 from bizassist_nb.api import Run
+from bizassist_nb.assistant import assistant as assistant_module
 from bizassist_nb.assistant import decoding
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.comparison import Comparison, Conversation
@@ -320,6 +321,28 @@ def test_each_row_of_the_batch_is_answered_by_whom_it_is_named_after(small):
     )
     assert (both.base, both.tuned) == (base.base, tuned.tuned)
     assert both.base != both.tuned
+
+
+def test_questions_asked_together_are_answered_as_if_asked_alone(small, monkeypatch):
+    assistant, generation = Assistant(small[0][0]), Generation(max_new_tokens=12, repetition_penalty=1.5)
+    questions, batches, decode = ["How?", "Why is that so?", "What now, and then?"], [], decoding.texts
+
+    def texts(model, chat, batch, *options):
+        batches.append(len(batch.prompts))
+        return decode(model, chat, batch, *options)
+
+    monkeypatch.setattr(decoding, "texts", texts)
+    seen = [([*done], [*growing]) for done, growing in assistant.each(questions, generation)]
+    assert batches == [6]
+    done, growing = seen[-1]
+    assert not growing
+    assert any(one.answers["base"] and not other.answers["base"] for _, (one, *_, other) in seen[:-1])
+    for question, each in zip(questions, done, strict=True):
+        alone = assistant.ask(question, max_new_tokens=12, repetition_penalty=1.5)
+        assert (each.question, each.answers, each.cut) == (question, alone.answers, alone.cut)
+    monkeypatch.setattr(assistant_module, "_MODULES_ROWS", 4)
+    done, _ = list(assistant.each(questions, generation))[-1]
+    assert (batches[4:], len(done)) == ([4, 2], 3)
 
 
 def test_a_prompt_that_several_rows_answer_alike_is_read_once(small):
