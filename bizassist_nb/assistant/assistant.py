@@ -1,6 +1,7 @@
 """The assistant: asks base and tuned the same question, in one batch, and gives all answers."""
 
 import dataclasses
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ _MODULES_ROWS: Final = 16
 """Answers at once through the model's own modules, as on a CPU: all their keys and values are in memory."""
 _Rows = dict[str, RunDirectory | None]
 """Who answers, by name, in the order of the batch's rows; None for the base."""
+_Asked = tuple[Comparison, Sequence[list[int]]]
+"""A comparison without answers yet, and the input ids of each of its rows."""
 
 
 class Assistant:
@@ -137,8 +140,8 @@ class Assistant:
         question: str,
         generation: Generation,
         conversation: Conversation,
-    ) -> tuple[Comparison, Sequence[list[int]]]:
-        """A comparison without answers yet, and the input ids of each of its rows."""
+    ) -> _Asked:
+        """A question, asked in that conversation."""
         rows = self._rows(who)
         said = {name: conversation.turns(name) for name in rows}
         if PROMPTED in rows:
@@ -164,11 +167,7 @@ class Assistant:
         return comparison, prompts
 
     def _answers(
-        self,
-        loaded: LoadedBase,
-        rows: _Rows,
-        asked: Sequence[tuple[Comparison, Sequence[list[int]]]],
-        generation: Generation,
+        self, loaded: LoadedBase, rows: _Rows, asked: Sequence[_Asked], generation: Generation
     ) -> Iterator[list[Comparison]]:
         """The comparisons as they grow, after every token, all in one batch: a question's rows are neighbours."""
         import torch
@@ -177,8 +176,7 @@ class Assistant:
 
         strengths = {
             loaded.adapter(run): [generation.strength if each is run else 0.0 for each in rows.values()] * len(asked)
-            for run in rows.values()
-            if run
+            for run in filter(None, rows.values())
         }
         found, prompts = [begun for begun, _ in asked], [prompt for _, each in asked for prompt in each]
         batch, since = Batch(prompts, strengths, loaded.chat.stop_ids, loaded.chat.pad_id), time.monotonic()
@@ -192,10 +190,10 @@ class Assistant:
                 if ends:
                     batch.over.add(row)
                 lengths[row] += 1
+                answers = {**found[place].answers, name: whole[: min(ends, default=None)]}
                 used = f"{len(prompts[row]) + lengths[row]:,} of the {context:,} tokens that the model reads"
                 speed = lengths[row] / max(1e-9, time.monotonic() - since)
                 figures = {**found[place].figures, name: f"{lengths[row]:,} tokens, {speed:.1f} a second; {used}"}
-                answers = {**found[place].answers, name: whole[: min(ends, default=None)]}
                 found[place] = dataclasses.replace(found[place], answers=answers, figures=figures)
                 yield found
         except torch.OutOfMemoryError as error:
@@ -204,12 +202,8 @@ class Assistant:
                 f"the GPU ran out of memory at {max(map(len, prompts)):,} tokens of question for {len(prompts)} "
                 "answers; clear the conversation, ask fewer at once, or wait for the training that shares the GPU"
             ) from error
-        limited = {row for row, length in enumerate(lengths) if length == generation.max_new_tokens} - batch.over
-        for place, each in enumerate(found):
-            answers = {name: text.strip() for name, text in each.answers.items()}
-            cut_off = tuple(name for i, name in enumerate(names) if place * len(names) + i in limited)
-            found[place] = dataclasses.replace(each, answers=answers, cut=cut_off)
-        yield found
+        limited = [length == generation.max_new_tokens and row not in batch.over for row, length in enumerate(lengths)]
+        yield [_whole(each, limited[place * len(names) :]) for place, each in enumerate(found)]
 
     def _rows(self, who: tuple[str, ...]) -> _Rows:
         rows: _Rows = {BASE: None} if BASE in who or not self.runs else {}
@@ -245,6 +239,12 @@ class Assistant:
             f"the question has {len(prompt):,} tokens with its template and the model reads {context:,} at most, "
             f"answer included: shorten it, or set max_new_tokens below {generation.max_new_tokens:,}"
         )
+
+
+def _whole(comparison: Comparison, limited: Sequence[bool]) -> Comparison:
+    """The comparison at its end; which of its answers were stopped at the limit of their length."""
+    answers = {name: text.strip() for name, text in comparison.answers.items()}
+    return dataclasses.replace(comparison, answers=answers, cut=tuple(itertools.compress(answers, limited)))
 
 
 def _check(question: str) -> None:

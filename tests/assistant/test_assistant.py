@@ -404,7 +404,7 @@ def test_another_system_prompt_is_told_to_all_and_said(small):
         notes = [Assistant(run).ask("Why?", system=system).note for system in (None, "", "Be brief.")]
     assert notes == [None, "No system prompt.", 'System prompt: "Be brief.".']
     for batch, system in zip(batches, (run.settings.system_prompt, "", "Be brief."), strict=True):
-        assert batch.prompts == tuple([loaded.chat.prompt(conversation(system, [], "Why?"))] * 2)
+        assert batch.prompts == [loaded.chat.prompt(conversation(system, [], "Why?"))] * 2
 
 
 @pytest.mark.parametrize(("option", "value"), [("stop", ("",)), ("stop", "word"), ("system", "\0"), ("system", 3)])
