@@ -132,6 +132,11 @@ def main(folder):
         "four_s": best(model, [prompt] * 4, [0.0, 1.0, 0.5, 1.5]),
         "first_token_of_1000_s": min(decode(model, [(prompt * 100)[:1000]] * 2, [0.0, 1.0], 4)[0] for _ in range(3)),
     }
+    for rows in (8, 16, 64, 160):
+        many, strengths = [prompt] * rows, [0.0, 1.0] * (rows // 2)
+        decode(model, many, strengths, 8)
+        few, most = (decode(model, many, strengths, tokens)[1] for tokens in (8, 72))
+        found[f"ms_a_step_of_{rows}_rows"] = (most - few) / 64 * 1000
     for context in (500, 1000, 2000, 4000):
         long = [(prompt * 400)[:context]] * 2
         decode(model, long, [0.0, 1.0], 72)
