@@ -750,7 +750,7 @@ def test_runs_are_ordered_and_filtered(driven, runs):
     assert table(driven) == ["one", "two"]
     driven.fill("chosen run", "one")
     driven.fill("note", "the first <try>")
-    driven.press("Save")
+    driven.press("Apply")
     driven.fill("filter", "finished FIRST")
     assert table(driven) == ["one"]
     assert "the first &lt;try&gt;" in driven.panel.tabs[3].table.value
@@ -763,7 +763,7 @@ def test_a_run_is_renamed_with_its_card_and_stays_the_one_that_is_shown(driven, 
     write_card(runs[1])
     driven.fill("chosen run", "two")
     driven.fill("new name", "pricing")
-    driven.press("Save")
+    driven.press("Apply")
     driven.turn()
     assert table(driven) == ["pricing", "one"]
     assert driven.panel.state.followed.name == driven.named("chosen run").value == "pricing"
@@ -774,7 +774,7 @@ def test_a_run_is_renamed_with_its_card_and_stays_the_one_that_is_shown(driven, 
     assert driven.panel.tabs[2].turns[-1].comparison.tuned
     for name, why in (("one", "is there already"), ("../up", "cannot be the name of a run")):
         driven.fill("new name", name)
-        driven.press("Save")
+        driven.press("Apply")
         assert why in driven.shown()
         assert path.is_dir()
 
@@ -792,7 +792,7 @@ def test_a_deleted_run_can_be_brought_back_and_one_in_training_is_neither_moved_
     working(1)
     driven.fill("chosen run", "two")
     driven.fill("new name", "pricing")
-    for button in ("Save", "Delete"):
+    for button in ("Apply", "Delete"):
         driven.press(button)
         assert "is being trained by another process" in driven.shown()
     assert runs[1].path.is_dir()

@@ -40,7 +40,7 @@ class Runs:
         self._one = labelled(w.Dropdown, "chosen run", "the run that the buttons below are for")
         self._name = labelled(w.Text, "new name", "what the run is to be called")
         self._note = labelled(w.Text, "note", "a note of your own; it stands in the table")
-        save = update_loop.button("Save", self._on_save, icon="save", tooltip="give the run that name and that note")
+        save = update_loop.button("Apply", self._on_save, icon="save", tooltip="give the run that name and that note")
         hint = "move it to the folder .bin beside it"
         delete = update_loop.button("Delete", self._on_delete, icon="trash", tooltip=hint)
         self._undo = update_loop.button("Undo", self._on_undo, icon="undo", tooltip="bring the deleted run back")
