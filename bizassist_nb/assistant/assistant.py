@@ -130,8 +130,8 @@ class Assistant:
                 found: list[Comparison] = []
                 for found in self._answers(loaded, rows, asked[start : start + together], generation):
                     yield answered, found
-                answered += found
-            yield answered, []
+                answered = [*answered, *found]
+                yield answered, []
 
     def _begun(
         self,

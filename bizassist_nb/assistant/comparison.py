@@ -100,9 +100,14 @@ class Comparisons(tuple[Comparison, ...]):
     def __repr__(self) -> str:
         return "\n\n".join(map(repr, self))
 
+    def page(self, *, finished: bool) -> str:
+        """A table; once they are finished the differing words can be unfolded."""
+        heads = ["question", *(self[0].head(name) for name in self[0].answers)] if self else ["question"]
+        rows = list(map(_cells, self))
+        return rendering.untypeset(_columns(heads, rows, 1) if finished else rendering.grid(heads, *rows))
+
     def _repr_html_(self) -> str:
-        heads = [self[0].head(name) for name in self[0].answers] if self else []
-        return rendering.untypeset(_columns(["question", *heads], list(map(_cells, self)), 1))
+        return self.page(finished=True)
 
 
 def comparison_html(comparison: Comparison, *, finished: bool) -> str:

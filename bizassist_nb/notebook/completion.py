@@ -22,15 +22,18 @@ def install(shell: Any, folder: Callable[[], str]) -> None:
     if IPython.version_info >= (8, 6):
         shell.Completer.custom_matchers.append(_matcher(folder))
     else:  # Colab's: a completer sees no more of a cell than the line of the cursor
+
+        def complete(_: Any, event: Any) -> list[str]:
+            return _on_line(event.text_until_cursor, event.line, folder())
+
         for magic in _MAGICS:
-            complete = lambda _, event: _on_line(event.text_until_cursor, event.line, folder())  # noqa: E731
             shell.set_hook("complete_command", complete, str_key=magic)
 
 
 def _matcher(folder: Callable[[], str]) -> Any:
     from IPython.core.completer import SimpleCompletion, context_matcher
 
-    @context_matcher()  # type: ignore[untyped-decorator]
+    @context_matcher()  # type: ignore[untyped-decorator] # IPython gives it no type
     def bizassist(context: Any) -> dict[str, Any]:
         """What completes the line of a magic, or a line of the body of `%%finetune`, and nothing else then."""
         line = context.line_with_cursor

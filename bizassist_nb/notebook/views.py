@@ -245,9 +245,9 @@ def follow_each(
     try:
         for done, growing in stream:
             if time.monotonic() - shown >= _TABLE_EVERY:
-                live.value = Comparisons([*done, *growing])._repr_html_()
+                live.value = Comparisons([*done, *growing]).page(finished=False)
                 shown = time.monotonic()
-    except BaseException:  # an interrupt, too
+    except BaseException:  # an interrupt, too: what there is of the answers counts, and the error goes on
         answered += [*done, *(one.unfinished() for one in growing if any(one.answers.values()))]
         raise
     answered += done

@@ -263,7 +263,8 @@ def _attend(
     """The `forward` of an attention block."""
     heads = [width // block.head_dim for width in qkv.widths]
     found = qkv(hidden_states).view(1, -1, sum(heads), block.head_dim)
-    turned = _Turned.apply(found, *position_embeddings, heads[0] + heads[1])  # type: ignore[no-untyped-call] # as below
+    turn = functools.partial(_Turned.apply, found)
+    turned = turn(*position_embeddings, heads[0] + heads[1])
     query, key, value = (part.transpose(1, 2) for part in turned.split(heads, dim=2))
     window = getattr(block, "sliding_window", getattr(block.config, "sliding_window", None))
     out, _ = _attention(block, query, key, value, None, **known, scaling=block.scaling, sliding_window=window)

@@ -957,9 +957,8 @@ def test_an_idle_panel_does_little_and_answers_at_once(tmp_path, monkeypatch):
     driven.fill("rows to train on, as a number", 4)
     driven.until(lambda: not driven.panel.state.following)
     driven.panel.state.looked = 0.0
-    assert (
-        calls(driven.turn) < 200 * 1_300
-    )  # the runs are listed: for each there are some files to read; pathlib's calls are more from 3.12 on
+    most = 1_000 if sys.version_info < (3, 12) else 1_300  # pathlib makes more calls from 3.12 on
+    assert calls(driven.turn) < 200 * most  # the runs are listed: for each there are some files to read
     driven.panel.state.looked = time.monotonic() + 3600  # they are not listed again
     driven.turn()
     assert calls(driven.turn) < 4_000  # only the run that is shown is looked at

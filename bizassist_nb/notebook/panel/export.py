@@ -64,6 +64,7 @@ class Export:
         buttons = w.Box([self._start, self._cancel, self._download]).add_class("bn-buttons")
         form = w.VBox([self._run, self._to, self._base, self._repo, self._private]).add_class("bn-options")
         self._needs, self._status = w.HTML(), w.HTML()
+        self._asked: tuple[object, ...] = ()
         self.view = w.VBox([form, self._needs, buttons, self._status])
 
     def update(self) -> None:
@@ -77,7 +78,10 @@ class Export:
         self._cancel.layout.display = None if going else "none"
         done = self._job.result if self._job else None
         self._download.layout.display = None if done and in_colab() else "none"
-        self._needs.value = self._needed(self._state.runs[self._run.value], to) if self._run.value else ""
+        asked = (self._state.looked, self._run.value, to, going)
+        if asked != self._asked:  # it reads files, of all runs: not at every turn
+            self._asked = asked
+            self._needs.value = self._needed(self._state.runs[self._run.value], to) if self._run.value else ""
         self._status.value = self._job.html() if self._job else "" if names else _NONE
 
     def _needed(self, run: RunDirectory, to: str) -> str:

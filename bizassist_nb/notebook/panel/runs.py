@@ -62,6 +62,8 @@ class Runs:
     def update(self) -> None:
         """Show the runs when they have been listed anew; an unchanged table is not sent again."""
         asked = (self._state.looked, self._filter.value, self._order.value)
+        if asked == self._shown and self._one.value == self._told:
+            return
         if asked != self._shown:
             self._shown = asked
             self._list()
