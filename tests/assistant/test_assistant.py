@@ -341,8 +341,9 @@ def test_questions_asked_together_are_answered_as_if_asked_alone(small, monkeypa
         alone = assistant.ask(question, max_new_tokens=12, repetition_penalty=1.5)
         assert (each.question, each.answers, each.cut) == (question, alone.answers, alone.cut)
     monkeypatch.setattr(assistant_module, "_MODULES_ROWS", 4)
-    done, _ = list(assistant.each(questions, generation))[-1]
-    assert (batches[4:], len(done)) == ([4, 2], 3)
+    ends = [([*done], [*growing]) for done, growing in assistant.each(questions, generation)]
+    assert (batches[4:], len(ends[-1][0])) == ([4, 2], 3)
+    assert [len(done) for done, growing in ends if not growing] == [2, 3]  # nothing is half-done between two batches
 
 
 def test_a_prompt_that_several_rows_answer_alike_is_read_once(small):
