@@ -476,6 +476,7 @@ def test_what_an_export_takes_is_said_before_and_what_is_too_large_is_an_alert(d
         driven.fill("export to", to)
         assert f"It takes about {size} GB of disk" in driven.shown()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 6, 3 * 10**9))
+    driven.panel.state.looked = 0.0  # a look at the disk comes with the next look at the runs
     driven.turn()
     assert '<div class="bn-alert" role="alert">⚠ It takes about 8.00 GB of disk, of 3 GB free' in driven.shown()
     driven.fill("export to", "hub")
