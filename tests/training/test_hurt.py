@@ -2,6 +2,7 @@
 
 import json
 
+import pages
 import pytest
 from live_kernel import wait_until
 
@@ -36,7 +37,7 @@ def test_a_run_on_one_narrow_kind_of_rows_helped_at_a_cost(narrow):
     assert found.verdict == "helped, at a cost"
     assert found.difference < -0.5
     assert found.general.verdict == "hurt"
-    assert "On general questions of other kinds it got worse" in narrow._repr_html_()
+    assert "On general questions of other kinds it got worse" in pages.read(narrow._repr_html_())
     assert found.forgetting.right_to_wrong > found.forgetting.wrong_to_right
 
 
@@ -108,7 +109,7 @@ def test_a_run_that_was_set_up_to_fail_is_said_to_have_hurt(runs, name):
 def test_a_learning_rate_100_times_too_large_breaks_everything(runs):
     found = runs["fast"].evaluation
     assert found.general.verdict == "hurt"
-    assert "On general questions of other kinds it got worse" in runs["fast"]._repr_html_()
+    assert "On general questions of other kinds it got worse" in pages.read(runs["fast"]._repr_html_())
     assert found.answers.tuned["sound"] < found.answers.base["sound"]
     assert found.tuned.loss > 10.8  # worse than by chance
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import re
 
+import pages
 import pytest
 from transformers import MistralConfig, MixtralConfig
 
@@ -269,7 +269,7 @@ def test_the_choice_and_its_reason_stand_in_the_views(tmp_path):
             step=8, micro_batch=1, checkpointing=True, precision="float16", reason="long", checkpoint_above=2112
         )
     )
-    page = re.sub("</?abbr[^>]*>", "", run_html(Run(tmp_path)))  # terms have their meaning as a tooltip
+    page = pages.read(run_html(Run(tmp_path)))
     for shown in (run_text(Run(tmp_path)), page):
         assert expected.sentence in shown
         assert f"4 rows at once, checkpointing off, float16 ({fit.reason})" in shown

@@ -4,13 +4,13 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pages
 import pandas
 import pytest
 import torch
@@ -638,15 +638,15 @@ def test_the_best_adapter_is_kept_and_saved_if_asked(worsening):
         return
     if worsening.settings.keep == "best":
         assert worsening.evaluation.tuned.loss == pytest.approx(losses[2], abs=losses[4] - losses[2])
-        page = re.sub("</?abbr[^>]*>", "", worsening._repr_html_())  # terms have their meaning as a tooltip
+        page = pages.read(worsening._repr_html_())
         assert "The adapter saved is that of step 2, the best on the held-out rows." in page
         assert not (worsening.path / "best").exists()
         # Scored anew from the files, which hold just that adapter.
         assert worsening.evaluation.tuned.loss == pytest.approx(evaluate(worsening).tuned.loss, abs=1e-4)
         return
     assert worsening.evaluation.tuned.loss == pytest.approx(losses[6])
-    assert "Held-out loss has risen since step 2" in worsening._repr_html_()
-    assert f"the best checkpoint is kept in {worsening.path / 'best'}" in worsening._repr_html_()
+    assert "Held-out loss has risen since step 2" in pages.read(worsening._repr_html_())
+    assert f"the best checkpoint is kept in {worsening.path / 'best'}" in pages.read(worsening._repr_html_())
     published = card(worsening)
     assert "the best checkpoint is kept in best (" in published
     assert str(worsening.path) not in published
@@ -691,7 +691,9 @@ def test_answers_that_could_not_be_made_leave_the_run_good(tiny, tmp_path, monke
     run = finetune(quick(tiny, tmp_path, engine="unsloth"), "silent")
     assert run.status == "finished"
     assert run.evaluation.answers is None
-    assert "the fixed prompts could not be answered: their process ended with status 9 (" in run._repr_html_()
+    assert "the fixed prompts could not be answered: their process ended with status 9 (" in pages.read(
+        run._repr_html_()
+    )
     assert str(run.path) not in run.last(records.Unanswered).reason
     monkeypatch.undo()
     readme = run.path / "README.md"
