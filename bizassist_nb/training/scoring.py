@@ -145,18 +145,23 @@ def _answers(model: Any, examples: Sequence[Example], pad_id: int, prefix: "Laye
     ids = padded([example.input_ids for example in examples], pad_id)
     labels = padded([example.labels for example in examples], IGNORED)
     mask = padded([[1] * len(example.input_ids) for example in examples], 0)
-    # Only positions that predict an answer need the vocabulary's worth of logits.
-    first = int((labels != IGNORED).any(dim=0).nonzero()[0]) - 1
-    keep = width - max(first, 0)
+    scored = labels[:, 1:] != IGNORED
+    keep = scored.shape[1] - int(scored.any(dim=0).nonzero()[0])
+    wanted = scored[:, -keep:]
     cache = {"past_key_values": begun(model, prefix, len(examples))} if prefix else {}
-    with torch.no_grad():  # not inference_mode: a sharded base would keep what it gathers in, unfit for training
-        logits = model(
-            input_ids=ids[:, known:], attention_mask=mask, logits_to_keep=keep, use_cache=bool(prefix), **cache
-        ).logits
-    targets = labels[:, -keep + 1 :]
-    scored = targets != IGNORED
+    # Positions that predict an answer are all that the vocabulary's worth of logits is computed of.
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0][:, :-1][wanted],))
+    try:
+        with torch.no_grad():  # not inference_mode: a sharded base would keep what it gathers in, unfit for training
+            logits = model(
+                input_ids=ids[:, known:], attention_mask=mask, logits_to_keep=keep + 1, use_cache=bool(prefix), **cache
+            ).logits
+    finally:
+        hook.remove()
+    if logits.dim() > 2:  # Unsloth multiplies with the head's weights itself
+        logits = logits[:, :-1][wanted]
     counts = scored.sum(dim=1).tolist()
-    return list(zip(*(torch.split(each[scored], counts) for each in (logits[:, :-1], targets)), strict=True))
+    return list(zip(torch.split(logits, counts), torch.split(labels[:, 1:][scored], counts), strict=True))
 
 
 def _divergence(base: Any, tuned: Any) -> float:
