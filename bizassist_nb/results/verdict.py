@@ -202,10 +202,8 @@ def _interval(paired: Sequence[tuple[Score, Score]], groups: Sequence[str], seed
     """(low, high, standard error) of the difference of mean losses, by bootstrap over groups of rows.
 
     Rows of one group are drawn together, as they are not independent (Davison & Hinkley 1997, section 3.8; Cameron,
-    Gelbach & Miller 2008: the pairs cluster bootstrap); if all are of one group, rows are drawn. Percentiles of the
-    resampled sets (Efron & Tibshirani 1993, chapter 13) are taken further out by the factor that the percentile
-    interval of few groups is too narrow by (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section
-    3.3: the expanded percentile interval).
+    Gelbach & Miller 2008: the pairs cluster bootstrap); if all are of one group, rows are drawn. Its ends are
+    percentiles of the resampled sets (Efron & Tibshirani 1993, chapter 13), as far out as `tail` says.
     """
     import numpy as np
     from scipy import stats
@@ -219,7 +217,6 @@ def _interval(paired: Sequence[tuple[Score, Score]], groups: Sequence[str], seed
     rows = len(tokens)
     if np.ptp(gained / tokens) == 0:  # every set of rows differs by the same
         return float(gained[0] / tokens[0]), float(gained[0] / tokens[0]), 0.0
-    expanded = stats.norm.cdf(stats.t.ppf(0.025, rows - 1) * math.sqrt(rows / (rows - 1)))
     found = stats.bootstrap(
         (gained, tokens),
         lambda gained, tokens, axis: gained.sum(axis) / tokens.sum(axis),
@@ -227,12 +224,21 @@ def _interval(paired: Sequence[tuple[Score, Score]], groups: Sequence[str], seed
         vectorized=True,
         n_resamples=_RESAMPLES,
         batch=max(1, _DRAWN // rows),
-        confidence_level=1 - 2 * float(expanded),
+        confidence_level=1 - 2 * tail(rows),
         method="percentile",
         rng=np.random.default_rng(seed),
     )
     low, high = (float(bound) for bound in found.confidence_interval)
     return low, high, float(found.standard_error)
+
+
+def tail(rows: int) -> float:
+    """The share of resampled sets beyond each end of the 95 % interval: less than 0.025, as the percentile interval of
+    few rows is too narrow (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 3.3).
+    """
+    from scipy import stats
+
+    return float(stats.norm.cdf(stats.t.ppf(0.025, rows - 1) * math.sqrt(rows / (rows - 1))))
 
 
 def _compared(paired: Sequence[tuple[Score, Score]]) -> Compared:

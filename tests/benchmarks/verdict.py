@@ -19,7 +19,7 @@ import numpy as np
 
 from bizassist_nb.api import Run
 from bizassist_nb.data.rows import read_table
-from bizassist_nb.results.power import visible
+from bizassist_nb.results.power import deviations, visible
 from bizassist_nb.results.verdict import Score, judge
 from bizassist_nb.runs.records import Judged
 
@@ -89,9 +89,8 @@ def planted(count: int, whole: Rows, sign: int = -1) -> dict[str, float]:
     own = Rows(whole.tokens, whole.gains - whole.change, np.arange(len(whole.tokens)))
     verdicts = []
     for _ in range(max(1, DRAWS // 20)):
-        earlier = np.array([own.drawn(EARLIER).judged(seed).standard_error for seed in range(9)])
-        spread = float(np.sqrt(np.mean(earlier**2)) * EARLIER**0.5)
-        shifted = own._replace(gains=own.gains + sign * visible(count, spread))
+        differ = [each for seed in range(9) for each in deviations(own.drawn(EARLIER).judged(seed))]
+        shifted = own._replace(gains=own.gains + sign * visible(count, differ))
         verdicts += [shifted.drawn(count).judged(seed).verdict for seed in range(20)]
     return shares(verdicts)
 

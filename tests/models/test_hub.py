@@ -203,7 +203,7 @@ def upload(run: Run, *arguments, endpoint):
         "HF_HUB_DISABLE_XET": "1",  # the stand-in has no such store
         "HF_ENDPOINT": endpoint,
     }
-    result = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    result = subprocess.run(command, capture_output=True, encoding="utf-8", env=env, check=False)
     assert TOKEN not in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
