@@ -49,11 +49,14 @@ def power(settings: Settings, model: str, rows: int) -> Power:
 def deviations(found: Judged) -> list[tuple[float, float]]:
     """Of each row its tokens and how far it was from the mean change, in nats a token.
 
-    They are spread as the standard error has it, so rows that share a context count as little as in the interval.
+    They are as far apart as the standard error has it, so rows that share a context count as little as in the interval,
+    and a little more: they are too close to a mean that they made themselves.
     """
     rows = [(float(row.tokens), row.tuned - row.base - found.difference) for row in found.rows]
     alone = math.sqrt(math.fsum((tokens * off) ** 2 for tokens, off in rows)) / found.base.tokens
-    return [(tokens, off * (found.standard_error or 0) / alone) for tokens, off in rows]
+    own = math.fsum(tokens**2 for tokens, _ in rows) / found.base.tokens**2
+    scale = (found.standard_error or 0) / alone / math.sqrt(1 - own)
+    return [(tokens, off * scale) for tokens, off in rows]
 
 
 def visible(rows: int, differ: Sequence[tuple[float, float]]) -> float:
