@@ -214,6 +214,22 @@ def scrolled(page: str) -> str:
     return f'<div tabindex="0" style="overflow-x: auto">{page}</div>'
 
 
+_COPY: Final = """<button class="jupyter-button widget-button" onclick="
+const box = this.closest('{around}').querySelector('{box}'), say = words => {{ this.textContent = words; }};
+box.select ? (box.focus(), box.select()) : getSelection().selectAllChildren(box);
+const text = box.value ?? this.nextElementSibling.textContent;
+(navigator.clipboard ? navigator.clipboard.writeText(text) : Promise.reject())
+  .then(() => say('Copied'), () => say('Selected: press Ctrl+C'));">Copy</button>"""
+
+
+def copy_button(around: str, box: str, text: str = "") -> str:
+    """A button that copies what is typed in the box, else the text; where a page may not, the box is left selected.
+
+    `box` is a CSS selector within the element `around` the button. Only the page can write to the clipboard.
+    """
+    return _COPY.format(around=around, box=box) + (f"<div hidden>{rendering.plain(text)}</div>" if text else "")
+
+
 def css() -> str:
     """The style of the panel and of a run in a cell."""
     return resources.files("bizassist_nb.notebook.panel").joinpath("panel.css").read_text("utf-8")

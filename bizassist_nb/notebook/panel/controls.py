@@ -38,6 +38,14 @@ def offer(menu: Any, names: list[str]) -> None:
         menu.value = chosen if chosen in names else next(iter(names), None)
 
 
+def offer_several(menu: Any, names: list[str]) -> None:
+    """List these names in a menu of which several can be chosen; those that are chosen stay chosen."""
+    if list(menu.options) != names:
+        chosen = [name for name in menu.value if name in names]
+        menu.options = names
+        menu.value = chosen
+
+
 def alert(words: str) -> str:
     """Words that something is wrong, as HTML."""
     return f'<div class="bn-alert" role="alert">⚠ {html.escape(words)}</div>'

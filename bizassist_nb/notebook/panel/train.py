@@ -19,7 +19,7 @@ from bizassist_nb.core.terms import explain
 from bizassist_nb.notebook.panel.controls import Control, Entry, alert, control, fold, offer
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop, problem_of
-from bizassist_nb.notebook.views import RunView, labelled, tiles
+from bizassist_nb.notebook.views import RunView, copy_button, labelled, tiles
 from bizassist_nb.results import summary
 from bizassist_nb.runs.records import Preflight
 from bizassist_nb.runs.run import RunDirectory, check_alone, check_name
@@ -30,12 +30,6 @@ _FIRST: Final = ("model", "data", "subset", "rank")
 """The settings that are always visible; the rest are under "More settings"."""
 _SETTLED: Final = 0.5
 """Seconds without a change of the settings before their rows are counted."""
-_COPY: Final = """<button class="jupyter-button widget-button" onclick="
-const box = this.closest('.bn-folded').querySelector('textarea'), say = words => { this.textContent = words; };
-box.focus(); box.select();
-(navigator.clipboard ? navigator.clipboard.writeText(box.value) : Promise.reject())
-  .then(() => say('Copied'), () => say('Selected: press Ctrl+C'));">Copy</button>"""
-"""Only the page can write to the clipboard; where it may not, the text is left selected."""
 
 
 class SettingsForm:
@@ -57,7 +51,7 @@ class SettingsForm:
         first = [self._name_entry.view, *(self.controls[name].view for name in _FIRST)]
         more = [c.view for name, c in self.controls.items() if name not in _FIRST]
         source = w.Box([self._from, load]).add_class("bn-row")
-        copied = fold("Copy as cell", self._cell, w.HTML(_COPY))
+        copied = fold("Copy as cell", self._cell, w.HTML(copy_button(".bn-folded", "textarea")))
         folded = [fold("More settings", *more), copied, fold("From run", source)]
         self.view = w.VBox([w.HTML("<h3>Settings</h3>"), self._presets(update_loop), *first, *folded])
         self._written = ""
