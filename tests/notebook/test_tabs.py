@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import functools
 import html
 import json
@@ -566,6 +567,34 @@ def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
     assert "name the hub repository as OWNER/NAME" in driven.shown()
 
 
+def test_an_export_outlives_its_kernel_and_the_next_panel_shows_it(driven, runs, ended):
+    assert driven.named("Cancel").layout.display == "none"
+    driven.fill("run", "one")
+    driven.press("Export")
+    process = json.loads((driven.panel.state.exports / "export.json").read_text())["process"]
+    os.kill(process, signal.SIGSTOP)  # until another panel is there
+    again = Driven(runs[0].path.parent)
+    again.turn()
+    assert (again.named("Cancel").layout.display, again.named("Export").disabled) == (None, True)
+    assert "<b>one</b>" in again.shown()
+    os.kill(process, signal.SIGCONT)
+    again.until(lambda: "✓" in again.shown())
+    assert str(runs[0].path / "adapter") in again.shown()
+    third = Driven(runs[0].path.parent)
+    third.turn()
+    assert "✓" not in third.shown()  # it is over
+    again.fill("run", "two")
+    again.press("Export")
+    third.press("Export")
+    assert "another kernel&#x27;s export of a run in this folder still runs" in third.shown()
+    last = Driven(runs[0].path.parent)
+    last.turn()
+    last.press("Cancel")
+    last.until(lambda: "the export was cancelled" in last.shown())
+    assert not last.named("Export").disabled
+    assert not (runs[1].path / "adapter" / "README.md").exists()
+
+
 def test_what_an_export_takes_is_said_before_and_what_is_too_large_is_an_alert(driven, runs, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
@@ -1119,6 +1148,28 @@ def test_columns_are_named_as_the_error_says(tiny, rows_file, tmp_path):
     assert not driven.named("Start").disabled
     driven.fill("columns", "instruction = q")
     assert "{ instruction = &quot;question&quot; }" in driven.shown()
+
+
+def test_an_uploaded_file_is_what_is_trained_on(tiny, rows_file, tmp_path):
+    def upload(content):
+        file = {"name": "../sales.jsonl", "type": "", "size": len(content), "content": memoryview(content)}
+        driven.named("Upload").value = ({**file, "last_modified": datetime.datetime(2026, 11, 27)},)
+        driven.turn()
+
+    driven = Driven(tmp_path / "work" / "runs")
+    for name, value in (("model", "other …"), ("model: which", str(tiny)), ("held out", 4)):
+        driven.fill(name, value)
+    driven.fill("rows to train on, as a number", 8)
+    rows = rows_file([{"instruction": f"What sold in week {i}?", "response": "Bread."} for i in range(40)]).read_bytes()
+    upload(rows)
+    path = tmp_path / "work" / "uploads" / "sales.jsonl"
+    assert path.read_bytes() == rows
+    assert driven.named("Upload").value == ()  # the kernel keeps no copy
+    driven.until(lambda: "What sold in week" in driven.shown())
+    assert driven.panel.state.settings.data == str(path)
+    upload(rows.replace(b"Bread", b"Cakes"))
+    assert "is there already, with other rows; rename your file" in driven.shown()
+    assert path.read_bytes() == rows
 
 
 def test_a_file_that_has_come_meanwhile_is_read_by_refresh(tiny, rows_file, tmp_path):

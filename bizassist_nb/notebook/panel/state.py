@@ -9,6 +9,7 @@ from typing import Final
 from bizassist_nb.core.errors import QuestionError, RunError, SettingsError
 from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.settings import DEMO, Settings, cache, user_path
+from bizassist_nb.runs.journal import machine
 from bizassist_nb.runs.run import RunDirectory, list_runs
 from bizassist_nb.training import preflight
 from bizassist_nb.training.forecast import ForecastThread
@@ -22,8 +23,10 @@ class State:
 
     def __init__(self, runs_dir: str):
         # Not in the folder of runs, which may be a mount that is gone for now.
-        folder = str(user_path(runs_dir).absolute()).encode("utf-8", "replace")
-        self._form = cache() / "forms" / f"{hashlib.sha256(folder).hexdigest()[:32]}.toml"
+        folder = hashlib.sha256(str(user_path(runs_dir).absolute()).encode("utf-8", "replace")).hexdigest()[:32]
+        self._form = cache() / "forms" / f"{folder}.toml"
+        self.exports = cache() / "exports" / "-".join((folder, *machine()))  # the cache may be shared with others
+        """Where an export keeps its state, which outlives this kernel."""
         try:
             self._in_form = Settings.from_toml(self._form.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, SettingsError):  # there is none yet, or one of another version
