@@ -28,6 +28,7 @@ const panel = this.closest('.bizassist'), mend = () => {
   panel.querySelectorAll('[role=slider]').forEach(
     e => e.ariaLabel ||= e.closest('.widget-inline-hbox').querySelector('label').textContent);
   panel.querySelectorAll('.bn-newest > .widget-html-content').forEach(e => e.ariaLive ||= 'polite'); };
+mend();
 new MutationObserver(mend).observe(panel, { childList: true, subtree: true });"""
 """ipywidgets gives the handle of a slider no name, and no widget can say that it is read out when it changes."""
 

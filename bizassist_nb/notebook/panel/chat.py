@@ -20,7 +20,7 @@ from bizassist_nb.core.errors import BizassistError, QuestionError, RunError, br
 from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, Generation
 from bizassist_nb.core.settings import user_path
-from bizassist_nb.notebook.panel.controls import fold, offer_several
+from bizassist_nb.notebook.panel.controls import fold, offer
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.transcript import Pane, Turn
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop
@@ -28,6 +28,7 @@ from bizassist_nb.notebook.views import close, labelled, vote_row
 from bizassist_nb.results.ballot import Ballot, draw_order, tally
 from bizassist_nb.runs.records import decode
 from bizassist_nb.runs.run import check_name
+from bizassist_nb.training.forecast import ForecastThread
 
 _SLICE: Final = 0.1
 """Seconds of answering between updates of the panes: smooth to the eye, and the kernel can handle its messages."""
@@ -49,10 +50,7 @@ COLUMNS: Final = {
     "base, tuned and prompted base": (BASE, TUNED, PROMPTED),
 }
 """Who can be asked; tuned is each of the runs that are chosen."""
-_EMPTY: Final = {
-    BASE: "Ask a question below, or take one of those suggested.",
-    PROMPTED: "Base answers here, with three training rows of the run as examples in its prompt.",
-}
+_EMPTY: Final = "Ask a question below, or take one of those suggested."
 _NO_MODEL: Final = "No tuned model yet: train one on the Train tab."
 _TYPED: Final = {"stop": ("stop at", "one text a line"), "system": ("system prompt", "as in training")}
 _GREEDY: Final = "With temperature 0 the answer is the same each time; raise it under Generation settings."
@@ -78,12 +76,12 @@ class Chat:
         hint = "the runs whose adapters answer; hold Ctrl or Shift to choose several or none"
         self._runs = labelled(w.SelectMultiple, "tuned model", hint, rows=2).add_class("bn-wide")
         hint = "who answers, each in a column"
-        self._columns = labelled(w.Dropdown, "answers of", hint, options=list(COLUMNS.items()))
+        self._columns = labelled(w.Dropdown, "answers of", hint, options=list(COLUMNS.items())).add_class("bn-wide")
         hint = "hide which answer is which until you have voted"
         self._blind = labelled(w.Checkbox, "blind", hint, indent=False)
         hint = "take GPU memory that the run in training may need"
         self._anyway = labelled(w.Checkbox, "chat anyway", hint, indent=False)
-        run = w.Box([self._runs, self._columns, self._blind, self._anyway]).add_class("bn-row")
+        who = [w.Box(row).add_class("bn-row") for row in ([self._runs], [self._columns, self._blind, self._anyway])]
         self._panes: dict[str, Pane] = {}
         self._talk = w.Box().add_class("bn-panes")
         self._votes = vote_row(self._vote, update_loop.post).add_class("bn-ask")
@@ -102,11 +100,11 @@ class Chat:
         files = [update_loop.button(name, act) for name, act in (("Save", self._save), ("Load", self._load))]
         saved = fold("Save or load", w.Box([self._name, *files]).add_class("bn-row"))
         asking = [self._votes, self._suggested, question, self._status]
-        self.view = w.VBox([run, self._talk, *asking, self._folded, saved, settings])
+        self.view = w.VBox([*who, self._talk, *asking, self._folded, saved, settings])
 
     def _question_row(self) -> Any:
         """The question box and its buttons."""
-        self._question = labelled(w.Text, "question", "Enter sends it", placeholder="Ask both, then press Enter")
+        self._question = labelled(w.Text, "question", "Enter sends it", placeholder="Ask, then press Enter")
         self._question.continuous_update = False  # the whole text in one message, not one a letter
         button, post = self._update_loop.button, self._update_loop.post
         self._question.on_msg(lambda _w, content, _b: content.get("event") == "submit" and post(self._on_enter))
@@ -157,7 +155,7 @@ class Chat:
             who = (BASE,)
         turn = Turn(question, runs if TUNED in who else (), order)
         stream = assistant.stream(question, generation, who=who, conversation=conversation)
-        self.answering = _answering(assistant, stream, turn)
+        self.answering = _answering(assistant, stream, turn, self._state.watch)
         self.turns.append(turn)
 
     def _generation(self) -> Generation:
@@ -290,13 +288,14 @@ class Chat:
             for view in gone:
                 close(view)
         for name, pane in self._panes.items():
-            pane.show(self.turns, _EMPTY.get(name, "The tuned model answers here." if runs else _NO_MODEL))
+            pane.show(self.turns, _NO_MODEL if name == TUNED and not runs else _EMPTY)
 
     def _choose(self) -> None:
         """List the runs that can answer. A new one is chosen at once, but not in mid-conversation."""
         names = self._state.tuned
         talked_with = _asked(self.turns)
-        offer_several(self._runs, names)
+        offer(self._runs, names)
+        self._runs.layout.display = None if names else "none"
         if names[:1] != self._newest:
             self._newest = names[:1]
             if names and not talked_with:
@@ -332,8 +331,10 @@ def _held() -> str:
     return ", ".join(f"{name}: {size:.2g} GB" for name, size in sizes.items())
 
 
-def _answering(assistant: Assistant, stream: Iterator[Comparison], turn: Turn) -> Generator[str]:
+def _answering(assistant: Assistant, stream: Iterator[Comparison], turn: Turn, watch: ForecastThread) -> Generator[str]:
     """Answer into `turn`: a thread loads the base, which takes long; then the main thread decodes in slices."""
+    while watch.busy and not watch.found:  # transformers fails where two threads import it at once
+        yield "Reading the rows on the Train tab first …"
     thread = ThreadPoolExecutor(1, "bizassist-load")
     loading = thread.submit(assistant.load)
     thread.shutdown(wait=False)

@@ -10,7 +10,7 @@ import ipywidgets as w
 
 from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.terms import explain
-from bizassist_nb.notebook.panel.controls import fold, offer, offer_several
+from bizassist_nb.notebook.panel.controls import fold, offer
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop
 from bizassist_nb.notebook.views import labelled, scrolled
@@ -82,7 +82,7 @@ class Runs:
         self.table.value = scrolled(explain(runs_section(runs).page())) if runs else none
         names = [run.name for run in sound]
         offer(self._one, names)
-        offer_several(self._choice, names)
+        offer(self._choice, names)
         self._compare.disabled = not sound
         self._actions.layout.display = None if sound else "none"
 
