@@ -90,7 +90,7 @@ def training(folder: Path, shown: str) -> None:
                     sys.exit(run.error)
                 time.sleep(0.5)
             mine = psutil.Process().children(recursive=True)
-            (worker,) = [each for each in mine if str(run.path) in each.cmdline() or "watched" in each.cmdline()[-1]]
+            (worker,) = [each for each in mine if str(run.path) in " ".join(each.cmdline())]
             process = psutil.Process(live.manager.provisioner.process.pid)
             sent(live.client, 10)
             before, steps = [used(process), used(worker)], len(run.steps)

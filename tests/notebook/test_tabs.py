@@ -952,10 +952,10 @@ def test_a_cell_starts_no_second_run_beside_one_in_training(runs, working, shell
 
 
 def test_a_tab_that_cannot_be_brought_up_to_date_stops_no_other(driven, monkeypatch):
-    def broken(_):
+    def broken(_, _run):
         raise ValueError("no facts <here>")
 
-    monkeypatch.setattr(views, "facts", broken)  # of the Train tab, which comes first
+    monkeypatch.setattr(views.RunView, "show", broken)  # of the Train tab, which comes first
     driven.fill("export to", "merged")
     assert "ValueError: no facts &lt;here&gt;" in driven.shown()
     assert driven.named("merge into").layout.display is None  # on the Export tab, which comes last
