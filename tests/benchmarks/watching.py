@@ -10,6 +10,7 @@ processor seconds little, and bytes with the number of steps.
 """
 
 import json
+import os
 import queue
 import sys
 import tempfile
@@ -65,6 +66,7 @@ def finished_runs(folder: Path) -> None:
 
 
 def idle(folder: Path) -> None:
+    """The panel beside runs that are over."""
     finished_runs(folder / "runs")
     with kernel(folder) as live:
         live.run(PANEL)
@@ -77,8 +79,7 @@ def idle(folder: Path) -> None:
 
 
 def training(folder: Path, shown: str) -> None:
-    import os
-
+    """The panel, or a cell, beside a training of the embedded model."""
     os.chdir(folder)
     run = start(SETTINGS, "watched")
     try:
