@@ -34,7 +34,7 @@ from bizassist_nb.runs.run import ENDED, RunDirectory
 
 PLOT_EVERY: Final = 0.5
 """Seconds between redraws of the plot."""
-_STATIC_EVERY: Final = 30.0
+_STATIC_EVERY: Final = 120.0
 """Seconds between updates of what a saved notebook shows of a run in training."""
 _TEXT_EVERY: Final = 0.1
 """Seconds between updates of streaming answers: smooth to the eye, and few messages."""
@@ -88,7 +88,7 @@ class StaticOutputs:
             handle.display(data, raw=True)
 
     def update(self, run: RunDirectory) -> None:
-        """Show the run as it is now, if it has changed; in training every half minute."""
+        """Show the run as it is now, if it has changed; in training every two minutes."""
         state, now = (len(run.events), run.path, run.status, bool(run.steps)), time.monotonic()
         soon = run.status not in ENDED and state[1:] == self._shown[1:] and now - self._shown_at < _STATIC_EVERY
         if soon or state == self._shown:
