@@ -160,7 +160,3 @@ class Conversation(list[tuple[str, dict[str, str]]]):
     def add(self, question: str, answers: Mapping[str, str]) -> None:
         """Remember a question with the answer each gave."""
         self.append((question.strip(), {name: answer.strip() for name, answer in answers.items()}))
-
-    def forget_last(self) -> None:
-        """Take the last question and its answers back, to ask it again."""
-        del self[-1:]

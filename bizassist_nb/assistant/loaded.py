@@ -41,6 +41,8 @@ class LoadedBase:
         models.unpack(self.model)
         self.memory = torch.cuda.memory_allocated() - before
         """Bytes of GPU memory that its weights take."""
+        self.size: int = self.model.get_memory_footprint()
+        """Bytes of its weights, on any device."""
         self.prefix_cache = PrefixCache() if self.model.device.type == "cpu" else None
         self.adapters: dict[Path, tuple[int, str]] = {}  # (time of its weights, name), the least lately used first
         self._count = itertools.count()
@@ -111,14 +113,14 @@ active_answers: Final["weakref.WeakSet[Any]"] = weakref.WeakSet()
 """Chats that may be half-way through an answer, and so refer to a base that is to go: `unload` calls their `halt`."""
 
 
-def unload() -> None:
+def unload(*, on_cpu: bool = False) -> None:
     """Free the bases in GPU memory, so that a worker finds room; they are loaded again when next asked.
 
-    On any device the answers of all `active_answers` end where they are.
+    On any device the answers of all `active_answers` end where they are; `on_cpu` frees bases in main memory, too.
     """
     for answerer in tuple(active_answers):
         answerer.halt()
-    if "torch" not in sys.modules or models.device() == "cpu":
+    if "torch" not in sys.modules or (models.device() == "cpu" and not on_cpu):
         return
     import torch
 

@@ -170,25 +170,26 @@ class BizassistMagics(Magics):
         talk = self._conversation(options)
         generation = dataclasses.replace(chosen(options), system=talk.system)
         self._talk = None if options.each or options.blind else talk
+        from ipywidgets import HTML
+
         from bizassist_nb.assistant.assistant import Assistant
         from bizassist_nb.assistant.comparison import Comparison, Comparisons
-        from bizassist_nb.notebook.views import clear, follow, follow_each, live_html, show_ballot
+        from bizassist_nb.notebook.views import clear, follow, show_ballot, show_widget
         from bizassist_nb.results.ballot import Ballot, draw_order
 
         order = draw_order() if options.blind else None
-        live = live_html("Answers, while they are written.")
+        show_widget(live := HTML(), "Answers, while they are written.")
         answered: list[Comparison] = []
         try:
             with without_locals():  # of the view's, too, from where an interrupt leaves the answer half-way
                 live.value = "<i>Loading the model, once for this kernel …</i>"
-                base = None if talk.runs else self._base(options)
-                assistant = Assistant(*talk.runs, base=base, anyway=options.anyway)
+                assistant = Assistant(*talk.runs, base=self._base(options, talk), anyway=options.anyway)
                 lines = [line.strip() for line in question.splitlines() if line.strip()]
                 if options.each:
-                    follow_each(assistant.each(lines or [""], generation, who=talk.who), live, answered)
+                    follow(assistant.each(lines or [""], generation, who=talk.who), live, order, answered)
                 else:
                     stream = assistant.stream(question, generation, who=talk.who, conversation=talk.said)
-                    follow(stream, live, order, answered)
+                    follow((([], [found]) for found in stream), live, order, answered)
         except BaseException:  # an interrupt, too: what was answered is shown, and the error goes on
             clear(live)
             if answered and not order:  # without its end there is nothing to vote on
@@ -256,8 +257,10 @@ class BizassistMagics(Magics):
             raise RunError(f"there is no tuned model in {folder} yet; make one with %%finetune")
         return trained[-1:]
 
-    def _base(self, options: Any) -> Settings | None:
-        """Settings of the newest run: its base answers where there is no tuned model yet; None without a run."""
+    def _base(self, options: Any, talk: _Talk) -> Settings | None:
+        """Settings of the newest run: its base answers where there is no tuned model yet; None where it does not."""
+        if talk.runs:
+            return None
         sound = [run for run in list_runs(options.runs_dir or self.runs_dir) if not run.damage]
         return sound[-1].resolved if sound else None
 

@@ -22,7 +22,6 @@ from bizassist_nb.core.terms import explain
 from bizassist_nb.results.ballot import CHOICES, KEYS, Ballot, blind_html, choice_of
 from bizassist_nb.results.summary import (
     elapsed,
-    facts,
     facts_html,
     headline,
     progress,
@@ -35,16 +34,12 @@ from bizassist_nb.runs.run import ENDED, RunDirectory
 
 PLOT_EVERY: Final = 0.5
 """Seconds between redraws of the plot."""
-_STATIC_EVERY: Final = 30.0
+_STATIC_EVERY: Final = 120.0
 """Seconds between updates of what a saved notebook shows of a run in training."""
 _TEXT_EVERY: Final = 0.1
 """Seconds between updates of streaming answers: smooth to the eye, and few messages."""
-
-
 _TABLE_EVERY: Final = 0.5
 """The same of a table of many answers, which takes longer to render."""
-
-
 _NOTHING: Final = {"text/plain": ""}
 
 
@@ -54,13 +49,6 @@ def show_widget(widget: Any, text: str, page: str = "") -> None:
     page = page or f"<i>{html.escape(text)}</i>"
     bundle = {"application/vnd.jupyter.widget-view+json": view, "text/html": page, "text/plain": text}
     display(bundle, raw=True, display_id=widget.model_id)
-
-
-def live_html(fallback: str) -> Any:
-    """Display an empty HTML widget and return it; a saved notebook shows `fallback` where no kernel runs."""
-    widget = w.HTML()
-    show_widget(widget, fallback)
-    return widget
 
 
 def clear(live: Any) -> None:
@@ -100,7 +88,7 @@ class StaticOutputs:
             handle.display(data, raw=True)
 
     def update(self, run: RunDirectory) -> None:
-        """Show the run as it is now, if it has changed; in training every half minute."""
+        """Show the run as it is now, if it has changed; in training every two minutes."""
         state, now = (len(run.events), run.path, run.status, bool(run.steps)), time.monotonic()
         soon = run.status not in ENDED and state[1:] == self._shown[1:] and now - self._shown_at < _STATIC_EVERY
         if soon or state == self._shown:
@@ -144,7 +132,7 @@ class RunView:
 
             self._plot.value = loss_svg(run) if points else ""
             self._plotted = (run, points, now)
-        told = (run, ended and run.status, facts(run))
+        told = (run, ended and run.status, len(run.events))
         if told != self._told:
             folded = f"<details><summary>what it trains on, and with what</summary>{facts_html(run)}</details>"
             self._tail.value = run_html(run) if ended else folded
@@ -214,43 +202,50 @@ def scrolled(page: str) -> str:
     return f'<div tabindex="0" style="overflow-x: auto">{page}</div>'
 
 
+_COPY: Final = """<button class="jupyter-button widget-button" onclick="
+const box = this.closest('{around}').querySelector('{box}'), say = words => {{ this.textContent = words; }};
+box.select ? (box.focus(), box.select()) : getSelection().selectAllChildren(box);
+const text = box.value ?? this.nextElementSibling.textContent;
+(navigator.clipboard ? navigator.clipboard.writeText(text) : Promise.reject())
+  .then(() => say('Copied'), () => say('Selected: press Ctrl+C'));">Copy</button>"""
+
+
+def copy_button(around: str, box: str, text: str = "") -> str:
+    """A button that copies what is typed in the box, else the text; where a page may not, the box is left selected.
+
+    `box` is a CSS selector within the element `around` the button. Only the page can write to the clipboard.
+    """
+    return _COPY.format(around=around, box=box) + (f"<div hidden>{rendering.plain(text)}</div>" if text else "")
+
+
 def css() -> str:
     """The style of the panel and of a run in a cell."""
     return resources.files("bizassist_nb.notebook.panel").joinpath("panel.css").read_text("utf-8")
 
 
-def follow(stream: Iterable[Comparison], live: Any, order: tuple[str, str] | None, answered: list[Comparison]) -> None:
+def follow(
+    stream: Iterable[tuple[list[Comparison], list[Comparison]]],
+    live: Any,
+    order: tuple[str, str] | None,
+    answered: list[Comparison],
+) -> None:
     """Show answers in the widget `live` as they grow, nameless if there is an `order`; then add them to `answered`.
 
-    Where an interrupt or an error ends them, what there is of them is added.
+    `stream` gives the comparisons that are whole and those that are growing, as `Assistant.each` does. Where an
+    interrupt or an error ends it, what there is of them is added.
     """
-    comparison, shown = None, 0.0
-    try:
-        for comparison in stream:
-            if time.monotonic() - shown >= _TEXT_EVERY:
-                live.value = blind_html(comparison, order) if order else comparison_html(comparison, finished=False)
-                shown = time.monotonic()
-    except BaseException:  # an interrupt, too: what there is of the answer counts, and the error goes on
-        answered += [comparison.unfinished()] if comparison and any(comparison.answers.values()) else []
-        raise
-    assert comparison is not None  # a stream begins with empty answers
-    answered.append(comparison)
-
-
-def follow_each(
-    stream: Iterable[tuple[list[Comparison], list[Comparison]]], live: Any, answered: list[Comparison]
-) -> None:
-    """Show a table of answers as `Assistant.each` gives them, and add them to `answered`; as `follow` in all else."""
     done, growing, shown = list[Comparison](), list[Comparison](), 0.0
     try:
         for done, growing in stream:
-            if time.monotonic() - shown >= _TABLE_EVERY:
-                live.value = Comparisons([*done, *growing]).page(finished=False)
+            found = [*done, *growing]
+            if time.monotonic() - shown >= (_TEXT_EVERY if len(found) == 1 else _TABLE_EVERY):
+                page = Comparisons(found).page if len(found) > 1 else functools.partial(comparison_html, found[0])
+                live.value = blind_html(found[0], order) if order else page(finished=False)
                 shown = time.monotonic()
     except BaseException:  # an interrupt, too: what there is of the answers counts, and the error goes on
         answered += [*done, *(one.unfinished() for one in growing if any(one.answers.values()))]
         raise
-    answered += done
+    answered += [*done, *growing]
 
 
 def vote_row(vote: Callable[[str], None], post: Callable[[Callable[[], None]], None]) -> Any:

@@ -307,7 +307,7 @@ def test_everyone_goes_on_from_what_they_said_themselves(assistant, trained):
         chat.prompt(conversation(system, [(QUESTIONS[0], first.answers[who])], "Why?")) for who in ("base", "tuned")
     ]
     assert seen[0] != seen[1]
-    talk.forget_last()
+    del talk[-1]
     assert talk.turns("tuned") == [(QUESTIONS[0], first.tuned)]
     talk.clear()
     assert talk.turns("base") == []

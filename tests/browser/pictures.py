@@ -79,7 +79,7 @@ def panel(book, folder):
     book.fill("max new tokens", 64)
     book.unfold("Generation settings")
     book.press("How should we price a new feature?")
-    book.see("cut short", timeout=300)
+    book.see("stopped at the limit", timeout=300)
     book.picture(folder / "panel-chat.png")
 
 

@@ -22,7 +22,7 @@ panes = [Pane("base"), Pane("tuned")]
 for pane in panes:
     pane.show([])
 def turn(text, ended):
-    turn = Turn(text, "run")
+    turn = Turn(text, ("run",))
     turn.comparison = Comparison(text, dict.fromkeys(["base", "tuned"], text), ("run",))
     if ended:
         turn.end("")

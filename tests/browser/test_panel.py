@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from front_ends import COLAB_PYTHON, OLDER_KERNEL
 from nbconvert import HTMLExporter
+from random_run import random_run
 
 from bizassist_nb.api import Run
 
@@ -406,3 +407,67 @@ def test_the_panel_says_that_a_cell_keeps_the_kernel_busy(serve, opened, kind):
     book.run(2, wait=False)
     book.page.wait_for_function(f"() => {said}.visibility === 'visible' && {said}.content.includes('kernel busy')")
     book.page.wait_for_function(f"() => {said}.content === 'none'")
+
+
+@pytest.mark.slow
+def test_answers_are_read_out_copied_and_asked_anew(serve, opened, tiny, tmp_path):
+    random_run(tmp_path / "runs" / "one", tiny)
+    random_run(tmp_path / "runs" / "two", tiny)
+    sampled = "from bizassist_nb import Panel\nPanel.of('runs').tabs[2].options['temperature'].value = 1.0"
+    book = opened(serve("lab"), [*PANEL, sampled], name="chat.ipynb")
+    book.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    book.show()
+    book.tab("Chat")
+    book.unfold("Generation settings")
+    book.fill("max new tokens", 12)
+    book.unfold("Generation settings")
+    book.run(2)  # the likeliest tokens of the tiny model are white space, of which there is nothing to copy
+    newest = book.panel.locator(".bn-newest > .widget-html-content")
+    book.page.wait_for_function("() => document.querySelectorAll('.bn-newest > [aria-live=polite]').length === 2")
+    book.press("How should we price a new feature?")
+    copy = newest.nth(1).locator("button")
+    copy.wait_for()
+    copy.focus()
+    book.page.keyboard.press("Enter")
+    book.see("Copied")
+    said = newest.nth(1).locator("[hidden]").text_content()
+    assert said
+    assert book.page.evaluate("navigator.clipboard.readText()") == said
+    book.page.evaluate(
+        "() => Object.defineProperty(navigator, 'clipboard', { value: undefined })"
+    )  # as it is over http
+    newest.nth(0).locator("button").click()
+    book.see("Selected: press Ctrl+C")
+    assert book.page.evaluate("getSelection().toString().trim()") == newest.nth(0).locator(".bn-answer").inner_text()
+
+    book.press("Edit")
+    box = book.panel.get_by_label("question", exact=True)
+    book.page.wait_for_function("box => box.value && box === document.activeElement", arg=box.element_handle())
+    box.press("End")
+    box.type(" And why?")
+    book.panel.get_by_label("tuned model").select_option(["one", "two"])
+    book.choose("answers of", "base, tuned and prompted base")
+    book.see("tuned (one)")
+    box.press("Enter")
+    book.page.wait_for_function("() => document.querySelectorAll('.bn-newest button').length === 4")
+    assert newest.locator(".bn-asked").all_inner_texts() == ["How should we price a new feature? And why?"] * 4
+    assert newest.evaluate_all("all => all.map(e => e.ariaLive)") == ["polite"] * 4
+    book.panel.locator("button", has_text=re.compile("^ *Unload .*GB$")).click()
+    book.see("Freed ")
+    assert book.errors == []
+
+
+@pytest.mark.slow
+def test_rows_are_uploaded(lab, opened, tmp_path):
+    rows = tmp_path / "sales.jsonl"
+    rows.write_text("".join(f'{{"instruction": "Week {i}?", "response": "Bread."}}\n' for i in range(40)))
+    book = opened(lab, PANEL, name="upload.ipynb")
+    book.show()
+    book.unfold("Upload rows")
+    book.see("at most 10 MB")
+    with book.page.expect_file_chooser() as chosen:
+        book.panel.locator("button", has_text="Upload").last.click()
+    chosen.value.set_files(rows)
+    shown = "() => [...document.querySelectorAll('.bizassist input')].some(e => e.value === 'uploads/sales.jsonl')"
+    book.page.wait_for_function(shown)
+    assert (lab.root / "uploads" / "sales.jsonl").read_bytes() == rows.read_bytes()

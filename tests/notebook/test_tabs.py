@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import datetime
 import functools
 import html
 import json
@@ -33,7 +34,7 @@ from bizassist_nb.assistant import assistant, decoding, loaded
 from bizassist_nb.core.errors import ModelError, RunError, SettingsError
 from bizassist_nb.core.settings import DEMO, PRESETS, Settings
 from bizassist_nb.notebook import views
-from bizassist_nb.notebook.panel.transcript import Turn
+from bizassist_nb.notebook.panel.transcript import Pane, Turn
 from bizassist_nb.results.model_card import write_card
 from bizassist_nb.results.summary import run_text
 from bizassist_nb.runs import records
@@ -101,7 +102,7 @@ def driven(runs):
     driven = Driven(runs[0].path.parent)
     for name, value in DRAWN.items():
         driven.fill(name.replace("_", " "), value)
-    driven.fill("tuned model", "one")
+    driven.fill("tuned model", ["one"])
     return driven
 
 
@@ -299,14 +300,115 @@ def test_both_panes_remember_what_was_said_and_every_option_is_heeded(driven, ru
     assert chat.conversation.turns("base") == []
 
 
-def test_a_question_without_an_answer_is_not_taken_back_for_another():
+def test_a_question_without_an_answer_is_no_turn_of_who_did_not_answer():
     conversation = Conversation()
     conversation.add("One?", {"base": "1", "tuned": "one"})
     conversation.add("Two?", {"base": "2", "tuned": " "})
     assert conversation.turns("tuned") == [("One?", "one")]
-    conversation.forget_last()
-    assert conversation.turns("tuned") == [("One?", "one")]
-    assert conversation.turns("base") == [("One?", "1")]
+    assert conversation.turns("base") == [("One?", "1"), ("Two?", "2")]
+
+
+def heads(driven):
+    """What stands above the panes, in their order."""
+    return re.findall(r"<h4>(.*?)</h4>", driven.shown())
+
+
+def test_the_columns_are_those_that_are_asked_for(driven, runs, tiny):
+    driven.ask(QUESTIONS[0])
+    chat = driven.panel.tabs[2]
+    for columns, names in ((("tuned",), ["tuned"]), (("base",), ["base"]), (("base", "tuned"), ["base", "tuned"])):
+        driven.fill("answers of", columns)
+        assert [head.partition(" ")[0] for head in heads(driven)] == names
+        driven.ask(QUESTIONS[1])
+        assert list(chat.turns[-1].comparison.answers) == names
+    talk = Conversation(chat.conversation[:-1])
+    expected = Assistant(runs[0]).ask(QUESTIONS[1], conversation=talk, **DRAWN)
+    assert chat.turns[-1].comparison == expected  # each has gone on from what it said itself
+    assert chat.conversation.turns("base") == talk.turns("base")
+    assert [question for question, _ in talk.turns("tuned")] == [QUESTIONS[0], QUESTIONS[1], QUESTIONS[1]]
+    driven.fill("answers of", ("base", "tuned", "prompted"))
+    assert "three training rows of the run as examples" not in driven.shown()  # it says what it was not asked
+    assert driven.shown().count("not asked") >= 4
+    driven.fill("tuned model", [])
+    driven.press("Clear")
+    driven.fill("long question", QUESTIONS[0])
+    driven.press("Send")
+    driven.until(lambda: "a prompt takes its examples from the rows of a run" in driven.shown())
+
+
+def test_several_runs_answer_in_one_conversation_which_is_saved(driven, runs):
+    driven.fill("tuned model", ["two", "one"])
+    driven.ask(QUESTIONS[0])
+    assert [head.partition(" (/")[0] for head in heads(driven)][1:] == ["tuned (two)", "tuned (one)"]
+    chat = driven.panel.tabs[2]
+    talk = Conversation()
+    first = Assistant(runs[1], runs[0]).ask(QUESTIONS[0], conversation=talk, **DRAWN)
+    assert chat.turns[-1].comparison == first
+    driven.press("Save")
+    driven.press("Clear")
+    driven.fill("tuned model", ["one"])
+    driven.press("Load")
+    assert driven.named("tuned model").value == ("two", "one")
+    driven.ask(QUESTIONS[1])
+    assert chat.turns[-1].comparison == Assistant(runs[1], runs[0]).ask(QUESTIONS[1], conversation=talk, **DRAWN)
+    driven.fill("blind", True)
+    driven.fill("long question", QUESTIONS[1])
+    driven.press("Send")
+    assert "a blind vote is between base and one run, not two, one: choose one" in driven.shown()
+    assert driven.named("long question").value == QUESTIONS[1]  # what was typed is not lost
+    driven.fill("tuned model", ["one"])
+    assert "A new conversation, since tuned is now one." in driven.shown()
+
+
+def test_the_last_question_comes_back_to_be_changed(driven):
+    chat, edit = driven.panel.tabs[2], driven.named("Edit")
+    assert edit.disabled
+    for question in QUESTIONS:
+        driven.ask(question)
+    kept = chat.conversation[:1]
+    driven.press("Edit")
+    assert driven.named("question").value == QUESTIONS[1]
+    assert chat.conversation == kept
+    driven.ask("First\nthis, then that?")
+    driven.press("Edit")
+    assert driven.named("long question").value == "First\nthis, then that?"
+    assert driven.named("A longer question").value  # unfolded
+    assert [turn.question for turn in chat.turns] == [QUESTIONS[0]]
+
+
+def test_an_answer_is_copied_as_it_was_written_and_read_out_once_it_is_whole():
+    pane = Pane("base")
+    _, newest, live = pane.view.children[1].children[0].children
+    done = Turn("Why?", comparison=Comparison("Why?", {"base": "Take **ten** <b>."}), ended=True)
+    pane.show([done])
+    assert "<div hidden>" in newest.value
+    assert "Take **ten** &lt;b&gt;.</div>" in newest.value
+    assert "bn-newest" in newest._dom_classes  # which the browser's tests see marked as aria-live
+    spoken = newest.value
+    going = Turn("And?", comparison=Comparison("And?", {"base": "Then"}))
+    pane.show([done, going])
+    assert "Then" in live.value
+    assert "Copy</button>" not in live.value
+    assert newest.value == spoken
+
+
+def test_the_model_is_unloaded_and_the_button_says_what_it_holds(driven, tiny, monkeypatch):
+    monkeypatch.setattr(loaded, "bases", {})
+    monkeypatch.setattr("bizassist_nb.notebook.panel.chat.bases", loaded.bases)
+    driven.turn()
+    assert driven.named("Unload ").layout.display == "none"
+    driven.ask(QUESTIONS[0])
+    base = weakref.ref(*loaded.bases.values())
+    size = base().size
+    assert size > 4 * 8192 * 64  # its embedding alone
+    (unload,) = [each for each in driven.widgets() if str(getattr(each, "description", "")).startswith("Unload ")]
+    assert unload.description == f"Unload {tiny.name}: {size / 1e9:.2g} GB"
+    driven.press(unload.description)
+    assert base() is None
+    assert f"Freed {tiny.name}: {size / 1e9:.2g} GB." in driven.shown()
+    assert unload.layout.display == "none"
+    driven.ask(QUESTIONS[1])
+    assert driven.panel.tabs[2].turns[-1].comparison.base
 
 
 def test_turns_that_no_longer_fit_are_dropped_and_it_is_said(driven):
@@ -331,7 +433,7 @@ def test_strength_goes_from_the_base_to_beyond_what_was_trained(driven):
 
 def test_another_tuned_model_begins_a_new_conversation(driven):
     driven.ask(QUESTIONS[0])
-    driven.fill("tuned model", "two")
+    driven.fill("tuned model", ["two"])
     assert "A new conversation, since tuned is now two." in driven.shown()
     assert driven.panel.tabs[2].conversation.turns("base") == []
 
@@ -345,10 +447,10 @@ def test_a_conversation_that_was_cleared_comes_back(driven, tiny):
     driven.press("Clear")
     driven.press("Clear")  # nothing more is lost
     assert (chat.conversation, undo.layout.display) == ([], None)
-    driven.fill("tuned model", "two")
+    driven.fill("tuned model", ["two"])
     driven.press("Undo Clear")
     assert (chat.conversation, undo.layout.display) == (said, "none")
-    assert (driven.named("tuned model").value, QUESTIONS[0] in html.unescape(driven.shown())) == ("one", True)
+    assert (driven.named("tuned model").value, QUESTIONS[0] in html.unescape(driven.shown())) == (("one",), True)
 
 
 def test_a_conversation_is_saved_and_goes_on_in_another_panel(driven, runs):
@@ -362,10 +464,10 @@ def test_a_conversation_is_saved_and_goes_on_in_another_panel(driven, runs):
         assert text in place.with_suffix(".md").read_text("utf-8")
     assert [run.name for run in list_runs(place.parent)] == ["one", "two"]
     another = Driven(place.parent)
-    for name, value in {**DRAWN, "tuned model": "two", "saved as": "pricing-talk"}.items():
+    for name, value in {**DRAWN, "tuned model": ["two"], "saved as": "pricing-talk"}.items():
         another.fill(name.replace("_", " "), value)
     another.press("Load")
-    assert another.named("tuned model").value == "one"
+    assert another.named("tuned model").value == ("one",)
     assert [turn.comparison for turn in another.panel.tabs[2].turns] == [first]
     another.ask(QUESTIONS[1])
     driven.ask(QUESTIONS[1])
@@ -422,7 +524,7 @@ def test_the_chat_has_a_system_prompt_of_its_own_and_texts_that_end_an_answer(dr
 
 def test_markdown_is_rendered_while_it_is_written():
     answers = {"base": "Take **ten** customers.\n\n```\nprice"}
-    turn = Turn("Why?", None, comparison=Comparison("Why?", answers))
+    turn = Turn("Why?", comparison=Comparison("Why?", answers))
     page = turn.html("base", named=True)
     assert not turn.ended
     assert "<strong>ten</strong>" in page
@@ -463,6 +565,34 @@ def test_an_export_that_fails_says_why_and_another_can_be_started(driven):
     assert driven.named("Export").disabled
     driven.until(lambda: not driven.named("Export").disabled)
     assert "name the hub repository as OWNER/NAME" in driven.shown()
+
+
+def test_an_export_outlives_its_kernel_and_the_next_panel_shows_it(driven, runs, ended):
+    assert driven.named("Cancel").layout.display == "none"
+    driven.fill("run", "one")
+    driven.press("Export")
+    process = json.loads((driven.panel.state.exports / "export.json").read_text())["process"]
+    os.kill(process, signal.SIGSTOP)  # until another panel is there
+    again = Driven(runs[0].path.parent)
+    again.turn()
+    assert (again.named("Cancel").layout.display, again.named("Export").disabled) == (None, True)
+    assert "<b>one</b>" in again.shown()
+    os.kill(process, signal.SIGCONT)
+    again.until(lambda: "✓" in again.shown())
+    assert str(runs[0].path / "adapter") in again.shown()
+    third = Driven(runs[0].path.parent)
+    third.turn()
+    assert "✓" not in third.shown()  # it is over
+    again.fill("run", "two")
+    again.press("Export")
+    third.press("Export")
+    assert "another kernel&#x27;s export of a run in this folder still runs" in third.shown()
+    last = Driven(runs[0].path.parent)
+    last.turn()
+    last.press("Cancel")
+    last.until(lambda: "the export was cancelled" in last.shown())
+    assert not last.named("Export").disabled
+    assert not (runs[1].path / "adapter" / "README.md").exists()
 
 
 def test_what_an_export_takes_is_said_before_and_what_is_too_large_is_an_alert(driven, runs, monkeypatch):
@@ -530,7 +660,7 @@ def shell():
 def test_a_run_that_is_started_in_a_cell_has_the_memory_of_an_answer_under_way(runs, shell, monkeypatch):
     monkeypatch.setattr(loaded, "bases", {})
     driven = Driven(runs[0].path.parent)
-    driven.fill("tuned model", "one")
+    driven.fill("tuned model", ["one"])
     driven.fill("max new tokens", 1500)
     driven.fill("long question", QUESTIONS[0])
     driven.press("Send")
@@ -573,7 +703,7 @@ def test_chat_beside_a_run_that_needs_the_memory_is_refused_unless_asked_for(run
     driven = Driven(runs[0].path.parent)
     driven.until(lambda: run.steps)
     assert run.path in [each.path for each in running()]
-    driven.fill("tuned model", "one")
+    driven.fill("tuned model", ["one"])
     driven.fill("max new tokens", 2)
     monkeypatch.setattr(loaded, "bases", {})
 
@@ -770,7 +900,7 @@ def test_a_run_is_renamed_with_its_card_and_stays_the_one_that_is_shown(driven, 
     assert driven.panel.state.followed.name == driven.named("chosen run").value == "pricing"
     path = runs[0].path.with_name("pricing")
     assert "# pricing" in (path / "README.md").read_text()
-    driven.fill("tuned model", "pricing")
+    driven.fill("tuned model", ["pricing"])
     driven.ask(QUESTIONS[0])
     assert driven.panel.tabs[2].turns[-1].comparison.tuned
     for name, why in (("one", "is there already"), ("../up", "cannot be the name of a run")):
@@ -822,10 +952,10 @@ def test_a_cell_starts_no_second_run_beside_one_in_training(runs, working, shell
 
 
 def test_a_tab_that_cannot_be_brought_up_to_date_stops_no_other(driven, monkeypatch):
-    def broken(_):
+    def broken(_, _run):
         raise ValueError("no facts <here>")
 
-    monkeypatch.setattr(views, "facts", broken)  # of the Train tab, which comes first
+    monkeypatch.setattr(views.RunView, "show", broken)  # of the Train tab, which comes first
     driven.fill("export to", "merged")
     assert "ValueError: no facts &lt;here&gt;" in driven.shown()
     assert driven.named("merge into").layout.display is None  # on the Export tab, which comes last
@@ -1018,6 +1148,28 @@ def test_columns_are_named_as_the_error_says(tiny, rows_file, tmp_path):
     assert not driven.named("Start").disabled
     driven.fill("columns", "instruction = q")
     assert "{ instruction = &quot;question&quot; }" in driven.shown()
+
+
+def test_an_uploaded_file_is_what_is_trained_on(tiny, rows_file, tmp_path):
+    def upload(content):
+        file = {"name": "../sales.jsonl", "type": "", "size": len(content), "content": memoryview(content)}
+        driven.named("Upload").value = ({**file, "last_modified": datetime.datetime(2026, 11, 27)},)
+        driven.turn()
+
+    driven = Driven(tmp_path / "work" / "runs")
+    for name, value in (("model", "other …"), ("model: which", str(tiny)), ("held out", 4)):
+        driven.fill(name, value)
+    driven.fill("rows to train on, as a number", 8)
+    rows = rows_file([{"instruction": f"What sold in week {i}?", "response": "Bread."} for i in range(40)]).read_bytes()
+    upload(rows)
+    path = tmp_path / "work" / "uploads" / "sales.jsonl"
+    assert path.read_bytes() == rows
+    assert driven.named("Upload").value == ()  # the kernel keeps no copy
+    driven.until(lambda: "What sold in week" in driven.shown())
+    assert driven.panel.state.settings.data == str(path)
+    upload(rows.replace(b"Bread", b"Cakes"))
+    assert "is there already, with other rows; rename your file" in driven.shown()
+    assert path.read_bytes() == rows
 
 
 def test_a_file_that_has_come_meanwhile_is_read_by_refresh(tiny, rows_file, tmp_path):

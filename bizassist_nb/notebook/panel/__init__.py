@@ -23,11 +23,14 @@ from bizassist_nb.notebook.views import StaticOutputs, close, css, show_widget
 TABS: Final[tuple[Any, ...]] = (Train, Preview, Chat, Runs, Export)
 """Each is built with (state, update loop) and has a `title`, a `view`, and `update`, which alone writes its widgets."""
 _FALLBACK: Final = "The bizassist panel is live only while its kernel runs: run %bizassist to bring it back."
-_NAME_SLIDERS: Final = """
-const panel = this.closest('.bizassist'), name = () => panel.querySelectorAll('[role=slider]').forEach(
-  e => e.ariaLabel ||= e.closest('.widget-inline-hbox').querySelector('label').textContent);
-new MutationObserver(name).observe(panel, { childList: true, subtree: true });"""
-"""ipywidgets gives the handle of a slider no name for those who cannot see its label."""
+_FOR_SCREEN_READERS: Final = """
+const panel = this.closest('.bizassist'), mend = () => {
+  panel.querySelectorAll('[role=slider]').forEach(
+    e => e.ariaLabel ||= e.closest('.widget-inline-hbox').querySelector('label').textContent);
+  panel.querySelectorAll('.bn-newest > .widget-html-content').forEach(e => e.ariaLive ||= 'polite'); };
+mend();
+new MutationObserver(mend).observe(panel, { childList: true, subtree: true });"""
+"""ipywidgets gives the handle of a slider no name, and no widget can say that it is read out when it changes."""
 
 # What a thread logs is printed into whichever cell is at work: the hub's "Retrying in 1s", whose error the panel shows.
 logging.getLogger("huggingface_hub.utils._http").addFilter(
@@ -56,7 +59,7 @@ class Panel:
         style = w.HTML()
         self.view = w.VBox([style, head, self._problem, tabs]).add_class("bizassist")
         self._static = StaticOutputs(self.view, _FALLBACK)
-        style.value = f'<style onload="{_NAME_SLIDERS}">{css()}</style>{self._static.style}'
+        style.value = f'<style onload="{_FOR_SCREEN_READERS}">{css()}</style>{self._static.style}'
         tabs_updates = [tab.update for tab in self.tabs]
         self.update_loop.updates = [self.state.look, *tabs_updates, self._update_static, self._show_problems]
         for control in _controls(self.view):

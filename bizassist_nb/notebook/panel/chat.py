@@ -1,4 +1,4 @@
-"""The Chat tab: one question box, and the answers of base and tuned streaming into adjacent panes."""
+"""The Chat tab: one question box, and the answers streaming into adjacent panes, one for each who answers."""
 
 import contextlib
 import dataclasses
@@ -15,19 +15,20 @@ import msgspec
 
 from bizassist_nb.assistant.assistant import Assistant
 from bizassist_nb.assistant.comparison import Comparison, Conversation
-from bizassist_nb.assistant.loaded import active_answers
-from bizassist_nb.core.errors import BizassistError, RunError, brief
+from bizassist_nb.assistant.loaded import active_answers, bases, unload
+from bizassist_nb.core.errors import BizassistError, QuestionError, RunError, brief
 from bizassist_nb.core.files import write_atomic
-from bizassist_nb.core.generation import BASE, TUNED, Generation
+from bizassist_nb.core.generation import BASE, PROMPTED, TUNED, Generation
 from bizassist_nb.core.settings import user_path
 from bizassist_nb.notebook.panel.controls import fold, offer
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.transcript import Pane, Turn
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop
-from bizassist_nb.notebook.views import labelled, vote_row
+from bizassist_nb.notebook.views import close, labelled, vote_row
 from bizassist_nb.results.ballot import Ballot, draw_order, tally
 from bizassist_nb.runs.records import decode
 from bizassist_nb.runs.run import check_name
+from bizassist_nb.training.forecast import ForecastThread
 
 _SLICE: Final = 0.1
 """Seconds of answering between updates of the panes: smooth to the eye, and the kernel can handle its messages."""
@@ -42,7 +43,14 @@ SUGGESTED: Final = (
     "Which three metrics show that a product is worth keeping?",
     "Should we use AI to answer support requests?",
 )
-_NONE: Final = "base only"
+COLUMNS: Final = {
+    "base and tuned": (BASE, TUNED),
+    "tuned alone": (TUNED,),
+    "base alone": (BASE,),
+    "base, tuned and prompted base": (BASE, TUNED, PROMPTED),
+}
+"""Who can be asked; tuned is each of the runs that are chosen."""
+_EMPTY: Final = "Ask a question below, or take one of those suggested."
 _NO_MODEL: Final = "No tuned model yet: train one on the Train tab."
 _TYPED: Final = {"stop": ("stop at", "one text a line"), "system": ("system prompt", "as in training")}
 _GREEDY: Final = "With temperature 0 the answer is the same each time; raise it under Generation settings."
@@ -65,15 +73,17 @@ class Chat:
         self._notice = ""
         active_answers.add(self)
 
-        hint = "the run whose adapter answers on the right"
-        self._run = labelled(w.Dropdown, "tuned model", hint, options=[_NONE]).add_class("bn-wide")
+        hint = "the runs whose adapters answer; hold Ctrl or Shift to choose several or none"
+        self._runs = labelled(w.SelectMultiple, "tuned model", hint, rows=2).add_class("bn-wide")
+        hint = "who answers, each in a column"
+        self._columns = labelled(w.Dropdown, "answers of", hint, options=list(COLUMNS.items())).add_class("bn-wide")
         hint = "hide which answer is which until you have voted"
         self._blind = labelled(w.Checkbox, "blind", hint, indent=False)
         hint = "take GPU memory that the run in training may need"
         self._anyway = labelled(w.Checkbox, "chat anyway", hint, indent=False)
-        run = w.Box([self._run, self._blind, self._anyway]).add_class("bn-row")
-        self._panes = {who: Pane(who) for who in (BASE, TUNED)}
-        panes = w.Box([pane.view for pane in self._panes.values()]).add_class("bn-panes")
+        who = [w.Box(row).add_class("bn-row") for row in ([self._runs], [self._columns, self._blind, self._anyway])]
+        self._panes: dict[str, Pane] = {}
+        self._talk = w.Box().add_class("bn-panes")
         self._votes = vote_row(self._vote, update_loop.post).add_class("bn-ask")
         suggested = [
             update_loop.button(text, functools.partial(self.ask, text), tooltip="ask this") for text in SUGGESTED
@@ -82,27 +92,31 @@ class Chat:
         self._long = labelled(w.Textarea, "long question", "a question of several lines", rows=6)
         self.options: dict[str, Any] = {field.name: _input(field) for field in dataclasses.fields(Generation)}
         options = w.VBox(list(self.options.values())).add_class("bn-options")
-        long = fold("A longer question", self._long, self._send_button(self._long))
+        self._folded = fold("A longer question", self._long, self._send_button(self._long))
         settings = fold("Generation settings", options)
         self._status = w.HTML().add_class("bn-status")
         question = self._question_row()
         self._name = labelled(w.Text, "saved as", "name of its file in the folder of runs", value="chat")
         files = [update_loop.button(name, act) for name, act in (("Save", self._save), ("Load", self._load))]
         saved = fold("Save or load", w.Box([self._name, *files]).add_class("bn-row"))
-        self.view = w.VBox([run, panes, self._votes, self._suggested, question, self._status, long, saved, settings])
+        asking = [self._votes, self._suggested, question, self._status]
+        self.view = w.VBox([*who, self._talk, *asking, self._folded, saved, settings])
 
     def _question_row(self) -> Any:
         """The question box and its buttons."""
-        self._question = labelled(w.Text, "question", "Enter sends it", placeholder="Ask both, then press Enter")
+        self._question = labelled(w.Text, "question", "Enter sends it", placeholder="Ask, then press Enter")
         self._question.continuous_update = False  # the whole text in one message, not one a letter
         button, post = self._update_loop.button, self._update_loop.post
         self._question.on_msg(lambda _w, content, _b: content.get("event") == "submit" and post(self._on_enter))
         self._send = self._send_button(self._question)
         self._stop = button("Stop generating", self.halt, icon="stop")
         self._again = button("Regenerate", self._regenerate, icon="refresh", tooltip="answer the last question anew")
+        self._edit = button("Edit", self._on_edit, icon="pencil", tooltip="take the last question back, to change it")
         self._clear = button("Clear", self.forget, icon="trash", tooltip="forget the conversation")
         self._undo = button("Undo Clear", lambda: self._restore(self._cleared), icon="undo")
-        return w.Box([self._question, self._send, self._stop, self._again, self._clear, self._undo]).add_class("bn-ask")
+        self._unload = button("Unload", self._on_unload, icon="eject", tooltip="free the memory that the model takes")
+        buttons = [self._send, self._stop, self._again, self._edit, self._clear, self._undo, self._unload]
+        return w.Box([self._question, *buttons]).add_class("bn-ask")
 
     def _send_button(self, box: Any) -> Any:
         send = functools.partial(self._take, box)
@@ -117,8 +131,8 @@ class Chat:
         """Ask the question in the box, and empty it."""
         question = box.value.strip()
         if question and not self.answering:
-            box.value = ""
             self.ask(question)
+            box.value = ""
 
     def ask(self, question: str) -> None:
         """Begin to answer, unless an answer is under way."""
@@ -126,16 +140,22 @@ class Chat:
             return
         self._notice = ""
         self._choose()
-        run = self._state.runs.get(self._run.value)
-        assistant = Assistant(*filter(None, [run]), base=self._state.base, anyway=self._anyway.value)
-        who = (BASE, TUNED) if run else (BASE,)
-        order = draw_order() if run and self._blind.value else None
+        runs, who = self._runs.value, self._columns.value
+        assistant = Assistant(
+            *(self._state.runs[name] for name in runs), base=self._state.base, anyway=self._anyway.value
+        )
+        order = draw_order() if runs and self._blind.value else None
         generation, conversation = self._generation(), self.conversation
         if order:  # a vote is on the run as trained, and on its answer to this question alone
+            if len(runs) > 1:
+                raise QuestionError(f"a blind vote is between base and one run, not {', '.join(runs)}: choose one")
+            who = (BASE, TUNED)
             generation, conversation = dataclasses.replace(generation, strength=1.0, system=None), Conversation()
-        turn = Turn(question, run.name if run else None, order)
+        elif not runs and PROMPTED not in who:
+            who = (BASE,)
+        turn = Turn(question, runs if TUNED in who else (), order)
         stream = assistant.stream(question, generation, who=who, conversation=conversation)
-        self.answering = _answering(assistant, stream, turn)
+        self.answering = _answering(assistant, stream, turn, self._state.watch)
         self.turns.append(turn)
 
     def _generation(self) -> Generation:
@@ -158,10 +178,25 @@ class Chat:
         self.ask(self.turns.pop().question)
         self._notice = _GREEDY if greedy else self._notice
 
+    def _on_edit(self) -> None:
+        """Take the last turn out, and put its question where it was typed."""
+        if self.turns and not self.answering:
+            question = self.turns.pop().question
+            box = self._long if "\n" in question else self._question
+            self._folded.children[0].value = box is self._long or self._folded.children[0].value
+            self._awaited = 0.0  # it is not what an Enter was pressed for
+            box.value = question
+            box.send({"do": "focus"})
+
+    def _on_unload(self) -> None:
+        held = _held()
+        unload(on_cpu=True)
+        self._notice = f"Freed {held}. The next question loads the model again."
+
     def _vote(self, choice: str) -> None:
         turn = self.turns[-1] if self.turns else None
         if turn and turn.votable and turn.comparison:
-            ballot = Ballot(self._state.runs.get(turn.run or ""), turn.comparison, turn.order)
+            ballot = Ballot(self._state.runs.get(turn.runs[0]), turn.comparison, turn.order)
             turn.vote = ballot.cast(choice)
             self._notice = tally(ballot.run).sentence
 
@@ -172,12 +207,12 @@ class Chat:
         self._notice = ""
 
     def _restore(self, turns: list[Turn]) -> None:
-        """Go on with a conversation that was cleared or saved, with the run that answered in it."""
-        run = next((turn.run for turn in reversed(turns) if turn.run), _NONE)
-        if run not in self._run.options:
-            raise RunError(f"the run {run!r} that answered in that conversation is not in {self._state.runs_dir}")
+        """Go on with a conversation that was cleared or saved, with the runs that answered in it."""
+        runs = _asked(turns)
+        if lost := [run for run in runs if run not in self._runs.options]:
+            raise RunError(f"the run {lost[0]!r} that answered in that conversation is not in {self._state.runs_dir}")
         self.forget()
-        self._run.value, self.turns = run, list(turns)
+        self._runs.value, self.turns = runs, list(turns)
 
     def _place(self) -> Path:
         return user_path(self._state.runs_dir) / f"{check_name(self._name.value)}.json"
@@ -195,7 +230,7 @@ class Chat:
             said = decode(self._place().read_bytes(), list[Comparison])
         except (OSError, ValueError) as error:
             raise RunError(f"{self._place()} is no saved conversation ({brief(error)}); name another") from error
-        self._restore([Turn(each.question, next(iter(each.runs), None), None, None, each, True) for each in said])
+        self._restore([Turn(each.question, each.runs, None, None, each, True) for each in said])
 
     @property
     def conversation(self) -> Conversation:
@@ -223,34 +258,52 @@ class Chat:
                 self._take(self._question)
         if self.answering:
             self._doing = self._go_on(self.answering)
-        self._panes[TUNED].empty = "The tuned model answers here." if self._run.value != _NONE else _NO_MODEL
-        for pane in self._panes.values():
-            pane.show(self.turns)
+        self._show_panes()
         busy = self.answering is not None
         self._state.working = busy or self._entered is not None
         self._anyway.layout.display = None if self._state.live else "none"
         self._votes.layout.display = None if self.turns and self.turns[-1].votable else "none"
         self._stop.disabled = not busy
         self._send.disabled = busy
-        self._again.disabled = busy or not self.turns
+        self._again.disabled = self._edit.disabled = busy or not self.turns
         self._undo.layout.display = None if self._cleared and not self.turns else "none"
         self._clear.disabled = not self.turns
         self._suggested.layout.display = None if not self.turns else "none"
+        held = _held()
+        self._unload.description, self._unload.layout.display = f"Unload {held}", None if held else "none"
         words = self._doing if busy else self._notice
         self._status.value = f'<span role="status">{html.escape(words)}</span>'
+
+    def _show_panes(self) -> None:
+        """Show a pane for each who is asked; those of a blind question stand for left and right."""
+        runs, who = self._runs.value, self._columns.value
+        if any(turn.order for turn in self.turns):
+            who = (BASE, TUNED)
+        tuned = [f"{TUNED} ({run})" for run in runs] if len(runs) > 1 else [TUNED]
+        names = [name for each in who for name in (tuned if each == TUNED else [each])]
+        if names != list(self._panes):
+            gone = [pane.view for name, pane in self._panes.items() if name not in names]
+            self._panes = {name: self._panes.get(name) or Pane(name) for name in names}
+            self._talk.children = [pane.view for pane in self._panes.values()]
+            for view in gone:
+                close(view)
+        for name, pane in self._panes.items():
+            pane.show(self.turns, _NO_MODEL if name == TUNED and not runs else _EMPTY)
 
     def _choose(self) -> None:
         """List the runs that can answer. A new one is chosen at once, but not in mid-conversation."""
         names = self._state.tuned
-        talked_with = next((turn.run for turn in reversed(self.turns) if turn.run), None)
-        offer(self._run, [_NONE, *names])
+        talked_with = _asked(self.turns)
+        offer(self._runs, names)
+        self._runs.layout.display = None if names else "none"
         if names[:1] != self._newest:
             self._newest = names[:1]
             if names and not talked_with:
-                self._run.value = names[0]
-        if talked_with and self._run.value not in (_NONE, talked_with):  # it would continue another's answers
+                self._runs.value = names[:1]
+        chosen = self._runs.value
+        if talked_with and chosen and {*chosen} != {*talked_with}:  # they would continue another's answers
             self.forget()
-            self._notice = f"A new conversation, since tuned is now {self._run.value}."
+            self._notice = f"A new conversation, since tuned is now {', '.join(chosen)}."
 
     def _go_on(self, answering: Iterator[str]) -> str:
         try:
@@ -267,8 +320,21 @@ class Chat:
         return ""
 
 
-def _answering(assistant: Assistant, stream: Iterator[Comparison], turn: Turn) -> Generator[str]:
+def _asked(turns: list[Turn]) -> tuple[str, ...]:
+    """The runs that were asked last in these turns."""
+    return next((turn.runs for turn in reversed(turns) if turn.runs), ())
+
+
+def _held() -> str:
+    """The bases in memory with what they take; empty without one."""
+    sizes = {base.base.name.rpartition("/")[2]: base.size / 1e9 for base in list(bases.values())}
+    return ", ".join(f"{name}: {size:.2g} GB" for name, size in sizes.items())
+
+
+def _answering(assistant: Assistant, stream: Iterator[Comparison], turn: Turn, watch: ForecastThread) -> Generator[str]:
     """Answer into `turn`: a thread loads the base, which takes long; then the main thread decodes in slices."""
+    while watch.busy and not watch.found:  # transformers fails where two threads import it at once
+        yield "Reading the rows on the Train tab first …"
     thread = ThreadPoolExecutor(1, "bizassist-load")
     loading = thread.submit(assistant.load)
     thread.shutdown(wait=False)

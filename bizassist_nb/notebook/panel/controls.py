@@ -31,11 +31,14 @@ def fold(title: str, *content: Any) -> Any:
 
 
 def offer(menu: Any, names: list[str]) -> None:
-    """List these names in a dropdown; the one chosen stays chosen, else the first is."""
+    """List these names in a menu; what is chosen stays chosen, else of a dropdown the first is."""
     if list(menu.options) != names:
         chosen = menu.value
         menu.options = names
-        menu.value = chosen if chosen in names else next(iter(names), None)
+        if isinstance(menu, w.SelectMultiple):
+            menu.value = [name for name in chosen if name in names]
+        else:
+            menu.value = chosen if chosen in names else next(iter(names), None)
 
 
 def alert(words: str) -> str:

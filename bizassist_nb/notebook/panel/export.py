@@ -3,6 +3,7 @@
 Not in the kernel: a merged model is compared with the tuned assistant, which the chat may be using.
 """
 
+import fcntl
 import html
 import importlib
 import json
@@ -11,16 +12,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 from urllib.parse import quote
 
 import ipywidgets as w
 from jupyter_core.paths import jupyter_runtime_dir
 
 from bizassist_nb.assistant.loaded import unload
+from bizassist_nb.core.errors import RunError
+from bizassist_nb.core.files import try_lock, write_json
 from bizassist_nb.core.rendering import duration
 from bizassist_nb.notebook.panel.controls import alert, offer
 from bizassist_nb.notebook.panel.state import State
@@ -41,6 +43,8 @@ _BASES: Final = [("the 4-bit weights it was trained on", "trained"), ("the 16-bi
 _NONE: Final = '<p class="bn-muted">No tuned model yet: train one on the Train tab.</p>'
 _SHOWN: Final = 4000
 """Bytes read from the end of a process's output."""
+_JOB: Final = "export.json"
+"""Which export it is, in the folder of its state; `out` and `err` are what its process prints."""
 
 
 class Export:
@@ -66,6 +70,7 @@ class Export:
         self._needs, self._status = w.HTML(), w.HTML()
         self._asked: tuple[object, ...] = ()
         self.view = w.VBox([form, self._needs, buttons, self._status])
+        update_loop.post(self._find)
 
     def update(self) -> None:
         """Show the runs, the options of the export that is chosen, and its progress."""
@@ -76,8 +81,8 @@ class Export:
         self._state.exporting = going = self._job is not None and self._job.going
         self._start.disabled = going or not names
         self._cancel.layout.display = None if going else "none"
-        done = self._job.result if self._job else None
-        self._download.layout.display = None if done and in_colab() else "none"
+        done = in_colab() and self._job is not None and Path(self._job.result or "-").exists()
+        self._download.layout.display = None if done else "none"
         asked = (self._state.looked, self._run.value, to, going)
         if asked != self._asked:  # it reads files, of all runs: not at every turn
             self._asked = asked
@@ -102,9 +107,15 @@ class Export:
         words += f", and about {duration(took[-1])} as the last time" if took else ""
         return f'<p class="bn-muted">{words}.</p>' if free > size else alert(words)
 
+    def _find(self) -> None:
+        """Show the export that another kernel has begun and that still runs, if there is one."""
+        place = self._state.exports
+        if (place / _JOB).is_file() and (job := Job(place)).going:
+            self._job = job
+
     def _on_download(self) -> None:
         if self._job and (done := self._job.result):
-            whole = shutil.make_archive(str(done), "zip", done)
+            whole = shutil.make_archive(done, "zip", done)
             importlib.import_module("google.colab.files").download(whole)
 
     def _on_start(self) -> None:
@@ -117,7 +128,7 @@ class Export:
                 "merged": ["--base", self._base.value],
                 "hub": ["--repo", self._repo.value.strip(), *(["--private"] if self._private.value else [])],
             }.get(self._to.value, [])
-            self._job = Job(run, self._to.value, options)
+            self._job = Job.begin(self._state.exports, run, self._to.value, options)
 
     def _on_cancel(self) -> None:
         if self._job:
@@ -125,70 +136,99 @@ class Export:
 
 
 class Job:
-    """One `bizassist export`, from its start to its result."""
+    """One `bizassist export`, from its start to its result, in a process that outlives this kernel.
 
-    def __init__(self, run: RunDirectory, to: str, options: list[str]):
-        self._run, self._to, self._cancelled = run, to, False
-        self._began = time.monotonic()
-        self._took: float | None = None
-        self._out, self._err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 - gone with this job
-        where = ["export", run.name, "--runs-dir", str(run.path.parent), "--to", to]
-        self._process = subprocess.Popen(  # noqa: S603 - no shell, our own module
-            [sys.executable, "-m", "bizassist_nb", *where, *options],
-            stdin=subprocess.DEVNULL,
-            env=child_environment(),
-            stdout=self._out,
-            stderr=self._err,
-            start_new_session=True,  # interrupting a cell does not interrupt it
-        )
+    The process holds a lock (flock) on what it prints to, so any kernel of this machine sees whether it still runs.
+    """
+
+    def __init__(self, place: Path, process: "subprocess.Popen[bytes] | None" = None):
+        """The export whose state is in that folder, with its process if this kernel has begun it."""
+        state = json.loads((place / _JOB).read_text("utf-8"))
+        self._run, self._to, self._began = RunDirectory(Path(state["run"])), state["to"], state["began"]
+        self._group, self._process = state["process"], process
+        self._out, self._err = place / "out", place / "err"
+        self._ended: tuple[float, str, str] | None = None
+        """Seconds it took, and the ends of what it printed; the files are those of the next export then."""
+        self._cancelled = False
+
+    @classmethod
+    def begin(cls, place: Path, run: RunDirectory, to: str, options: list[str]) -> "Job":
+        """Begin an export, whose state is kept in that folder.
+
+        Raises:
+            RunError: if another kernel's export of a run of this folder still runs.
+        """
+        place.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "bizassist_nb", "export", run.name, "--runs-dir", str(run.path.parent)]
+        with (place / "out").open("ab") as out, (place / "err").open("ab") as err:
+            if not try_lock(out.fileno(), fcntl.LOCK_EX):
+                raise RunError("another kernel's export of a run in this folder still runs; wait for it")
+            out.truncate(0)
+            err.truncate(0)
+            (place / _JOB).unlink(missing_ok=True)
+            process = subprocess.Popen(  # noqa: S603 - no shell, our own module
+                [*command, "--to", to, *options],
+                stdin=subprocess.DEVNULL,
+                env=child_environment(),
+                stdout=out,
+                stderr=err,
+                start_new_session=True,  # interrupting a cell does not interrupt it
+            )
+        state = {"run": str(run.path.absolute()), "to": to, "began": time.time(), "process": process.pid}
+        write_json(place / _JOB, state)
+        return cls(place, process)
 
     @property
     def going(self) -> bool:
         """Whether the process still runs."""
-        if self._took is None and self._process.poll() is not None:
-            self._took = time.monotonic() - self._began
-        return self._took is None
+        if self._ended is None:
+            with self._out.open("rb") as out:
+                ended = try_lock(out.fileno(), fcntl.LOCK_SH)
+            if ended and (self._process is None or self._process.poll() is not None):
+                self._ended = time.time() - self._began, _end(self._out), _end(self._err)
+        return self._ended is None
 
     @property
-    def result(self) -> Path | None:
-        """The folder that it has made; None for an upload, and before it has ended well."""
-        made = not self.going and not self._cancelled and not self._process.returncode and self._to != "hub"
-        return Path(_end(self._out)) if made else None
+    def result(self) -> str:
+        """The folder, or the address on the hub, that it has made; empty before it has ended well."""
+        made = self._ended[1] if self._ended and not self._cancelled else ""
+        return made if self._to == "hub" or (made and Path(made).exists()) else ""
 
     def cancel(self) -> None:
         """End it; the next export of this run deletes its unfinished files."""
-        self._cancelled = True
-        os.killpg(self._process.pid, signal.SIGTERM)  # with any processes that it has started
+        if self.going:
+            self._cancelled = True
+            os.killpg(self._group, signal.SIGTERM)  # with any processes that it has started
 
     def html(self) -> str:
         """Its progress, or its result."""
         name = f"<b>{html.escape(self._run.name)}</b>"
-        said = _end(self._err)
-        if self.going:
-            doing = next(reversed(said.replace("\r", "\n").split("\n")), "") or "starting"
-            since = duration(time.monotonic() - self._began)
+        if self.going or self._ended is None:
+            doing = _end(self._err).replace("\r", "\n").rpartition("\n")[2] or "starting"
+            since = duration(time.time() - self._began)
             return f'<p role="status">{name}: {html.escape(doing)} … ({since})</p>'
         if self._cancelled:
             return f'<p role="status">{name}: the export was cancelled.</p>'
-        if self._process.returncode:
+        took, _, said = self._ended
+        if not self.result:
             _, ours, error = said.rpartition("bizassist: ")
-            words = error if ours else f"the export ended with status {self._process.returncode}:\n{said}"
+            words = error if ours else f"the export ended without a result:\n{said}"
             return f'<div class="bn-alert" role="alert">⚠ {name}: <pre>{html.escape(words)}</pre></div>'
-        where = html.escape(_end(self._out))
+        where = html.escape(self.result)
         link = f'<a href="{where}" target="_blank" rel="noopener">{where}</a>'
         place = link if self._to == "hub" else f"<code>{where}</code>"
-        result = f"<p>✓ {name} is in {place} ({duration(self._took or 0)}).</p>{_links(self.result)}"
+        result = f"<p>✓ {name} is in {place} ({duration(took)}).</p>{_links(Path(self.result))}"
         merged = self._run.last(records.Merge)
         verdict = parity_words(merged.parity) if merged and self._to in ("merged", "gguf") else ""
         return f'<div role="status">{result}<p>{html.escape(verdict)}</p></div>'
 
 
-def _links(folder: Path | None) -> str:
+def _links(folder: Path) -> str:
     """Links to the files of a folder, where the notebook server that has started this kernel shows them."""
     server = Path(jupyter_runtime_dir()) / f"jpserver-{os.environ.get('JPY_PARENT_PID', '')}.json"
     try:
         known = json.loads(server.read_text("utf-8"))
-        files = sorted(file.absolute().relative_to(known["root_dir"]) for file in folder.iterdir()) if folder else []
+        files = sorted(file.absolute().relative_to(known["root_dir"]) for file in folder.iterdir())
     except (OSError, ValueError, KeyError):  # another front end, or a folder that the server does not show
         return ""
     places = [(file.name, f"{known['base_url']}files/{quote(file.as_posix())}?download=1") for file in files]
@@ -196,7 +236,5 @@ def _links(folder: Path | None) -> str:
     return f"<ul>{''.join(links)}</ul>"
 
 
-def _end(file: IO[bytes]) -> str:
-    """The end of the file, read without moving its position, which the writing process shares."""
-    size = os.fstat(file.fileno()).st_size
-    return os.pread(file.fileno(), _SHOWN, max(0, size - _SHOWN)).decode("utf-8", "replace").strip()
+def _end(file: Path) -> str:
+    return file.read_bytes()[-_SHOWN:].decode("utf-8", "replace").strip()

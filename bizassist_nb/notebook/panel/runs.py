@@ -82,10 +82,7 @@ class Runs:
         self.table.value = scrolled(explain(runs_section(runs).page())) if runs else none
         names = [run.name for run in sound]
         offer(self._one, names)
-        if list(self._choice.options) != names:
-            chosen = [name for name in self._choice.value if name in names]
-            self._choice.options = names
-            self._choice.value = chosen
+        offer(self._choice, names)
         self._compare.disabled = not sound
         self._actions.layout.display = None if sound else "none"
 

@@ -3,18 +3,22 @@
 import contextlib
 import dataclasses
 import hashlib
+import os
 import time
 from typing import Final
 
 from bizassist_nb.core.errors import QuestionError, RunError, SettingsError
 from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.settings import DEMO, Settings, cache, user_path
+from bizassist_nb.runs.journal import machine
 from bizassist_nb.runs.run import RunDirectory, list_runs
 from bizassist_nb.training import preflight
 from bizassist_nb.training.forecast import ForecastThread
 
 _RUNS_EVERY: Final = 5.0
-"""Seconds between looks at which runs there are."""
+"""Seconds between looks at which runs there are; all are read only if one is not over, or has changed its files."""
+_UNCHANGED_EVERY: Final = 60.0
+"""Seconds between looks at runs that are over and seem unchanged: a vote changes no folder."""
 
 
 class State:
@@ -22,8 +26,10 @@ class State:
 
     def __init__(self, runs_dir: str):
         # Not in the folder of runs, which may be a mount that is gone for now.
-        folder = str(user_path(runs_dir).absolute()).encode("utf-8", "replace")
-        self._form = cache() / "forms" / f"{hashlib.sha256(folder).hexdigest()[:32]}.toml"
+        folder = hashlib.sha256(str(user_path(runs_dir).absolute()).encode("utf-8", "replace")).hexdigest()[:32]
+        self._form = cache() / "forms" / f"{folder}.toml"
+        self.exports = cache() / "exports" / "-".join((folder, *machine()))  # the cache may be shared with others
+        """Where an export keeps its state, which outlives this kernel."""
         try:
             self._in_form = Settings.from_toml(self._form.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, SettingsError):  # there is none yet, or one of another version
@@ -53,6 +59,7 @@ class State:
         self.runs_dir = self._in_form.runs_dir
         self.looked = 0.0
         """When the runs were last listed."""
+        self._checked, self._folders = 0.0, dict[str, int]()
         self.look()
         self.followed = self.live or next(reversed(self.runs.values()), None)
 
@@ -66,9 +73,14 @@ class State:
             write_atomic(self._form, lambda part: part.write_text(settings.to_toml(), "utf-8"))
 
     def look(self) -> None:
-        """See which run is alive and, every `_RUNS_EVERY` seconds and when that changes, list the runs."""
+        """See which run is alive, and list the runs when that, their folders or the folder of runs change."""
         before, runs_dir = self.live, self.settings.runs_dir if self.settings else self.runs_dir
-        if runs_dir != self.runs_dir or time.monotonic() - self.looked >= _RUNS_EVERY:
+        now = time.monotonic()
+        stale = now - self.looked >= (_RUNS_EVERY if self._open else _UNCHANGED_EVERY)
+        if not stale and now - self._checked >= _RUNS_EVERY:
+            folders, self._checked, self._folders = self._folders, now, _changed(runs_dir)
+            stale = folders != self._folders
+        if stale or runs_dir != self.runs_dir:
             self._list(runs_dir)
         # Only those are looked at that were not over when they were listed, or are shown.
         self.live = next((run for run in self._open if run.alive and not run.elsewhere), None)
@@ -122,3 +134,11 @@ class State:
     def following(self) -> bool:
         """Whether anything goes on that the views show."""
         return self.live is not None or self.watch.busy or self.unsettled or self.exporting
+
+
+def _changed(runs_dir: str) -> dict[str, int]:
+    """When each folder of a run last had a file come, go or be replaced."""
+    try:
+        return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(user_path(runs_dir))}
+    except (OSError, ValueError):  # listing the runs says why
+        return {}

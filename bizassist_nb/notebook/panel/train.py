@@ -6,20 +6,22 @@ import html
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import ipywidgets as w
 import tomli_w
 
 from bizassist_nb.assistant.loaded import unload
-from bizassist_nb.core.errors import SettingsError
+from bizassist_nb.core.errors import DataError, SettingsError
+from bizassist_nb.core.files import write_atomic
 from bizassist_nb.core.rendering import duration
-from bizassist_nb.core.settings import PRESETS, Settings
+from bizassist_nb.core.settings import PRESETS, Settings, user_path
 from bizassist_nb.core.terms import explain
 from bizassist_nb.notebook.panel.controls import Control, Entry, alert, control, fold, offer
 from bizassist_nb.notebook.panel.state import State
 from bizassist_nb.notebook.panel.update_loop import UpdateLoop, problem_of
-from bizassist_nb.notebook.views import RunView, labelled, tiles
+from bizassist_nb.notebook.views import RunView, copy_button, labelled, tiles
 from bizassist_nb.results import summary
 from bizassist_nb.runs.records import Preflight
 from bizassist_nb.runs.run import RunDirectory, check_alone, check_name
@@ -30,12 +32,11 @@ _FIRST: Final = ("model", "data", "subset", "rank")
 """The settings that are always visible; the rest are under "More settings"."""
 _SETTLED: Final = 0.5
 """Seconds without a change of the settings before their rows are counted."""
-_COPY: Final = """<button class="jupyter-button widget-button" onclick="
-const box = this.closest('.bn-folded').querySelector('textarea'), say = words => { this.textContent = words; };
-box.focus(); box.select();
-(navigator.clipboard ? navigator.clipboard.writeText(box.value) : Promise.reject())
-  .then(() => say('Copied'), () => say('Selected: press Ctrl+C'));">Copy</button>"""
-"""Only the page can write to the clipboard; where it may not, the text is left selected."""
+
+
+_UPLOAD: Final = """<p class="bn-muted">It is copied into the folder <code>uploads</code> beside the folder of runs.
+JupyterLab and Notebook pass on at most 10 MB, and say nothing of a larger file: put that beside the notebook with the
+file browser, choose "other …" as data, and write its path.</p>"""
 
 
 class SettingsForm:
@@ -57,8 +58,12 @@ class SettingsForm:
         first = [self._name_entry.view, *(self.controls[name].view for name in _FIRST)]
         more = [c.view for name, c in self.controls.items() if name not in _FIRST]
         source = w.Box([self._from, load]).add_class("bn-row")
-        copied = fold("Copy as cell", self._cell, w.HTML(_COPY))
+        self._upload = labelled(w.FileUpload, "Upload", "copy a file of rows from your own computer")
+        post = update_loop.post
+        self._upload.observe(lambda change: change["new"] and post(self._on_upload), "value")
+        copied = fold("Copy as cell", self._cell, w.HTML(copy_button(".bn-folded", "textarea")))
         folded = [fold("More settings", *more), copied, fold("From run", source)]
+        folded.append(fold("Upload rows", self._upload, w.HTML(_UPLOAD)))
         self.view = w.VBox([w.HTML("<h3>Settings</h3>"), self._presets(update_loop), *first, *folded])
         self._written = ""
         """The cell as it was written last."""
@@ -114,6 +119,20 @@ class SettingsForm:
     def _load(self) -> None:
         if self._from.value:
             self._put(self._state.runs[self._from.value].settings)
+
+    def _on_upload(self) -> None:
+        """Write the file into the folder `uploads` beside that of the runs, and have `data` name it."""
+        value = self._upload.value
+        files = value if isinstance(value, tuple) else [{"name": name} | value[name] for name in value]  # ipywidgets 7
+        self._upload.set_trait("value", type(value)())  # the kernel would keep its content
+        for file in files:
+            path = user_path(self._state.runs_dir).parent / "uploads" / Path(file["name"]).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                write_atomic(path, functools.partial(Path.write_bytes, data=file["content"]))
+            elif path.read_bytes() != file["content"]:  # a run may have been trained on it
+                raise DataError(f"{path} is there already, with other rows; rename your file and upload it again")
+            self.controls["data"].put(str(path))
 
     def _put(self, settings: Settings) -> None:
         for name in self.controls.keys() - {"runs_dir"}:  # it goes on showing the same folder

@@ -1,4 +1,4 @@
-"""The turns of the chat, and how the panes of base and tuned show them."""
+"""The turns of the chat, and how the panes show them, one for each who answers."""
 
 import dataclasses
 import html
@@ -8,7 +8,8 @@ import ipywidgets as w
 
 from bizassist_nb.assistant.comparison import Comparison
 from bizassist_nb.core import rendering
-from bizassist_nb.core.generation import BASE, TUNED
+from bizassist_nb.core.generation import BASE, PROMPTED, TUNED
+from bizassist_nb.notebook.views import copy_button
 from bizassist_nb.runs.records import Vote
 
 _CURSOR: Final = '<span class="bn-cursor" aria-hidden="true">▍</span>'
@@ -19,7 +20,8 @@ class Turn:
     """A question with its answers so far."""
 
     question: str
-    run: str | None
+    runs: tuple[str, ...] = ()
+    """Names of the runs that were asked."""
     order: tuple[str, str] | None = None
     """Of a blind question: who answers on the left and on the right."""
     vote: Vote | None = None
@@ -37,10 +39,10 @@ class Turn:
         return self.order is not None and self.ended and not self.remark and self.vote is None
 
     def head(self, who: str) -> str:
-        """Base or tuned with the name of the base, once it is known, or of the run."""
-        if who == TUNED:
-            return f"{who} ({self.run})" if self.run else who
-        return self.comparison.head(who) if self.comparison else who
+        """Who that is, with the name of the base, once it is known, or of the only run."""
+        if who == BASE and self.comparison:
+            return self.comparison.head(who)
+        return f"{who} ({self.runs[0]})" if who == TUNED and self.runs else who
 
     def _about(self, who: str, *, named: bool) -> str:
         """The line above an answer: who gave it, unless the pane is named; the vote on it; its strength."""
@@ -51,12 +53,12 @@ class Turn:
             said.append(self.head(who))
         if self.vote:
             said += {who: ["your vote"], "tie": ["a tie"], "bad": ["both bad"]}.get(self.vote.winner, [])
-        if who == TUNED and self.comparison and self.comparison.strength != 1:
+        if who not in (BASE, PROMPTED) and self.comparison and self.comparison.strength != 1:
             said.append(f"strength {self.comparison.strength:g}")
         return _muted(" · ".join(said)) if said else ""
 
     def html(self, pane: str, *, named: bool) -> str:
-        """The turn as the pane of base or tuned shows it; `named` is whether the pane's head has that name."""
+        """The turn as that pane shows it; `named` is whether the pane's head says who answers in it."""
         who = self.order[pane == TUNED] if self.order else pane
         asked = f'<div class="bn-asked">{rendering.plain(self.question)}</div>{self._about(who, named=named)}'
         answer = self.comparison.answers.get(who) if self.comparison else ""
@@ -67,22 +69,27 @@ class Turn:
         if self.comparison:
             remarks += [self.comparison.end(who), self.comparison.note or "", self.comparison.figures.get(who, "")]
         notes = "".join(map(_muted, filter(None, remarks)))
-        return f'{asked}<div class="bn-answer">{body}{"" if self.ended else _CURSOR}</div>{notes}'
+        copy = copy_button(".bn-turn", ".bn-answer", answer) if answer and self.ended else ""
+        shown = f'{asked}<div class="bn-answer">{body}{"" if self.ended else _CURSOR}</div>{notes}{copy}'
+        return f'<div class="bn-turn">{shown}</div>'
 
 
 class Pane:
-    """The conversation with one of the two: finished turns are written once, only the last answer again and again."""
+    """The conversation with one who answers: finished turns are written once, only the last answer again and again.
+
+    The newest finished turn has an element of its own, which screen readers read out when it changes.
+    """
 
     def __init__(self, who: str):
-        self.empty = "Ask a question below, or take one of those suggested."
         self._who = who
-        self._head, self._past, self._live = w.HTML(), w.HTML(), w.HTML()
-        scroll = w.Box([w.VBox([self._past, self._live])]).add_class("bn-talk")
-        self.view = w.VBox([self._head, scroll]).add_class("bn-pane").add_class(f"bn-{who}")
+        self._head, self._past, self._newest, self._live = w.HTML(), w.HTML(), w.HTML(), w.HTML()
+        talk = w.VBox([self._past, self._newest.add_class("bn-newest"), self._live])
+        scroll = w.Box([talk]).add_class("bn-talk")
+        self.view = w.VBox([self._head, scroll]).add_class("bn-pane").add_class(f"bn-{who.partition(' ')[0]}")
         self._written: tuple[object, ...] = ()
 
-    def show(self, turns: list[Turn]) -> None:
-        """Show these turns."""
+    def show(self, turns: list[Turn], empty: str = "") -> None:
+        """Show these turns; `empty` is what stands there without one."""
         past = [turn for turn in turns if turn.ended]
         blind = any(turn.order for turn in turns)
         heads = [turn.head(self._who) for turn in reversed(turns)]
@@ -93,9 +100,10 @@ class Pane:
         written = (blind, *((turn, turn.vote) for turn in past))
         if written != self._written:
             self._written = written
-            self._past.value = "".join(turn.html(self._who, named=not blind) for turn in past)
+            *before, newest = ["", *(turn.html(self._who, named=not blind) for turn in past)]
+            self._past.value, self._newest.value = "".join(before), newest
         live = turns[-1].html(self._who, named=not blind) if turns and not turns[-1].ended else ""
-        self._live.value = live if turns else _muted(self.empty)
+        self._live.value = live if turns else _muted(empty)
 
 
 def _muted(text: str) -> str:

@@ -21,7 +21,7 @@ from bizassist_nb.notebook.panel.state import State
 
 _IDLE: Final = 2.0
 """Seconds between turns while nothing goes on; what a person does wakes the loop."""
-_FOLLOWING: Final = 0.2
+_FOLLOWING: Final = 1.0
 """Seconds between turns while there is something to follow."""
 _BUSY: Final = 0.02
 """Seconds between turns while a tab works: enough for the kernel to look at its messages."""
