@@ -571,13 +571,17 @@ def test_an_export_outlives_its_kernel_and_the_next_panel_shows_it(driven, runs,
     assert driven.named("Cancel").layout.display == "none"
     driven.fill("run", "one")
     driven.press("Export")
-    process = json.loads((driven.panel.state.exports / "export.json").read_text())["process"]
-    os.kill(process, signal.SIGSTOP)  # until another panel is there
+
+    def send(number: int) -> None:
+        """Send a signal to the newest export."""
+        os.kill(json.loads((driven.panel.state.exports / "export.json").read_text())["process"], number)
+
+    send(signal.SIGSTOP)  # until another panel is there
     again = Driven(runs[0].path.parent)
     again.turn()
     assert (again.named("Cancel").layout.display, again.named("Export").disabled) == (None, True)
     assert "<b>one</b>" in again.shown()
-    os.kill(process, signal.SIGCONT)
+    send(signal.SIGCONT)
     again.until(lambda: "✓" in again.shown())
     assert str(runs[0].path / "adapter") in again.shown()
     third = Driven(runs[0].path.parent)
@@ -585,11 +589,13 @@ def test_an_export_outlives_its_kernel_and_the_next_panel_shows_it(driven, runs,
     assert "✓" not in third.shown()  # it is over
     again.fill("run", "two")
     again.press("Export")
+    send(signal.SIGSTOP)  # until it is cancelled
     third.press("Export")
     assert "another kernel&#x27;s export of a run in this folder still runs" in third.shown()
     last = Driven(runs[0].path.parent)
     last.turn()
     last.press("Cancel")
+    send(signal.SIGCONT)
     last.until(lambda: "the export was cancelled" in last.shown())
     assert not last.named("Export").disabled
     assert not (runs[1].path / "adapter" / "README.md").exists()

@@ -117,7 +117,7 @@ def test_a_token_of_this_kernel_alone_reaches_the_worker_and_exports(tiny, tmp_p
     run = random_run(tmp_path / "done", tiny)
     monkeypatch.setattr(subprocess, "Popen", popen)
     launch.start(Settings(runs_dir=str(tmp_path)), "r")
-    Job(run, "hub", [])
+    Job.begin(tmp_path / "export", run, "hub", [])
     assert seen == ["hf_secret", "hf_secret"]
     assert "HF_TOKEN" not in os.environ
 
