@@ -108,17 +108,13 @@ def _aside(target: Path) -> Iterator[Path]:
     RuntimeError, and tokenizers a plain Exception. Folders above it are not made: the directory of a run whose mount is
     gone would be in the way when the mount comes back. transformers and PEFT do make them (`os.makedirs`).
     """
-    part = target.parent / ".part" / target.name
+    part, above = target.parent / ".part" / target.name, target.parent.stat()
     shutil.rmtree(part.parent, ignore_errors=True)  # a worker that was killed may have left one
     part.parent.mkdir()
     part.mkdir()
-    before = part.stat()
     try:
         yield part
-        if not os.path.samestat(before, part.stat()):
-            shutil.rmtree(part)
-            with contextlib.suppress(OSError):  # raised where what is above it has come back, and is not empty
-                os.removedirs(part.parent)
+        if not os.path.samestat(above, target.parent.stat()):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(part))
         replace_folder(part, target)
     except (SafetensorError, RuntimeError) as error:
@@ -129,6 +125,9 @@ def _aside(target: Path) -> Iterator[Path]:
         raise OSError(str(error)) from error
     finally:
         shutil.rmtree(part.parent, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it is gone, or what is above it has come back, and is not empty
+            if not os.path.samestat(above, target.parent.stat()):
+                os.removedirs(target.parent)
 
 
 def clear(run_path: Path) -> None:

@@ -93,8 +93,9 @@ def test_whoever_finds_the_disk_full_nothing_half_written_is_left(tmp_path, chat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("what", ["checkpoint", "adapter"])
-def test_a_directory_that_goes_away_while_it_is_written_into_is_not_made_anew(tmp_path, what):
+def test_a_directory_that_goes_away_while_it_is_written_into_is_not_made_anew(tmp_path, what, fails):
     run = tmp_path / "drive" / "runs" / "run"
     run.mkdir(parents=True)
 
@@ -102,6 +103,8 @@ def test_a_directory_that_goes_away_while_it_is_written_into_is_not_made_anew(tm
         (tmp_path / "drive").rename(tmp_path / "elsewhere")
         folder.mkdir(parents=True)  # as transformers and PEFT do
         (folder / "weights").write_text("1")
+        if fails:  # over a file that was written before
+            (folder / "config").unlink()
 
     model = SimpleNamespace(save_pretrained=write)
     save = {
