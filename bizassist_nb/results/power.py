@@ -10,7 +10,7 @@ from bizassist_nb.results.verdict import FEWEST, MARGIN, tail
 from bizassist_nb.runs.records import Judged, Power
 from bizassist_nb.runs.run import list_runs
 
-DOLLY: Final = (
+_DOLLY: Final = (
     (6, -2.86), (10, -1.44), (14, -0.91), (16, -0.64), (11, -0.48), (16, -0.35), (30, -0.27), (51, -0.22), (45, -0.17),
     (28, -0.14), (38, -0.09), (35, -0.05), (52, -0.04), (129, -0.01), (62, 0.01), (117, 0.03), (101, 0.04), (119, 0.06),
     (188, 0.07), (85, 0.08), (47, 0.1), (114, 0.12), (79, 0.16), (41, 0.2), (118, 0.24),
@@ -19,9 +19,9 @@ DOLLY: Final = (
 _ASKED: Final = 0.05
 """Nats a token: the change for which the rows needed are said."""
 _SETS, _RESAMPLES = 1000, 2000
-"""Sets of rows that are drawn, and how often is drawn from each again."""
+"""Sets of rows that are drawn, and how often each is resampled."""
 _MANY: Final = 256
-"""Rows from which on a change shrinks by their root."""
+"""With more rows than this, a change is taken to shrink by the root of their number."""
 
 
 def power(settings: Settings, model: str, rows: int) -> Power:
@@ -33,7 +33,7 @@ def power(settings: Settings, model: str, rows: int) -> Power:
         RunError: if the folder of runs cannot be read.
     """
     known = list(_earlier(settings, model))
-    differ = [each for found in known for each in deviations(found)] or DOLLY
+    differ = [each for found in known for each in deviations(found)] or _DOLLY
     runs = "1 earlier run" if len(known) == 1 else f"{len(known)} earlier runs"
     like = f"in {runs} on this data" if known else "measured on Dolly with smollm2-135m"
     change = visible(rows, differ) if rows >= FEWEST else None
@@ -77,7 +77,7 @@ def visible(rows: int, differ: Sequence[tuple[float, float]]) -> float:
 def rows_for(change: float, differ: Sequence[tuple[float, float]]) -> int:
     """The rows that show such a fall in 4 of 5 cases; hundreds and more are rounded up to tens."""
     rows = 64
-    for _ in range(2):  # a fall shrinks by the root of the rows, but where they are few
+    for _ in range(2):  # few rows need more than the root of their number says, so the second guess mends the first
         rows = max(FEWEST, math.ceil(rows * (visible(rows, differ) / change) ** 2))
     return rows if rows < 100 else math.ceil(rows / 10) * 10
 

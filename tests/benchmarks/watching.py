@@ -89,7 +89,7 @@ def training(folder: Path, shown: str) -> None:
             while len(run.steps) < 3:
                 if run.error:
                     sys.exit(run.error)
-                time.sleep(0.5)
+                time.sleep(0.5)  # so that looking costs nothing beside what is measured
             mine = psutil.Process().children(recursive=True)
             (worker,) = [each for each in mine if str(run.path) in " ".join(each.cmdline())]
             process = psutil.Process(live.manager.provisioner.process.pid)
