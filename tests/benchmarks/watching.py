@@ -25,7 +25,7 @@ from bizassist_nb.runs.journal import Journal
 from bizassist_nb.training.launch import start
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from live_kernel import kernel
+from live_kernel import kernel, wait_until
 
 PANEL = "from bizassist_nb import Panel\npanel = Panel()\npanel.show()"
 CELL = "%%finetune watched --resume"
@@ -86,10 +86,9 @@ def training(folder: Path, shown: str) -> None:
         with kernel(folder) as live:
             live.run("%load_ext bizassist_nb")
             live.start(CELL if shown == "cell" else PANEL)
-            while len(run.steps) < 3:
-                if run.error:
-                    sys.exit(run.error)
-                time.sleep(0.5)  # so that looking costs nothing beside what is measured
+            wait_until(lambda: run.error or len(run.steps) >= 3)
+            if run.error:
+                sys.exit(run.error)
             mine = psutil.Process().children(recursive=True)
             (worker,) = [each for each in mine if str(run.path) in " ".join(each.cmdline())]
             process = psutil.Process(live.manager.provisioner.process.pid)

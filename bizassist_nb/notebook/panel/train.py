@@ -32,8 +32,6 @@ _FIRST: Final = ("model", "data", "subset", "rank")
 """The settings that are always visible; the rest are under "More settings"."""
 _SETTLED: Final = 0.5
 """Seconds without a change of the settings before their rows are counted."""
-
-
 _UPLOAD: Final = """<p class="bn-muted">It is copied into the folder <code>uploads</code> beside the folder of runs.
 JupyterLab and Notebook pass on at most 10 MB, and say nothing of a larger file: put that beside the notebook with the
 file browser, choose "other …" as data, and write its path.</p>"""
